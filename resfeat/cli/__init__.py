@@ -1,0 +1,42 @@
+"""The command line: one file a command, each of which imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from resfeat import __version__
+from resfeat.errors import ResfeatError
+
+COMMANDS = ("extract", "status", "search", "models")
+
+
+class Group(click.Group):
+    """Loads a command when it is named, and turns our errors into one line and an exit code."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"resfeat.cli.{name}"), name)
+        return command
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except ResfeatError as error:
+            click.echo(f"Error: {error}", err=True)
+            context.exit(error.exit_code)
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with: resfeat extract photos -o embeddings",
+)
+@click.version_option(__version__, prog_name="resfeat")
+def main() -> None:
+    """Turn folders full of images into ResNet embeddings in Parquet."""

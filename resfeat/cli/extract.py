@@ -1,0 +1,221 @@
+"""resfeat extract"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet
+from resfeat.cli.signals import StopSignals
+from resfeat.errors import Stopped
+
+if TYPE_CHECKING:
+    from resfeat.report import Report
+
+TOO_MANY_FAILED = 3
+
+EXAMPLES = """\b
+Examples:
+  resfeat extract photos -o embeddings
+      All images below photos/, ResNet-50, on every GPU here, or on the CPU.
+  resfeat extract photos -o embeddings
+      Again: goes on where a killed or stopped run left off.
+  resfeat extract train val -o embeddings --model resnet18 --label-from parent
+      Two folders in one dataset; each image's folder becomes its label.
+  resfeat extract photos -o embeddings --weights finetuned.pth --workers 0
+      Your own checkpoint; in this process, without Ray.
+  resfeat extract /data/photos -o /data/embeddings --address auto --workers 16
+      On the Ray cluster that is running here; all its machines see /data.
+
+\b
+Exit codes: 0 finished; 3 finished, more failed images than --max-error-rate;
+1 the run failed; 2 wrong usage; 130 or 143 stopped by SIGINT or SIGTERM.
+Run it again to go on, whatever ended it.
+"""
+
+
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """A number, or "auto", which is None."""
+
+    name = "auto|N"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, context: click.Context | None
+    ) -> int | None:
+        if value in (None, "auto"):
+            return None
+        try:
+            return int(str(value))
+        except ValueError:
+            self.fail(f"'{value}' is neither a number nor auto", param, context)
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    required=True,
+    help="Folder of the dataset; resumed if it exists.",
+)
+@click.option("--model", default="resnet50", show_default=True, help="See `resfeat models`.")
+@click.option(
+    "--weights",
+    default="DEFAULT",
+    show_default=True,
+    help="DEFAULT or another torchvision name; a .pth, .pt or .safetensors file; or random:SEED.",
+)
+@click.option(
+    "--batch-size",
+    type=Count(),
+    default="auto",
+    show_default=True,
+    help="Images in one forward pass.",
+)
+@click.option(
+    "--workers",
+    type=Count(),
+    default="auto",
+    show_default=True,
+    help="Ray workers; 0 runs in this process, without Ray.",
+)
+@click.option(
+    "--gpus-per-worker",
+    type=float,
+    help="Share of a GPU for each, 0 to 1.  [default: 1 if there are any]",
+)
+@click.option("--cpus-per-worker", type=int, help="CPU cores for each.  [default: shared out]")
+@click.option("--address", help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT.")
+@click.option(
+    "--shard-size",
+    type=int,
+    help="Images in a shard, the unit of commit.  [default: 4096, less for few images]",
+)
+@click.option(
+    "--label-from",
+    type=click.Choice(["parent"]),
+    help="Store the name of each image's folder as its label.",
+)
+@click.option(
+    "--max-error-rate",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Share of failed images above which the exit code is 3.",
+)
+@click.option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
+@click.option("--verbose", "talk", flag_value="verbose", help="Also print where the time went.")
+@click.option(
+    "--log-json", "talk", flag_value="json", help="Print progress and the report as JSON lines."
+)
+@click.pass_context
+def extract(
+    context: click.Context,
+    sources: tuple[str, ...],
+    output: str,
+    model: str,
+    weights: str,
+    batch_size: int | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
+    cpus_per_worker: int | None,
+    address: str | None,
+    shard_size: int | None,
+    label_from: str | None,
+    max_error_rate: float,
+    talk: str | None,
+) -> None:
+    """Embed all images below SRC... and write Parquet to OUT.
+
+    Every image ends as one row, in OUT/embeddings or, with the reason, in OUT/failures. What was
+    committed is never done again: give the same command to go on after a crash or a stop.
+    """
+    from resfeat.spec import ExtractSpec, RuntimeOptions
+
+    spec = ExtractSpec(
+        sources=sources,
+        output=output,
+        model=model,
+        weights=weights,
+        shard_size=shard_size,
+        label_from="parent" if label_from else None,
+        max_error_rate=max_error_rate,
+        runtime=RuntimeOptions(
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            cpus_per_worker=cpus_per_worker,
+            address=address,
+            batch_size=batch_size,
+        ),
+    )
+    with StopSignals() as signals, _display(talk) as display:
+        from resfeat.extraction import extract as run
+
+        try:
+            report = run(spec, on_progress=display.show, stopping=signals.received)
+        except Stopped as stopped:
+            click.echo(str(stopped), err=True)
+            context.exit(signals.exit_code)
+    if talk == "json":
+        click.echo(json.dumps({"event": "report", **report.as_dict()}))
+    elif talk != "quiet":
+        _tell(report, verbose=talk == "verbose")
+    if report.status == "interrupted":
+        context.exit(signals.exit_code)
+    if report.error_rate > max_error_rate:
+        click.echo(
+            f"Error: {report.error_rate:.1%} of the images failed, more than --max-error-rate "
+            f"{max_error_rate:.1%}; see {report.output}/failures",
+            err=True,
+        )
+        context.exit(TOO_MANY_FAILED)
+
+
+def _display(talk: str | None) -> Bar | JsonLines | Lines | Quiet:
+    if talk == "quiet":
+        return Quiet()
+    if talk == "json":
+        return JsonLines()
+    if sys.stderr.isatty():
+        return Bar()
+    return Lines()
+
+
+def _tell(report: Report, *, verbose: bool) -> None:
+    """The last lines: what was done, how fast, what failed and where it lies."""
+    if report.images:
+        click.echo(
+            f"This run: {report.images:,} images in {report.seconds:,.1f} s, "
+            f"{report.images_per_second:,.1f} images/s after {report.start_seconds:.1f} s of "
+            f"start-up; limited by: {report.bottleneck}"
+        )
+    else:
+        click.echo("This run: nothing was left to do")
+    if verbose:
+        click.echo(
+            "Where: " + ", ".join(f"{name} {value}" for name, value in report.engine.items())
+        )
+        busy = (f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
+        click.echo("Busy seconds, over all threads: " + ", ".join(busy))
+    if report.changed:
+        click.echo(
+            f"Changed since they were listed: {report.changed:,} images, taken as they are now"
+        )
+    if report.skipped:
+        click.echo(f"Passed over, not images: {_counts(report.skipped)}")
+    if report.failed:
+        click.echo(f"Failed: {_counts(report.reasons)}; see {report.output}/failures")
+    verb = "Stopped, the same command goes on" if report.status == "interrupted" else "Finished"
+    click.echo(
+        f"{verb}: {report.embedded:,} embedded and {report.failed:,} failed "
+        f"of {report.items:,} images in {report.output}"
+    )
+
+
+def _counts(counts: object) -> str:
+    assert isinstance(counts, dict)
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items())

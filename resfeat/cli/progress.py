@@ -1,0 +1,101 @@
+"""Showing where a run stands: a bar on a terminal, plain or JSON lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from resfeat.report import Progress
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Quiet(AbstractContextManager["Quiet"]):
+    """Shows nothing."""
+
+    def show(self, progress: Progress) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class Bar(Quiet):
+    """A tqdm bar: images, images/s, time left, failures, live workers."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def show(self, progress: Progress) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None or self._bar.total != progress.total:
+            self._close()
+            what = "listing" if progress.total is None else "embedding"
+            # `initial` keeps what earlier runs did out of the speed.
+            self._bar = tqdm(
+                desc=what, total=progress.total, initial=progress.done, unit="img", smoothing=0.1
+            )
+        self._bar.set_postfix(failed=progress.failed, workers=progress.workers, refresh=False)
+        self._bar.update(progress.done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+class Lines(Quiet):
+    """One line at the start and then every 30 s."""
+
+    def __init__(self) -> None:
+        self._last = -SECONDS_BETWEEN_LINES
+        self._first: tuple[float, int] | None = None
+
+    def show(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.total is not None and self._first is None:
+            self._first = now, progress.done
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            self.line(progress, self._speed(progress, now))
+
+    def line(self, progress: Progress, speed: float | None) -> None:
+        """Print one line; `speed` is images per second since the first, if there was time."""
+        if progress.total is None:
+            click.echo(f"listing: {progress.done:,} images so far", err=True)
+            return
+        text = (
+            f"{progress.done:,} of {progress.total:,} images ({progress.done / progress.total:.0%})"
+        )
+        if speed:
+            left = (progress.total - progress.done) / speed
+            text += f", {speed:,.1f} images/s, {left / 60:,.0f} min left"
+        text += f", {progress.failed:,} failed, {progress.workers} workers"
+        click.echo(text, err=True)
+
+    def _speed(self, progress: Progress, now: float) -> float | None:
+        if self._first is None or now - self._first[0] < 1:
+            return None
+        return (progress.done - self._first[1]) / (now - self._first[0])
+
+
+class JsonLines(Lines):
+    """The same as JSON objects on standard output, for programs."""
+
+    def line(self, progress: Progress, speed: float | None) -> None:
+        rate = round(speed, 2) if speed else None
+        click.echo(json.dumps({"event": "progress", **vars(progress), "images_per_second": rate}))

@@ -1,0 +1,70 @@
+"""resfeat search"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from resfeat.errors import ResfeatError, UsageError
+
+EXAMPLES = """\b
+Examples:
+  resfeat search embeddings photos/cat.jpg
+  resfeat search embeddings cat.jpg dog.jpg -k 5 --sheet nearest.png
+  resfeat search embeddings cat.jpg --json | jq '.[0].neighbours[0].id'
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("output", metavar="OUT")
+@click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
+@click.option(
+    "-k", default=10, show_default=True, type=click.IntRange(min=1), help="How many to find."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object a query.")
+@click.option(
+    "--sheet",
+    metavar="F.png",
+    type=click.Path(dir_okay=False),
+    help="Draw queries and finds as a picture.",
+)
+def search(output: str, queries: tuple[str, ...], k: int, as_json: bool, sheet: str | None) -> None:
+    """Find the images of the dataset OUT that are nearest to the image files QUERY...
+
+    Exact cosine over all rows. A query is embedded as the dataset's own images were.
+    """
+    from resfeat import search as searching
+    from resfeat.dataset import open_dataset
+
+    dataset = open_dataset(output)
+    if not dataset.embedded():
+        raise UsageError(f"{output} has no embeddings yet: see `resfeat status {output}`")
+    vectors = searching.embed_queries(dataset, queries)
+    found = searching.search(dataset, vectors, k)
+    if sheet:
+        from resfeat.sheet import contact_sheet
+
+        uris = dataset.uris([neighbour.id for row in found for neighbour in row])
+        try:
+            contact_sheet(queries, found, uris).save(sheet)
+        except (OSError, ValueError) as error:
+            raise ResfeatError(
+                f"cannot write {sheet}: {error}; give a path that ends in .png"
+            ) from error
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {"query": query, "neighbours": [vars(neighbour) for neighbour in row]}
+                    for query, row in zip(queries, found, strict=True)
+                ]
+            )
+        )
+        return
+    for query, row in zip(queries, found, strict=True):
+        click.echo(f"{query}\n  rank  cosine  id")
+        for rank, neighbour in enumerate(row, start=1):
+            click.echo(f"  {rank:>4}  {neighbour.cosine:.4f}  {neighbour.id}")
+    if sheet:
+        click.echo(f"Picture: {sheet}")

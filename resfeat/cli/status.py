@@ -1,0 +1,56 @@
+"""resfeat status"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command(epilog="\b\nExample:\n  resfeat status embeddings")
+@click.argument("output", metavar="OUT")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(output: str, as_json: bool) -> None:
+    """Say what the dataset OUT is and how far it has come."""
+    from resfeat.dataset import open_dataset
+    from resfeat.lock import holder
+
+    dataset = open_dataset(output)
+    record, plan = dataset.record, dataset.record.plan
+    committed = len(dataset.layout.committed())
+    reasons = dataset.reasons()
+    told = {
+        "dataset": str(dataset.layout.root),
+        "model": record.identity.model,
+        "weights": record.weights,
+        "fingerprint": record.identity.fingerprint,
+        "sources": list(record.sources),
+        "created": record.created,
+        "shards": plan.shards,
+        "shards_committed": committed,
+        "images": plan.items,
+        "embedded": dataset.embedded(),
+        "failed": sum(reasons.values()),
+        "reasons": reasons,
+        "runs": len(list(dataset.layout.runs.glob("*.json"))),
+        "writer": holder(dataset.layout),
+        "complete": committed == plan.shards,
+    }
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    width = max(map(len, told))
+    for name, value in told.items():
+        click.echo(f"{name:<{width}}  {_text(value)}")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{count:,} {name}" for name, count in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)

@@ -1,0 +1,140 @@
+"""A dataset on disk: its record, and reading its rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from resfeat.errors import ResfeatError, UsageError
+from resfeat.layout import Layout
+from resfeat.plan import Plan, read_shard
+from resfeat.sink import FAILURES, write_json
+from resfeat.spec import Identity
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """`_resfeat/spec.json`: what the dataset is. Written once, when its plan is complete.
+
+    weights: what to give as --weights to find the same weights again.
+    """
+
+    identity: Identity
+    weights: str
+    sources: tuple[str, ...]
+    label_from: str | None
+    plan: Plan
+    created: str
+    versions: Mapping[str, str]
+
+    def save(self, layout: Layout) -> None:
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.identity.fingerprint,
+            **asdict(self),
+        }
+        write_json(layout.spec, content)
+
+    @classmethod
+    def load(cls, layout: Layout) -> Record | None:
+        """The record of the dataset at `layout`; None where there is none."""
+        try:
+            content = json.loads(layout.spec.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise ResfeatError(f"cannot read {layout.spec}: {error}") from error
+        if content.pop("format", None) != FORMAT:
+            raise ResfeatError(
+                f"{layout.root} was written by another version of resfeat: read it with that one"
+            )
+        del content["fingerprint"]
+        content["identity"] = Identity.from_dict(content["identity"])
+        content["plan"] = Plan(**content["plan"])
+        content["sources"] = tuple(content["sources"])
+        return cls(**content)
+
+
+def open_dataset(output: str | os.PathLike[str]) -> Dataset:
+    """Open a dataset for reading, finished or not. Raises UsageError where there is none."""
+    layout = Layout(output)
+    record = Record.load(layout)
+    if record is None:
+        raise UsageError(
+            f"no resfeat dataset at {layout.root}: make one with `resfeat extract SRC -o {output}`"
+        )
+    return Dataset(layout, record)
+
+
+class Dataset:
+    """The committed rows of a dataset. Everything is streamed or counted from file footers."""
+
+    def __init__(self, layout: Layout, record: Record) -> None:
+        self.layout = layout
+        self.record = record
+
+    @property
+    def embeddings(self) -> ds.Dataset:
+        """The embedded images, as a `pyarrow.dataset`."""
+        return ds.dataset(str(self.layout.embeddings), format="parquet")
+
+    @property
+    def failures(self) -> ds.Dataset:
+        """The images that gave no embedding, as a `pyarrow.dataset`."""
+        if not self.layout.with_failures():
+            return ds.dataset(FAILURES.empty_table())
+        return ds.dataset(str(self.layout.failures), schema=FAILURES, format="parquet")
+
+    def embedded(self) -> int:
+        """Number of rows in `embeddings/`."""
+        folder = self.layout.embeddings
+        parts = (folder / self.layout.part_name(shard) for shard in self.layout.committed())
+        return sum(pq.read_metadata(part).num_rows for part in parts)
+
+    def reasons(self) -> dict[str, int]:
+        """Number of failure rows in committed shards by reason, the commonest first."""
+        counts: Counter[str] = Counter()
+        committed = set(self.layout.committed())
+        for shard in self.layout.with_failures():
+            if shard in committed:  # without its embeddings a shard is still to be done
+                part = self.layout.failures / self.layout.part_name(shard)
+                counts.update(pq.read_table(part, columns=["reason"])["reason"].to_pylist())
+        return dict(counts.most_common())
+
+    def vectors(self, rows: int = 4096) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
+        """Ids and embeddings float32 [n, D], n at most `rows`, in plan order."""
+        for shard in self.layout.committed():
+            with pq.ParquetFile(self.layout.embeddings / self.layout.part_name(shard)) as part:
+                for batch in part.iter_batches(rows, columns=["id", "embedding"]):
+                    flat = batch["embedding"].flatten().to_numpy()
+                    yield batch["id"], flat.reshape(batch.num_rows, -1)
+
+    def uris(self, ids: list[str]) -> dict[str, str]:
+        """Where the images with these ids were when they were listed."""
+        wanted = pc.field("id").isin(ids)
+        found = ds.dataset(str(self.layout.plan), format="parquet").to_table(filter=wanted)
+        return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
+
+    def rows_missing(self) -> int:
+        """Items of the plan that are not exactly one row, checked id by id, a shard at a time."""
+        missing = 0
+        for shard in range(self.record.plan.shards):
+            rows: Counter[str] = Counter()
+            for folder in (self.layout.embeddings, self.layout.failures):
+                part = folder / self.layout.part_name(shard)
+                if part.exists():
+                    rows.update(pq.read_table(part, columns=["id"])["id"].to_pylist())
+            missing += sum(rows[item.id] != 1 for item in read_shard(self.layout, shard))
+        return missing

@@ -1,0 +1,65 @@
+"""Who runs `process_shard`, and where: in the calling process, or on Ray.
+
+Both engines are context managers with the same two members:
+
+    description                         what the report says of it: workers, device, batch size, ...
+    run(shards, on_progress, stopping)  does the shards and gives each one's ShardResult
+
+`on_progress(done, failed, workers)` is told of the shards in hand about twice a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from resfeat.worker import Job, ShardResult
+
+if TYPE_CHECKING:
+    from resfeat.backbones.weights import Weights
+    from resfeat.dataset import Record
+    from resfeat.layout import Layout
+    from resfeat.spec import RuntimeOptions
+
+# How long shards in hand may take to finish once the run is asked to stop.
+DRAIN_SECONDS = 20.0
+
+OnProgress = Callable[[int, int, int], None]
+
+
+class Engine(Protocol):
+    """What `extract` needs of an engine."""
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Workers, device, cores, batch size and the like, for the report."""
+        ...
+
+    def run(
+        self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
+    ) -> Iterator[ShardResult]:
+        """Do the shards, in any order. Raises Stopped after a drain, ResfeatError if it cannot."""
+        ...
+
+
+def start(
+    options: RuntimeOptions,
+    layout: Layout,
+    record: Record,
+    weights: Weights,
+    shards: Sequence[int],
+) -> AbstractContextManager[Engine]:
+    """The engine that the options ask for, ready to run these shards."""
+    job = Job(
+        output=str(layout.root),
+        identity=record.identity,
+        with_label=record.label_from is not None,
+    )
+    if options.workers == 0:
+        from resfeat.engines.inline import InlineEngine
+
+        return InlineEngine(options, job, weights.tensors)
+    from resfeat.engines.ray import RayEngine
+
+    return RayEngine(options, job, weights.tensors, len(shards))

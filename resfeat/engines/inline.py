@@ -1,0 +1,89 @@
+"""In the calling process: for debugging, small jobs and tests; the reference for every other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from resfeat.engines import DRAIN_SECONDS, OnProgress
+from resfeat.errors import ResfeatError, Stopped
+from resfeat.machine import cpu_count
+from resfeat.spec import RuntimeOptions
+from resfeat.worker import (
+    BATCH_SIZE,
+    SHARDS_IN_HAND,
+    Job,
+    Placement,
+    ShardResult,
+    Worker,
+    process_shard,
+)
+
+
+class InlineEngine(AbstractContextManager["InlineEngine"]):
+    """One worker, in this process."""
+
+    def __init__(self, options: RuntimeOptions, job: Job, tensors: dict[str, Tensor]) -> None:
+        device = _device(options.gpus_per_worker)
+        placement = Placement(
+            device=device,
+            cpus=options.cpus_per_worker or cpu_count(),
+            batch_size=options.batch_size or BATCH_SIZE[device],
+        )
+        self.description = {"engine": "inline", "workers": 1, **vars(placement)}
+        self._worker = Worker(job, placement, tensors)
+        self._pool = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._worker.stopping.set()
+        self._pool.shutdown(cancel_futures=True)
+        self._worker.close()
+
+    def run(
+        self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
+    ) -> Iterator[ShardResult]:
+        waiting, left = iter(shards), len(shards)
+        in_hand: set[Future[ShardResult]] = set()
+        give_up: float | None = None
+        on_progress(0, 0, 1)
+        while True:
+            if stopping() and give_up is None:
+                waiting, give_up = iter(()), time.monotonic() + DRAIN_SECONDS
+            while len(in_hand) < SHARDS_IN_HAND and (shard := next(waiting, None)) is not None:
+                in_hand.add(self._pool.submit(process_shard, self._worker, shard))
+            if not in_hand:
+                break
+            done, in_hand = wait(in_hand, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+                left -= 1
+            counts = list(self._worker.progress.values())
+            on_progress(sum(n for n, _ in counts), sum(failed for _, failed in counts), 1)
+            if give_up is not None and time.monotonic() > give_up:
+                self._worker.stopping.set()
+        if left:
+            raise Stopped("stopped as asked")
+
+
+def _device(gpus: float | None) -> str:
+    if gpus == 0:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if gpus:
+        raise ResfeatError(
+            "a GPU was asked for and torch sees none here: install a CUDA build of torch and its "
+            "driver, or give --gpus-per-worker 0 to run on the CPU"
+        )
+    return "cpu"

@@ -1,0 +1,333 @@
+"""On Ray: a pool of actors, made once a run. The only module that knows Ray.
+
+Each actor builds its model once, from weights that the driver resolved and put in Ray's object
+store. The driver keeps a bounded number of shards in the hands of each live actor; when an actor
+dies, Ray starts another in its place and the shards go back to the front of the queue. Actors that
+find no room stay pending, which is what makes Ray's autoscaler add nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from torch import Tensor
+
+from resfeat import __version__
+from resfeat.engines import DRAIN_SECONDS, OnProgress
+from resfeat.errors import ResfeatError, Stopped
+from resfeat.machine import cpu_count
+from resfeat.spec import RuntimeOptions
+from resfeat.worker import (
+    BATCH_SIZE,
+    SHARDS_IN_HAND,
+    Job,
+    Placement,
+    ShardResult,
+    Worker,
+    process_shard,
+)
+
+# A shard whose worker died this often is taken to be what kills it.
+ATTEMPTS = 3
+# One CPU worker gets no more cores than this by default; larger machines get more workers.
+CPUS_PER_WORKER = 8
+POLL_SECONDS = 0.5
+
+
+class RayWorker:
+    """The actor: a `Worker` behind Ray's calls."""
+
+    def __init__(self, job: Job, placement: Placement) -> None:
+        self._job = job
+        self._placement = placement
+
+    @ray.method(concurrency_group="control")
+    def start(self, arrays: dict[str, NDArray[Any]]) -> str:
+        """Build the model; gives the version of resfeat here. Again after each restart."""
+        if self._placement.device == "cuda" and not torch.cuda.is_available():
+            raise ResfeatError(
+                "Ray gave this worker a GPU and torch cannot use it: install a CUDA build of torch "
+                f"on {platform.node()}, or give --gpus-per-worker 0"
+            )
+        # Copies, since what comes out of the object store is read-only and shared.
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        self._worker = Worker(self._job, self._placement, tensors)
+        return __version__
+
+    @ray.method(concurrency_group="shards")
+    def process(self, shard: int) -> ShardResult:
+        return process_shard(self._worker, shard)
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> dict[int, tuple[int, int]]:
+        """Images done and failed so far, by shard in hand."""
+        return dict(self._worker.progress)
+
+
+@dataclass(eq=False)
+class _Member:
+    """One actor of the pool, as the driver sees it. `in_hand` keeps the order of submission."""
+
+    actor: Any
+    live: bool = False
+    in_hand: deque[int] = field(default_factory=deque)
+
+
+class RayEngine(AbstractContextManager["RayEngine"]):
+    """A pool of Ray actors, on a cluster that is running or on one that is started for the run."""
+
+    def __init__(
+        self, options: RuntimeOptions, job: Job, tensors: dict[str, Tensor], shards: int
+    ) -> None:
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self._joined = ray.is_initialized()  # by the program that calls us: theirs to shut down
+        if not self._joined:
+            _connect(options.address, sum(array.nbytes for array in arrays.values()))
+        try:
+            workers, resources, placement = _place(options, shards)
+            remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
+                RayWorker
+            ).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
+            self._weights = ray.put(arrays)
+            self._members = [_Member(remote.remote(job, placement)) for _ in range(workers)]
+        except BaseException:
+            self._leave()
+            raise
+        self.description = {
+            "engine": "ray",
+            "ray": ray.__version__,
+            "address": options.address or "local",
+            "workers": workers,
+            **resources,
+            **vars(placement),
+        }
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for member in self._members:
+            ray.kill(member.actor)
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self._joined:
+            ray.shutdown()
+
+    def run(
+        self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
+    ) -> Iterator[ShardResult]:
+        pool = _Pool(self._members, self._weights, shards)
+        give_up: float | None = None
+        while pool.busy:
+            if stopping():
+                pool.waiting.clear()
+                give_up = give_up or time.monotonic() + DRAIN_SECONDS
+                if time.monotonic() > give_up:
+                    break
+            pool.hand_out()
+            yield from pool.collect()
+            on_progress(*pool.counts())
+        if pool.left:
+            raise Stopped("stopped as asked")
+
+
+class _Pool:
+    """Which shard is in whose hands."""
+
+    def __init__(
+        self, members: Sequence[_Member], weights: ray.ObjectRef[Any], shards: Sequence[int]
+    ) -> None:
+        self.waiting = deque(shards)
+        self.left = len(shards)
+        self._members = members
+        self._weights = weights
+        self._deaths: Counter[int] = Counter()
+        # Every call under way: whose it is, and the shard, or None for `start`.
+        self._calls: dict[ray.ObjectRef[Any], tuple[_Member, int | None]] = {}
+        self._asked: dict[ray.ObjectRef[Any], _Member] = {}
+        self._heard: dict[int, tuple[int, int]] = {}
+        for member in members:
+            self._await_start(member)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a shard is waiting or in hand."""
+        return bool(self.waiting) or any(member.in_hand for member in self._members)
+
+    def hand_out(self) -> None:
+        """Give shards to the live actors that have room, the emptiest first."""
+        for room in range(SHARDS_IN_HAND):
+            for member in self._members:
+                if self.waiting and member.live and len(member.in_hand) <= room:
+                    shard = self.waiting.popleft()
+                    member.in_hand.append(shard)
+                    self._calls[member.actor.process.remote(shard)] = member, shard
+
+    def collect(self) -> Iterator[ShardResult]:
+        """Wait for a call to end, but not for long; give the result if it was a shard's."""
+        done, _ = ray.wait(list(self._calls), num_returns=1, timeout=POLL_SECONDS)
+        for call in done:
+            member, shard = self._calls.pop(call)
+            try:
+                answer = ray.get(call)
+            except RayActorError as error:
+                self._died(member, error)
+            except RayTaskError as error:
+                raise _as_resfeat(error) from error
+            else:
+                if shard is None:
+                    self._ready(member, answer)
+                else:
+                    member.in_hand.remove(shard)
+                    self._heard.pop(shard, None)
+                    self.left -= 1
+                    yield answer
+
+    def counts(self) -> tuple[int, int, int]:
+        """Images done and failed in shards in hand, as last heard, and how many actors are live."""
+        waited_for = set(self._asked.values())
+        live = [member for member in self._members if member.live]
+        for member in live:
+            if member not in waited_for:
+                self._asked[member.actor.progress.remote()] = member
+        answered, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+        for call in answered:
+            member = self._asked.pop(call)
+            with suppress(RayError):  # it died; the call that did its work says so too
+                told = ray.get(call)
+                self._heard.update(
+                    (shard, told[shard]) for shard in member.in_hand if shard in told
+                )
+        counts = self._heard.values()
+        return sum(n for n, _ in counts), sum(failed for _, failed in counts), len(live)
+
+    def _await_start(self, member: _Member) -> None:
+        self._calls[member.actor.start.remote(self._weights)] = member, None
+
+    def _ready(self, member: _Member, version: str) -> None:
+        if version != __version__:
+            raise ResfeatError(
+                f"a worker runs resfeat {version} and this is {__version__}: "
+                "install one version on all nodes"
+            )
+        member.live = True
+
+    def _died(self, member: _Member, error: RayActorError) -> None:
+        """Put a dead actor's shards back and wait for the one that Ray starts in its place."""
+        if member.in_hand:
+            # Only the oldest was certainly being worked on; the other is not to blame.
+            culprit, what = member.in_hand[0], f"doing shard {member.in_hand[0]}"
+        elif isinstance(error, ActorUnavailableError):
+            culprit, what = -1, "starting"
+        else:  # it could not be made at all, which Ray does not try again
+            raise ResfeatError(f"a worker could not start: {_last_line(error)}") from error
+        self._deaths[culprit] += 1
+        if self._deaths[culprit] >= ATTEMPTS:
+            raise ResfeatError(
+                f"{ATTEMPTS} workers died while {what}: {_last_line(error)}; "
+                "give each more memory (fewer --workers), or look at that shard in _resfeat/plan"
+            ) from error
+        for shard in member.in_hand:
+            self._heard.pop(shard, None)
+        self.waiting.extendleft(reversed(member.in_hand))
+        member.in_hand.clear()
+        member.live = False
+        self._calls = {call: owner for call, owner in self._calls.items() if owner[0] is not member}
+        self._await_start(member)
+
+
+def _connect(address: str | None, weights_bytes: int) -> None:
+    """Join the cluster at `address`, or start one on this machine for the length of the run."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(
+                address="local",
+                num_cpus=cpu_count(),
+                include_dashboard=False,
+                # The store holds the weights and nothing else.
+                object_store_memory=2 * weights_bytes + 100 * 1024**2,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"join Ray at {address}" if address else "start Ray"
+        hint = "check --address" if address else "--workers 0 does without it"
+        raise ResfeatError(f"cannot {where}: {_last_line(error)}; {hint}") from error
+
+
+def _place(options: RuntimeOptions, shards: int) -> tuple[int, dict[str, float], Placement]:
+    """How many workers, what each asks of Ray, and what it makes of that."""
+    total = ray.cluster_resources()
+    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
+    node_cpus = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    share = options.gpus_per_worker
+    if share is None:
+        share = 1.0 if gpus else 0.0
+    if share and not gpus:
+        raise ResfeatError(
+            f"a GPU was asked for (--gpus-per-worker {share:g}) and Ray sees none: check the "
+            "driver and CUDA_VISIBLE_DEVICES, or give --gpus-per-worker 0 to run on CPUs"
+        )
+    cores = options.cpus_per_worker
+    if cores and cores > node_cpus:
+        raise ResfeatError(
+            f"--cpus-per-worker {cores} is more than any machine has ({node_cpus:g}): give less"
+        )
+    workers = options.workers
+    most = node_cpus if share else min(node_cpus, CPUS_PER_WORKER)
+    if workers is None:
+        workers = max(1, int(gpus / share if share else cpus // (cores or most)))
+    workers = min(workers, shards)
+    if not options.address and workers * (cores or 0) > cpus:
+        raise ResfeatError(
+            f"{workers} workers of {cores} CPU cores are more than the {cpus:g} here: give fewer"
+        )
+    if not options.address and workers * share > gpus:
+        raise ResfeatError(
+            f"{workers} workers of {share:g} GPU are more than the {gpus:g} here: give fewer, or a "
+            "smaller --gpus-per-worker"
+        )
+    per_worker = cores or min(cpus / workers, most)
+    device = "cuda" if share else "cpu"
+    placement = Placement(
+        device=device,
+        cpus=max(1, int(per_worker)),
+        batch_size=options.batch_size or BATCH_SIZE[device],
+    )
+    # More workers than cores share them; Ray takes fractions.
+    asked = {"num_cpus": float(np.floor(min(per_worker, placement.cpus) * 100) / 100)}
+    return workers, asked | {"num_gpus": float(share)}, placement
+
+
+def _as_resfeat(error: RayTaskError) -> Exception:
+    """What a worker raised, as it would have been raised here."""
+    cause = error.cause if isinstance(error.cause, Exception) else None
+    if isinstance(cause, ResfeatError):
+        return type(cause)(str(cause))
+    return ResfeatError(f"a worker failed: {_last_line(cause or error)}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,59 @@
+"""What can go wrong, in two kinds: a bad image is data, a bad run is an exception.
+
+An image that gives no embedding becomes a `Failure`, a row of `failures/`. Anything that stops the
+run is a `ResfeatError` whose message is one line: it names the thing and the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Stage = Literal["read", "decode", "embed"]
+
+# The closed list: every failure row carries one of these, so users can filter and count on them.
+Reason = Literal[
+    "not_found",
+    "permission",
+    "not_regular_file",
+    "io_error",
+    "empty",
+    "unidentified",
+    "format_not_allowed",
+    "truncated",
+    "corrupt",
+    "too_large",
+    "too_many_pixels",
+    "timeout",
+    "decoder_crash",
+    "out_of_memory",
+    "non_finite",
+    "duplicate_id",
+    "bad_container",
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one image gave no embedding."""
+
+    stage: Stage
+    reason: Reason
+    message: str
+
+
+class ResfeatError(Exception):
+    """The run failed. The command prints the message and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(ResfeatError):
+    """The command cannot be carried out as it was given. Exit code 2."""
+
+    exit_code = 2
+
+
+class Stopped(ResfeatError):  # noqa: N818 (it is no error of anybody's)
+    """The run was asked to stop and did; the same command resumes it."""

@@ -1,0 +1,195 @@
+"""Images to embeddings, the whole story: list → plan → shards → workers → report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resfeat import engines
+from resfeat.dataset import Dataset, Record
+from resfeat.errors import ResfeatError, Stopped, UsageError
+from resfeat.layout import Layout
+from resfeat.lock import run_lock
+from resfeat.plan import write_plan
+from resfeat.report import Progress, Report, Tally, versions
+from resfeat.sink import write_json
+from resfeat.sources.directory import Directories
+from resfeat.sources.item import Item
+from resfeat.spec import ExtractSpec
+
+if TYPE_CHECKING:
+    from resfeat.backbones.weights import Weights
+
+LISTED_BETWEEN_CALLS = 10_000
+
+
+def extract(
+    spec: ExtractSpec,
+    *,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Bring the dataset at `spec.output` to completion, from wherever it stands.
+
+    `on_progress` is called about twice a second. Once `stopping` gives true, shards in hand are
+    finished if that takes no longer than `engines.DRAIN_SECONDS`, and the report's status is
+    "interrupted".
+
+    Raises UsageError where the spec cannot be carried out, Stopped where it was stopped before
+    there was a plan, and ResfeatError where the run cannot begin or go on. What is committed by
+    then stays, and the same call resumes.
+    """
+    from resfeat.backbones.weights import resolve
+
+    started = time.monotonic()
+    layout = Layout(spec.output)
+    listing = Directories(spec.sources)
+    _check_free(layout)
+    weights = resolve(spec.model, spec.weights)
+    with _output(layout):
+        record = Record.load(layout)
+        if record is None:
+            record = _make_plan(layout, spec, listing, weights, on_progress, stopping)
+        _check_same(layout, record, spec, listing, weights)
+        tally = Tally(record.plan, layout.committed(), on_progress, started)
+        error = None
+        try:
+            if tally.todo:
+                with engines.start(spec.runtime, layout, record, weights, tally.todo) as engine:
+                    tally.engine = engine.description
+                    for result in engine.run(tally.todo, tally.show, stopping):
+                        tally.add(result)
+        except ResfeatError as raised:
+            error = raised
+        report = tally.report(Dataset(layout, record), listing.skipped, error)
+        _save(layout, report)
+    if report.status == "failed":
+        assert error is not None
+        raise error
+    return report
+
+
+def _make_plan(
+    layout: Layout,
+    spec: ExtractSpec,
+    listing: Directories,
+    weights: Weights,
+    on_progress: Callable[[Progress], None],
+    stopping: Callable[[], bool],
+) -> Record:
+    """List the sources, freeze the listing, and write down what the dataset is."""
+    shutil.rmtree(layout.plan)  # of a run that was killed while it was listing
+    layout.plan.mkdir()
+
+    def watched() -> Iterator[Item]:
+        for number, item in enumerate(listing, start=1):
+            if number % LISTED_BETWEEN_CALLS == 0:
+                on_progress(Progress(None, number, 0, 0))
+                if stopping():
+                    raise Stopped("stopped while listing: nothing was written")
+            yield item
+
+    plan = write_plan(layout, watched(), spec.shard_size)
+    if not plan.items:
+        skipped = ", ".join(f"{count} {kind}" for kind, count in listing.skipped.most_common(3))
+        raise UsageError(
+            f"no images in {', '.join(spec.sources)}"
+            + (f" (passed over: {skipped})" if skipped else "")
+            + ": name a folder that holds some"
+        )
+    record = Record(
+        identity=weights.identity,
+        weights=weights.origin,
+        sources=tuple(listing.roots),
+        label_from=spec.label_from,
+        plan=plan,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions(),
+    )
+    record.save(layout)
+    return record
+
+
+def _check_same(
+    layout: Layout, record: Record, spec: ExtractSpec, listing: Directories, weights: Weights
+) -> None:
+    """Refuse to mix two kinds of embeddings, or two listings, in one dataset."""
+    there = record.identity.as_dict() | {
+        "sources": record.sources,
+        "label_from": record.label_from,
+        "shard_size": record.plan.shard_size,
+    }
+    asked = weights.identity.as_dict() | {
+        "sources": tuple(listing.roots),
+        "label_from": spec.label_from,
+        "shard_size": spec.shard_size or record.plan.shard_size,
+    }
+    for name in there:
+        if there[name] != asked[name]:
+            raise UsageError(
+                f"{layout.root} was made with another {name}: {_brief(there[name])} there, "
+                f"{_brief(asked[name])} now; repeat its choices to resume it, or give a new -o"
+            )
+
+
+def _brief(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _check_free(layout: Layout) -> None:
+    """Refuse an output that is something else."""
+    root = layout.root
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"output {root} is a file: give a folder")
+    if root.is_dir() and not layout.private.exists() and any(root.iterdir()):
+        raise UsageError(
+            f"output {root} holds other files: give a new folder, or that of a dataset to resume"
+        )
+
+
+@contextmanager
+def _output(layout: Layout) -> Iterator[None]:
+    """The output folder, made if it is not there, with its lock held.
+
+    Where it ends without a record, what it made is removed again.
+    """
+    made = [folder for folder in (layout.root, *layout.root.parents) if not folder.exists()]
+    try:
+        for folder in (layout.embeddings, layout.plan, layout.runs, layout.tmp):
+            folder.mkdir(parents=True, exist_ok=True)
+        with run_lock(layout):
+            try:
+                for leftover in layout.tmp.iterdir():  # of a run that was killed
+                    leftover.unlink()
+                yield
+            finally:
+                if not layout.spec.exists():
+                    _remove(layout, made)
+    except OSError as error:
+        _remove_empty(made)
+        raise ResfeatError(
+            f"cannot write to {layout.root}: {error.strerror or error}; "
+            "give a folder that can be written, with space left"
+        ) from error
+
+
+def _remove(layout: Layout, made: list[Path]) -> None:
+    shutil.rmtree(layout.private, ignore_errors=True)
+    _remove_empty([layout.embeddings, *made])
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _save(layout: Layout, report: Report) -> None:
+    # A disk too full for the report must not hide the error that the report is about.
+    with suppress(OSError) if report.error else nullcontext():
+        write_json(layout.run_report(report.run_id), report.as_dict())

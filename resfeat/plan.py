@@ -1,0 +1,120 @@
+"""The frozen listing, cut into shards.
+
+A plan is a folder of Parquet files in which each row group is one shard, so a worker reads its own
+rows and nothing else. Both sides are streamed: memory does not grow with the number of items.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resfeat.layout import Layout
+from resfeat.sources.item import Item
+
+SHARD_SIZE = 4096
+SHARDS_PER_FILE = 64
+
+# A small collection is cut finer, so that all workers have work and a crash costs little.
+SMALL_SHARDS = 32
+SMALLEST_SHARD = 128
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many items there are and how they are cut."""
+
+    items: int
+    shards: int
+    shard_size: int
+
+    def length(self, shard: int) -> int:
+        """Items in one shard; only the last may be short."""
+        return min(self.shard_size, self.items - shard * self.shard_size)
+
+
+def shard_size_for(items: int) -> int:
+    """The default shard size: 4,096, or the multiple of 128 that gives about 32 shards."""
+    wanted = -(-items // SMALL_SHARDS)
+    return min(SHARD_SIZE, max(SMALLEST_SHARD, -(-wanted // SMALLEST_SHARD) * SMALLEST_SHARD))
+
+
+def write_plan(layout: Layout, listing: Iterable[Item], shard_size: int | None) -> Plan:
+    """Write the listing as it comes, cut into shards. A pure function of both arguments.
+
+    Where no shard size is given, as many rows as the largest default needs are held back until it
+    is clear how long the listing is.
+    """
+    tables = _tables(listing, shard_size or SMALLEST_SHARD)
+    held: list[pa.Table] = []
+    if shard_size is None:
+        held = list(itertools.islice(tables, SMALL_SHARDS * SHARD_SIZE // SMALLEST_SHARD))
+        shard_size = shard_size_for(sum(table.num_rows for table in held))
+        held = list(_recut(held, shard_size))
+    items = shards = 0
+    writer = None
+    for table in itertools.chain(held, _recut(tables, shard_size)):
+        if shards % SHARDS_PER_FILE == 0:
+            if writer:
+                writer.close()
+            path = layout.plan_file(shards // SHARDS_PER_FILE)
+            writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        assert writer is not None
+        writer.write_table(table, row_group_size=shard_size)
+        items += table.num_rows
+        shards += 1
+    if writer:
+        writer.close()
+    return Plan(items, shards, shard_size)
+
+
+def read_shard(layout: Layout, shard: int) -> list[Item]:
+    """The items of one shard, in plan order."""
+    number, row_group = divmod(shard, SHARDS_PER_FILE)
+    with pq.ParquetFile(layout.plan_file(number)) as file:
+        table = file.read_row_group(row_group)
+    mtimes = table["mtime"].cast(pa.int64()).to_pylist()
+    columns = (table["id"].to_pylist(), table["uri"].to_pylist(), table["size"].to_pylist(), mtimes)
+    return [Item(*row) for row in zip(*columns, strict=True)]
+
+
+def _tables(listing: Iterable[Item], rows: int) -> Iterator[pa.Table]:
+    iterator = iter(listing)
+    while items := list(itertools.islice(iterator, rows)):
+        yield pa.table(
+            {
+                "id": [item.id for item in items],
+                "uri": [item.uri for item in items],
+                "size": [item.size for item in items],
+                "mtime": pa.array([item.mtime for item in items], SCHEMA.field("mtime").type),
+            },
+            schema=SCHEMA,
+        )
+
+
+def _recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `rows` each, the last one shorter."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        held.append(table)
+        count += table.num_rows
+        while count >= rows:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, rows)
+            held, count = [whole.slice(rows)], count - rows
+    if count:
+        yield pa.concat_tables(held)

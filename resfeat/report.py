@@ -1,0 +1,185 @@
+"""The run report: what a run did, how fast, and what held it back."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any, Literal
+
+from resfeat.dataset import Dataset
+from resfeat.errors import ResfeatError, Stopped
+from resfeat.machine import hardware
+from resfeat.plan import Plan
+from resfeat.worker import ShardResult
+
+LIBRARIES = ("resfeat", "torch", "torchvision", "pillow", "pyarrow", "ray")
+
+# The device counts as kept waiting when its share of waiting for pixels is above this.
+WAITING = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one run did, and where the dataset stands after it.
+
+    items, embedded, failed, reasons: the whole dataset. images, images_failed: this run alone, in
+    shards that it committed. changed: files that were not as listed any more when they were read.
+    start_seconds: from the call until the first worker is live. seconds: from then to the end.
+    stages: busy seconds by stage, added up over threads and workers; `wait` is the time that the
+    model waited for pixels. skipped: files that were passed over in listing, by extension.
+    """
+
+    run_id: str
+    status: Literal["finished", "interrupted", "failed"]
+    output: str
+    items: int
+    embedded: int
+    failed: int
+    reasons: Mapping[str, int]
+    images: int = 0
+    images_failed: int = 0
+    changed: int = 0
+    shards: int = 0
+    shards_left: int = 0
+    start_seconds: float = 0.0
+    seconds: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of this run by the time from the first live worker to the end."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def error_rate(self) -> float:
+        """Share of the dataset's items that gave no embedding, 0 to 1."""
+        return self.failed / self.items if self.items else 0.0
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The stage that decided the speed: read, decode, embed or write. None if nothing ran."""
+        busy = {stage: self.stages.get(stage, 0.0) for stage in ("read", "decode", "write")}
+        embed, wait = self.stages.get("embed", 0.0), self.stages.get("wait", 0.0)
+        if not embed:
+            return None
+        if wait <= WAITING * (wait + embed):
+            return "embed"
+        return max(busy, key=lambda stage: busy[stage])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as it is written to `_resfeat/runs/`."""
+        return {
+            **asdict(self),
+            "images_per_second": round(self.images_per_second, 2),
+            "bottleneck": self.bottleneck,
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: images of the whole dataset, done and failed so far, live workers.
+
+    While the sources are being listed `total` is None and `done` counts the images found.
+    """
+
+    total: int | None
+    done: int
+    failed: int
+    workers: int
+
+
+class Tally:
+    """Adds up a run as its shards are committed.
+
+    todo: numbers of the shards that the dataset still lacks, ascending. started: when the run was
+    asked for, by `time.monotonic`. engine: to be set to what the engine says of itself.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        committed: Sequence[int],
+        on_progress: Callable[[Progress], None],
+        started: float,
+    ) -> None:
+        there = set(committed)
+        self.todo = [shard for shard in range(plan.shards) if shard not in there]
+        self._plan = plan
+        self._before = sum(plan.length(shard) for shard in there)
+        self._on_progress = on_progress
+        self._started = started
+        self._first_worker: float | None = None
+        self._counts: Counter[str] = Counter()
+        self._stages: Counter[str] = Counter()
+        self.engine: Mapping[str, Any] = {}
+
+    def add(self, result: ShardResult) -> None:
+        """A shard was committed."""
+        self._counts["shards"] += 1
+        self._counts["images"] += result.embedded + result.failed
+        self._counts["images_failed"] += result.failed
+        self._counts["changed"] += result.changed
+        self._stages.update(result.seconds)
+
+    def show(self, done: int, failed: int, workers: int) -> None:
+        """Pass on where the run stands, given what the shards in hand have done so far.
+
+        The clock of images per second starts when the first worker is live.
+        """
+        if workers and self._first_worker is None:
+            self._first_worker = time.monotonic()
+        done += self._before + self._counts["images"]
+        failed += self._counts["images_failed"]
+        self._on_progress(Progress(self._plan.items, done, failed, workers))
+
+    def report(
+        self, dataset: Dataset, skipped: Mapping[str, int], error: ResfeatError | None
+    ) -> Report:
+        """The run as it ended, and the dataset as it stands, counted from its files."""
+        now = time.monotonic()
+        begun = self._first_worker or now
+        embedded, reasons = dataset.embedded(), dataset.reasons()
+        return Report(
+            run_id=new_run_id(),
+            status=_status(error),
+            output=str(dataset.layout.root),
+            items=self._plan.items,
+            embedded=embedded,
+            failed=sum(reasons.values()),
+            reasons=reasons,
+            shards_left=len(self.todo) - self._counts["shards"],
+            start_seconds=round(begun - self._started, 3),
+            seconds=round(now - begun, 3),
+            stages={stage: round(busy, 3) for stage, busy in self._stages.items()},
+            engine=self.engine,
+            skipped=dict(skipped),
+            error=str(error) if error else None,
+            **self._counts,
+        )
+
+
+def _status(error: ResfeatError | None) -> Literal["finished", "interrupted", "failed"]:
+    if error is None:
+        return "finished"
+    return "interrupted" if isinstance(error, Stopped) else "failed"
+
+
+def new_run_id() -> str:
+    """Sorts by time, and differs between two runs of the same second."""
+    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that an embedding or a run depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

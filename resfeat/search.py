@@ -1,0 +1,78 @@
+"""Nearest neighbours by exact cosine, streamed over the parts of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resfeat.errors import Failure, ResfeatError, UsageError
+
+if TYPE_CHECKING:
+    from resfeat.dataset import Dataset
+
+QUERY_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image of the dataset and the cosine (-1 to 1) between its embedding and the query's."""
+
+    id: str
+    cosine: float
+
+
+def embed_queries(dataset: Dataset, paths: Sequence[str]) -> NDArray[np.float32]:
+    """Embeddings float32 [len(paths), D] of image files, made as the dataset's own were.
+
+    Raises UsageError for a file that gives no pixels, and ResfeatError where the weights that the
+    dataset was made with cannot be found again.
+    """
+    from resfeat.backbones.weights import resolve
+    from resfeat.decode import decode
+    from resfeat.runtimes.torch import TorchRuntime
+    from resfeat.sources.directory import read
+
+    identity = dataset.record.identity
+    pictures = []
+    for path in paths:
+        content = read(Path(path).absolute().as_uri())
+        picture = (
+            content if isinstance(content, Failure) else decode(content[0], identity.preprocessing)
+        )
+        if isinstance(picture, Failure):
+            raise UsageError(f"cannot use {path} as a query: {picture.reason}, {picture.message}")
+        pictures.append(picture.pixels)
+    weights = resolve(identity.model, dataset.record.weights)
+    if weights.identity != identity:
+        raise ResfeatError(
+            f"{dataset.layout.root} was made with other weights than {dataset.record.weights} are "
+            "now: bring back the file that it was made with"
+        )
+    runtime = TorchRuntime(identity, weights.tensors, "cpu")
+    starts = range(0, len(pictures), QUERY_BATCH)
+    return np.concatenate([runtime.embed(np.stack(pictures[i : i + QUERY_BATCH])) for i in starts])
+
+
+def search(dataset: Dataset, queries: NDArray[np.float32], k: int) -> list[list[Neighbour]]:
+    """The k nearest images to each query, float32 [Q, D], nearest first; ties in plan order."""
+    directions = _normalise(queries)
+    best: list[list[Neighbour]] = [[] for _ in queries]
+    for ids, vectors in dataset.vectors():
+        cosines = directions @ _normalise(vectors).T
+        for row, nearest in zip(cosines, best, strict=True):
+            order = np.argsort(-row, kind="stable")[:k]
+            nearest += [Neighbour(ids[int(i)].as_py(), float(row[i])) for i in order]
+            nearest.sort(key=lambda neighbour: -neighbour.cosine)
+            del nearest[k:]
+    return best
+
+
+def _normalise(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths: NDArray[np.float32] = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths[lengths == 0] = 1  # an all-zero vector is near to nothing
+    return vectors / lengths

@@ -1,0 +1,161 @@
+"""Directories on a local disk: list them in a fixed order, and read a file from them.
+
+What is listed: every file below the sources, whatever its name, because an image is recognised by
+its content. What is passed over, and counted: hidden files and folders (a leading dot), files whose
+extension says that they are something that travels beside images (`SIDECARS`), and resfeat's own
+output folders. Symbolic links are followed, but not into a folder that is being walked already. A
+pipe, a socket or a dangling link is listed and becomes a failure row.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from resfeat.errors import Failure, Reason, ResfeatError, UsageError
+from resfeat.sources.item import Item
+
+MAX_BYTES = 256 * 1024**2
+
+SIDECARS = frozenset(
+    ".cfg .csv .db .doc .docx .gz .htm .html .ini .json .jsonl .log .md .npy .npz .parquet .pdf"
+    " .pkl .py .rst .sh .sqlite .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
+)
+
+
+class Directories:
+    """A listing of one or more directories (or single files), in a fixed order.
+
+    Ids are paths relative to the source, or, where there are several, to their common parent, so
+    that no two images share one. Iterating gives `Item`s; `skipped` then tells what was passed
+    over, by extension.
+
+    Raises UsageError where a source is missing or lies within another.
+    """
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        # By components, so that whatever lies within a folder sorts right behind it.
+        self.roots = sorted(map(os.path.abspath, sources), key=lambda root: root.split(os.sep))
+        self.skipped: Counter[str] = Counter()
+        for root in self.roots:
+            if not os.path.exists(root):
+                raise UsageError(f"source {root} does not exist: check the path, or mount it")
+        for outer, inner in zip(self.roots, self.roots[1:], strict=False):
+            if inner == outer or inner.startswith(os.path.join(outer, "")):
+                raise UsageError(
+                    f"source {inner} lies within source {outer}: name only one of them"
+                )
+        # One directory is its own base; a file, or several sources, count from the parent.
+        if len(self.roots) == 1 and os.path.isdir(self.roots[0]):
+            base = self.roots[0]
+        else:
+            base = os.path.commonpath([os.path.dirname(root) for root in self.roots])
+        self._base = os.path.join(base, "")
+
+    def __iter__(self) -> Iterator[Item]:
+        self.skipped.clear()
+        for root in self.roots:
+            if os.path.isdir(root):
+                yield from self._walk(root, ())
+            else:
+                yield self._item(root, os.stat(root))
+
+    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Item]:
+        try:
+            here = os.stat(folder)
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            raise ResfeatError(
+                f"cannot list {printable(folder)}: {error.strerror}; "
+                "make it readable, or leave it out of the sources"
+            ) from error
+        above = (*above, (here.st_dev, here.st_ino))
+        for entry in entries:
+            if entry.name.startswith("."):
+                self.skipped["hidden"] += 1
+            elif entry.is_dir():
+                if self._is_walkable(entry, above):
+                    yield from self._walk(entry.path, above)
+            else:
+                extension = os.path.splitext(entry.name)[1].lower()
+                if extension in SIDECARS:
+                    self.skipped[extension] += 1
+                    continue
+                try:
+                    status = entry.stat()
+                except OSError:  # a dangling link: reading it will say so in a failure row
+                    status = entry.stat(follow_symlinks=False)
+                yield self._item(entry.path, status)
+
+    def _is_walkable(self, entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:
+        if os.path.exists(os.path.join(entry.path, "_resfeat")):
+            self.skipped["resfeat output"] += 1
+            return False
+        if entry.is_symlink():
+            target = entry.stat()
+            if (target.st_dev, target.st_ino) in above:
+                self.skipped["link loop"] += 1
+                return False
+        return True
+
+    def _item(self, path: str, status: os.stat_result) -> Item:
+        return Item(
+            id=printable(path.removeprefix(self._base)),
+            uri="file://" + quote_from_bytes(os.fsencode(path)),
+            size=status.st_size,
+            mtime=status.st_mtime_ns // 1000,
+        )
+
+
+def printable(path: str) -> str:
+    r"""The path as valid UTF-8: bytes that are not become `\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def path_of(uri: str) -> Path:
+    """The local path that a `file://` URI names."""
+    return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))))
+
+
+def read(uri: str) -> tuple[bytes, int, int] | Failure:
+    """The file's bytes with the size (bytes) and mtime (microseconds) that it has now.
+
+    Never blocks on a pipe or a device, and reads no more than `MAX_BYTES`.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer would wait for ever. No effect on files.
+        descriptor = os.open(path_of(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return _failure(error)
+    try:
+        with open(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return Failure("read", "not_regular_file", "a pipe, socket, device or folder")
+            if status.st_size > MAX_BYTES:
+                return Failure(
+                    "read", "too_large", f"{status.st_size:,} bytes; {MAX_BYTES:,} at most"
+                )
+            data = file.read()
+    except OSError as error:
+        return _failure(error)
+    if not data:
+        return Failure("read", "empty", "0 bytes")
+    return data, len(data), status.st_mtime_ns // 1000
+
+
+def _failure(error: OSError) -> Failure:
+    reason: Reason = "io_error"
+    if isinstance(error, FileNotFoundError):
+        reason = "not_found"
+    elif isinstance(error, PermissionError):
+        reason = "permission"
+    elif error.errno in (errno.ENXIO, errno.ENODEV):  # what open() says of a socket
+        reason = "not_regular_file"
+    return Failure("read", reason, error.strerror or str(error))
