@@ -53,7 +53,7 @@ def extract(
     weights = resolve(spec.model, spec.weights)
     with _output(layout):
         record = Record.load(layout)
-        if record is None:
+        if new := record is None:
             record = _make_plan(layout, spec, listing, weights, on_progress, stopping)
         _check_same(layout, record, spec, listing, weights)
         tally = Tally(record.plan, layout.committed(), on_progress, started)
@@ -66,10 +66,12 @@ def extract(
                         tally.add(result)
         except ResfeatError as raised:
             error = raised
+            if new and not tally.began:
+                layout.spec.unlink()  # nothing was tried, so nothing is left behind
+                raise
         report = tally.report(Dataset(layout, record), listing.skipped, error)
         _save(layout, report)
-    if report.status == "failed":
-        assert error is not None
+    if error and report.status == "failed":
         raise error
     return report
 

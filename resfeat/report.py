@@ -143,6 +143,11 @@ class Tally:
         failed += self._counts["images_failed"]
         self._on_progress(Progress(self._plan.items, done, failed, workers))
 
+    @property
+    def began(self) -> bool:
+        """Whether any worker came to be live."""
+        return self._first_worker is not None
+
     def report(
         self, dataset: Dataset, skipped: Mapping[str, int], error: ResfeatError | None
     ) -> Report:

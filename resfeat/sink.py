@@ -43,7 +43,7 @@ FAILURES = pa.schema(
 
 def embeddings_schema(identity: Identity, dim: int, *, with_label: bool) -> pa.Schema:
     """The columns of `embeddings/`, with the identity as JSON under the metadata key `resfeat`."""
-    value = pa.field("item", pa.float32(), nullable=False)
+    value = pa.field("element", pa.float32(), nullable=False)
     fields = [
         pa.field("id", pa.string(), nullable=False),
         pa.field("embedding", pa.list_(value, dim), nullable=False),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ ATTEMPTS = 3
 # One CPU worker gets no more cores than this by default; larger machines get more workers.
 CPUS_PER_WORKER = 8
 POLL_SECONDS = 0.5
+CONNECT_SECONDS = 5.0
 
 
 class RayWorker:
@@ -259,6 +261,7 @@ def _connect(address: str | None, weights_bytes: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
+            _check_reachable(address)
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -274,6 +277,13 @@ def _connect(address: str | None, weights_bytes: int) -> None:
         where = f"join Ray at {address}" if address else "start Ray"
         hint = "check --address" if address else "--workers 0 does without it"
         raise ResfeatError(f"cannot {where}: {_last_line(error)}; {hint}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself goes on trying for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _place(options: RuntimeOptions, shards: int) -> tuple[int, dict[str, float], Placement]:

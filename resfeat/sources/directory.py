@@ -79,7 +79,7 @@ class Directories:
         for entry in entries:
             if entry.name.startswith("."):
                 self.skipped["hidden"] += 1
-            elif entry.is_dir():
+            elif _is_dir(entry):
                 if self._is_walkable(entry, above):
                     yield from self._walk(entry.path, above)
             else:
@@ -113,6 +113,13 @@ class Directories:
         )
 
 
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def printable(path: str) -> str:
     r"""The path as valid UTF-8: bytes that are not become `\xNN`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -134,17 +141,17 @@ def read(uri: str) -> tuple[bytes, int, int] | Failure:
     except OSError as error:
         return _failure(error)
     try:
-        with open(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return Failure("read", "not_regular_file", "a pipe, socket, device or folder")
-            if status.st_size > MAX_BYTES:
-                return Failure(
-                    "read", "too_large", f"{status.st_size:,} bytes; {MAX_BYTES:,} at most"
-                )
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return Failure("read", "not_regular_file", "a pipe, socket, device or folder")
+        if status.st_size > MAX_BYTES:
+            return Failure("read", "too_large", f"{status.st_size:,} bytes; {MAX_BYTES:,} at most")
+        with open(descriptor, "rb", closefd=False) as file:
             data = file.read()
     except OSError as error:
         return _failure(error)
+    finally:
+        os.close(descriptor)
     if not data:
         return Failure("read", "empty", "0 bytes")
     return data, len(data), status.st_mtime_ns // 1000
@@ -152,7 +159,7 @@ def read(uri: str) -> tuple[bytes, int, int] | Failure:
 
 def _failure(error: OSError) -> Failure:
     reason: Reason = "io_error"
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
         reason = "not_found"
     elif isinstance(error, PermissionError):
         reason = "permission"

@@ -1,0 +1,42 @@
+"""The independent reference: torchvision's model and transforms on Pillow's pixels, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.models import ResNet, get_model, get_model_weights
+
+
+def torchvision_model(name: str, seed: int) -> ResNet:
+    """torchvision's network with random weights and batch norms that do something."""
+    torch.manual_seed(seed)
+    model = get_model(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def reference_embeddings(
+    name: str, checkpoint: Path, images: Iterable[Path]
+) -> NDArray[np.float32]:
+    """Embeddings [N, D], as a careful user would compute them without resfeat."""
+    model = get_model(name)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    model.fc = torch.nn.Identity()
+    model.eval()
+    transforms = get_model_weights(name).DEFAULT.transforms()
+    embeddings = []
+    with torch.inference_mode():
+        for path in images:
+            with Image.open(path) as image:
+                embeddings.append(model(transforms(image.convert("RGB"))[None])[0].numpy())
+    return np.stack(embeddings)

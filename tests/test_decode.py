@@ -1,0 +1,201 @@
+"""The pixel policy, case by case, on pictures made here."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from broken import EXPECTED, write_broken
+from PIL import Image, ImageFile
+from torchvision.models import ResNet50_Weights
+from torchvision.transforms import functional as F  # noqa: N812
+
+from resfeat.decode import Picture, decode
+from resfeat.errors import REASONS, Failure
+from resfeat.sources.directory import read
+from resfeat.spec import Preprocessing
+
+PREPROCESSING = Preprocessing(
+    resize=232,
+    crop=224,
+    interpolation="bilinear",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+def encoded(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def decoded(picture, kind="PNG", **options) -> Picture:
+    result = decode(encoded(picture, kind, **options), PREPROCESSING)
+    assert isinstance(result, Picture), result
+    return result
+
+
+def gradient(width=320, height=240):
+    """Red grows to the right, green downwards."""
+    y, x = np.mgrid[:height, :width]
+    red, green = x * 255 // width, y * 255 // height
+    return Image.fromarray(np.dstack([red, green, np.full_like(red, 90)]).astype(np.uint8))
+
+
+def torchvisions_pixels(image):
+    transforms = ResNet50_Weights.DEFAULT.transforms()
+    resized = F.resize(image.convert("RGB"), transforms.resize_size)
+    return np.asarray(F.center_crop(resized, transforms.crop_size))
+
+
+def test_pixels_are_torchvisions_to_the_last_bit(photos):
+    for path in sorted(photos.rglob("*.*"))[::10]:
+        ours = decode(path.read_bytes(), PREPROCESSING)
+        with Image.open(path) as image:
+            assert np.array_equal(ours.pixels, torchvisions_pixels(image))
+            assert (ours.width, ours.height) == image.size
+
+
+def test_only_the_middle_of_a_very_long_picture_is_sampled(photos):
+    with Image.open(sorted(photos.rglob("*.png"))[0]) as photo:
+        for size in ((photo.width, photo.height // 12), (photo.width // 12, photo.height)):
+            strip = photo.crop((0, 0, *size))
+            difference = np.abs(decoded(strip).pixels.astype(int) - torchvisions_pixels(strip))
+            assert difference.max() <= 2
+            assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_is_read_by_content(kind):
+    picture = decoded(gradient(), kind)
+    assert picture.pixels.shape == (224, 224, 3)
+    assert picture.pixels.dtype == np.uint8
+    expected = decoded(gradient()).pixels.astype(int)
+    assert np.abs(picture.pixels - expected).mean() < (8 if kind == "GIF" else 3)
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    upright = gradient()
+    if orientation in TURNS:
+        upright = upright.transpose(TURNS[orientation])
+    picture = decoded(gradient(), exif=exif)
+    assert (picture.width, picture.height) == upright.size
+    assert np.array_equal(picture.pixels, decoded(upright).pixels)
+
+
+def test_alpha_is_composited_on_white():
+    half_clear = gradient().convert("RGBA")
+    half_clear.putalpha(128)
+    expected = 255 - (255 - decoded(gradient()).pixels.astype(int)) * 128 / 255
+    assert np.abs(decoded(half_clear).pixels - expected).max() <= 2
+    assert decoded(Image.new("LA", (9, 9), (0, 0))).pixels.min() == 255
+    assert decoded(Image.new("RGB", (9, 9), (1, 2, 3)), transparency=(1, 2, 3)).pixels.min() == 255
+    palette = Image.new("P", (9, 9), 0)
+    palette.putpalette([10, 20, 30])
+    assert tuple(decoded(palette).pixels[0, 0]) == (10, 20, 30)
+    assert decoded(palette, transparency=0).pixels.min() == 255
+
+
+def test_grey_becomes_three_equal_channels():
+    pixels = decoded(gradient().convert("L")).pixels
+    assert np.array_equal(pixels[..., 0], pixels[..., 1])
+    assert np.array_equal(pixels[..., 0], pixels[..., 2])
+    assert set(np.unique(decoded(Image.new("1", (9, 9), 1)).pixels)) == {255}
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped():
+    wide = np.linspace(0, 65535, 300 * 300).astype(np.uint16).reshape(300, 300)
+    pixels = decoded(Image.fromarray(wide)).pixels
+    expected = decoded(Image.fromarray(np.rint(wide / 257).astype(np.uint8))).pixels
+    assert np.array_equal(pixels, expected)
+    assert pixels.max() < 255 and 120 < pixels.mean() < 135
+
+
+def test_cmyk_is_converted_as_pillow_does():
+    cmyk = gradient().convert("CMYK")
+    expected = Image.open(io.BytesIO(encoded(cmyk, "TIFF"))).convert("RGB")
+    assert np.array_equal(decoded(cmyk, "TIFF").pixels, decoded(expected).pixels)
+
+
+def test_pixels_without_a_fixed_range_are_refused():
+    for mode in ("F", "I"):
+        failure = decode(encoded(Image.new(mode, (9, 9)), "TIFF"), PREPROCESSING)
+        assert isinstance(failure, Failure) and failure.reason == "format_not_allowed"
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (50, 50), colour) for colour in ("red", "blue", "green")]
+    for kind in ("GIF", "WEBP"):
+        picture = decoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert np.abs(picture.pixels[0, 0].astype(int) - (255, 0, 0)).max() < 8
+
+
+@pytest.mark.parametrize("size", [(1, 1), (60_000, 3), (3, 60_000), (223, 225)])
+def test_any_shape_is_embedded(size):
+    picture = decoded(Image.new("RGB", size, (50, 100, 150)), "PNG")
+    assert (picture.width, picture.height) == size
+    assert np.abs(picture.pixels.astype(int) - (50, 100, 150)).max() <= 1
+
+
+def test_broken_files_have_the_reason_that_fits(tmp_path):
+    write_broken(tmp_path)
+    given = {}
+    for name in EXPECTED:
+        content = read((tmp_path / name).as_uri())
+        failure = content if isinstance(content, Failure) else decode(content[0], PREPROCESSING)
+        assert isinstance(failure, Failure), name
+        assert failure.reason in REASONS
+        given[name] = failure.stage, failure.reason
+    assert given == EXPECTED
+
+
+def test_a_host_program_that_loads_truncated_images_changes_nothing(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    half = encoded(gradient(), "JPEG")[:2000]
+    assert decode(half, PREPROCESSING).reason == "truncated"
+
+
+def test_every_prefix_and_any_flipped_byte_is_an_answer_and_not_an_exception():
+    """Real decoders on 600 damaged files: each a picture or a failure of the closed list."""
+    chance = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        whole = encoded(gradient(64, 48), kind)
+        damaged = [whole[: len(whole) * n // 50] for n in range(50)]
+        for _ in range(50):
+            flipped = bytearray(whole)
+            for place in chance.integers(0, len(whole), 3):
+                flipped[place] ^= 1 << int(chance.integers(8))
+            damaged.append(bytes(flipped))
+        for data in damaged:
+            result = decode(data, PREPROCESSING)
+            assert isinstance(result, Picture) or result.reason in REASONS
+
+
+def test_a_formats_code_does_not_run_unless_it_is_allowed(monkeypatch):
+    opened = []
+    for name in ("EPS", "PSD", "ICO"):
+        factory, accept = Image.OPEN[name]
+        spy = lambda *args, name=name: opened.append(name)  # noqa: E731
+        monkeypatch.setitem(Image.OPEN, name, (spy, accept))
+    for data in (
+        b"%!PS-Adobe-3.0\n",
+        b"8BPS" + bytes(30),
+        struct.pack("<HHH", 0, 1, 1) + bytes(30),
+    ):
+        assert decode(data, PREPROCESSING).reason == "format_not_allowed"
+    assert opened == []

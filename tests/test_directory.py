@@ -1,0 +1,114 @@
+"""Listing and reading directories."""
+
+import os
+import socket
+
+import pytest
+
+from resfeat.errors import Failure, ResfeatError, UsageError
+from resfeat.sources.directory import Directories, path_of, read
+
+
+def make(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode(errors="surrogateescape"))
+    return folder
+
+
+def ids(*sources):
+    return [item.id for item in Directories([str(source) for source in sources])]
+
+
+def test_the_order_is_fixed_and_nested(tmp_path):
+    make(tmp_path, "b/2.jpg", "b/10.jpg", "a.png", "c/d/e.webp", "B.jpg")
+    assert ids(tmp_path) == ["B.jpg", "a.png", "b/10.jpg", "b/2.jpg", "c/d/e.webp"]
+
+
+def test_what_is_no_image_by_its_name_is_passed_over_and_counted(tmp_path):
+    make(tmp_path, "1.jpg", "1.json", "2.JSON", ".DS_Store", ".cache/3.jpg", "noname", "odd.xyz")
+    make(tmp_path, "out/_resfeat/spec.json", "out/embeddings/part-00000.parquet")
+    listing = Directories([str(tmp_path)])
+    assert [item.id for item in listing] == ["1.jpg", "noname", "odd.xyz"]
+    assert listing.skipped == {".json": 2, "hidden": 2, "resfeat output": 1}
+
+
+def test_several_sources_count_from_their_common_parent(tmp_path):
+    make(tmp_path, "x/train/1.jpg", "x/val/1.jpg", "x/single.jpg", "x/other.jpg")
+    x = tmp_path / "x"
+    assert ids(x / "val", x / "train") == ["train/1.jpg", "val/1.jpg"]
+    assert ids(x / "single.jpg", x / "train") == ["single.jpg", "train/1.jpg"]
+    assert ids(x / "single.jpg") == ["single.jpg"]
+
+
+def test_sources_that_overlap_or_are_missing_are_refused(tmp_path):
+    make(tmp_path, "a/b/1.jpg", "a b/2.jpg")
+    with pytest.raises(UsageError, match="lies within"):
+        ids(tmp_path / "a", tmp_path / "a b", tmp_path / "a" / "b")
+    with pytest.raises(UsageError, match="lies within"):
+        ids(tmp_path / "a", tmp_path / "a")
+    with pytest.raises(UsageError, match="does not exist"):
+        ids(tmp_path / "nowhere")
+
+
+def test_odd_names_survive(tmp_path):
+    names = [b"bad\xff\xfe.jpg", b"new\nline.jpg", b"glob[a]*?.jpg", b"-rf.jpg", b" lead.jpg"]
+    names += [
+        b"a" * 251 + b".jpg",
+        "\u00e9.jpg".encode(),
+        "e\u0301.jpg".encode(),
+        b"50%20off#1.jpg",
+    ]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(name)
+    items = list(Directories([str(tmp_path)]))
+    assert len({item.id for item in items}) == len(names)
+    assert r"bad\xff\xfe.jpg" in {item.id for item in items}
+    for item in items:
+        item.id.encode(), item.uri.encode("ascii")  # both can be stored
+        content, size, mtime = read(item.uri)
+        assert os.path.basename(os.fsencode(path_of(item.uri))) == content
+        assert (size, mtime) == (item.size, item.mtime)
+
+
+def test_links_are_followed_but_not_for_ever(tmp_path):
+    make(tmp_path, "in/1.jpg", "away/2.jpg")
+    inside = tmp_path / "in"
+    (inside / "loop").symlink_to(".")
+    (inside / "linked").symlink_to(tmp_path / "away")
+    (inside / "file.jpg").symlink_to(tmp_path / "away" / "2.jpg")
+    (inside / "dangling.jpg").symlink_to("nowhere")
+    (inside / "self.jpg").symlink_to("self.jpg")
+    assert ids(inside) == ["1.jpg", "dangling.jpg", "file.jpg", "linked/2.jpg", "self.jpg"]
+
+
+def test_special_files_are_listed_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    bound = socket.socket(socket.AF_UNIX)
+    bound.bind(str(tmp_path / "socket.jpg"))
+    (tmp_path / "folder.jpg").mkdir()
+    with open(tmp_path / "giant.jpg", "wb") as file:
+        file.truncate(64 << 30)
+    reasons = {item.id: read(item.uri).reason for item in Directories([str(tmp_path)])}
+    assert reasons == {
+        "fifo.jpg": "not_regular_file",
+        "giant.jpg": "too_large",
+        "socket.jpg": "not_regular_file",
+    }
+    assert read((tmp_path / "folder.jpg").as_uri()).reason == "not_regular_file"
+    assert read((tmp_path / "gone.jpg").as_uri()) == Failure(
+        "read", "not_found", "No such file or directory"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path):
+    make(tmp_path, "a/1.jpg", "2.jpg")
+    (tmp_path / "2.jpg").chmod(0)
+    assert read((tmp_path / "2.jpg").as_uri()).reason == "permission"
+    (tmp_path / "a").chmod(0)
+    with pytest.raises(ResfeatError, match="cannot list"):
+        ids(tmp_path)
+    (tmp_path / "a").chmod(0o755)

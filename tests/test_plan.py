@@ -1,0 +1,61 @@
+"""The plan: every item in exactly one shard, in order, whatever the sizes."""
+
+import itertools
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resfeat import plan
+from resfeat.layout import Layout
+from resfeat.plan import read_shard, shard_size_for, write_plan
+from resfeat.sources.item import Item
+
+
+def items(count):
+    return [Item(f"dir/{n}.jpg", f"file:///dir/{n}.jpg", n, 1_700_000_000_000_000 + n)
+            for n in range(count)]  # fmt: skip
+
+
+@pytest.fixture
+def layout(tmp_path):
+    layout = Layout(tmp_path)
+    layout.plan.mkdir(parents=True)
+    return layout
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(0, 700), size=st.none() | st.integers(1, 300))
+def test_every_item_is_in_exactly_one_shard(tmp_path_factory, count, size):
+    layout = Layout(tmp_path_factory.mktemp("plan"))
+    layout.plan.mkdir(parents=True)
+    made = write_plan(layout, items(count), size)
+    shards = [read_shard(layout, shard) for shard in range(made.shards)]
+    assert list(itertools.chain(*shards)) == items(count)
+    assert [len(shard) for shard in shards] == [made.length(n) for n in range(made.shards)]
+    assert made.items == count
+    assert made.shard_size == (size or shard_size_for(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(0, 128), (1, 128), (500, 128), (4096, 128), (4097, 256), (131_072, 4096), (10**8, 4096)],
+)
+def test_small_collections_are_cut_finer(count, size):
+    assert shard_size_for(count) == size
+
+
+def test_a_listing_longer_than_what_is_held_back(layout, monkeypatch):
+    monkeypatch.setattr(plan, "SHARD_SIZE", 256)  # holds back 32 x 256 rows
+    made = write_plan(layout, iter(items(8192 + 300)), None)
+    assert (made.items, made.shards, made.shard_size) == (8492, 34, 256)
+    assert [len(read_shard(layout, n)) for n in (0, 31, 32, 33)] == [256, 256, 256, 44]
+
+
+def test_one_row_group_a_shard_and_many_shards_a_file(layout):
+    made = write_plan(layout, items(200), 1)
+    files = [pq.ParquetFile(layout.plan_file(n)) for n in range(4)]
+    assert [file.num_row_groups for file in files] == [64, 64, 64, 8]
+    assert made.shards == 200
+    assert read_shard(layout, 199) == items(200)[199:]
