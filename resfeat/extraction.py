@@ -166,10 +166,10 @@ def _output(layout: Layout) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         with run_lock(layout):
             try:
-                for leftover in layout.tmp.iterdir():  # of a run that was killed
-                    leftover.unlink()
+                _empty(layout.tmp)  # of what a killed run left
                 yield
             finally:
+                _empty(layout.tmp)  # of what workers left that were killed or stopped
                 if not layout.spec.exists():
                     _remove(layout, made)
     except OSError as error:
@@ -178,6 +178,11 @@ def _output(layout: Layout) -> Iterator[None]:
             f"cannot write to {layout.root}: {error.strerror or error}; "
             "give a folder that can be written, with space left"
         ) from error
+
+
+def _empty(folder: Path) -> None:
+    for leftover in folder.iterdir():
+        leftover.unlink(missing_ok=True)
 
 
 def _remove(layout: Layout, made: list[Path]) -> None:

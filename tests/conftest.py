@@ -51,8 +51,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resfeat() -> Run:
     """Run the installed command: `resfeat("status", "out")` gives the finished process."""
 
-    def run(*arguments: object, timeout: float = 300, **options: object):
+    def run(*arguments: object, env: dict[str, str] | None = None):
         command = [sys.executable, "-m", "resfeat", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+        environment = {**os.environ, **(env or {})}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
     return run

@@ -1,4 +1,4 @@
-"""The independent reference: torchvision's model and transforms on Pillow's pixels, nothing else."""
+"""The independent reference: torchvision's model and transforms on Pillow's pixels."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_every_prefix_and_any_flipped_byte_is_an_answer_and_not_an_exception():
 def test_a_formats_code_does_not_run_unless_it_is_allowed(monkeypatch):
     opened = []
     for name in ("EPS", "PSD", "ICO"):
-        factory, accept = Image.OPEN[name]
+        _, accept = Image.OPEN[name]
         spy = lambda *args, name=name: opened.append(name)  # noqa: E731
         monkeypatch.setitem(Image.OPEN, name, (spy, accept))
     for data in (

@@ -28,7 +28,7 @@ def layout(tmp_path):
 
 
 def rows(*ids):
-    return [Row(id, 640, 480, 1000, 1_700_000_000_123_456, "cats") for id in ids]
+    return [Row(name, 640, 480, 1000, 1_700_000_000_123_456, "cats") for name in ids]
 
 
 def vectors(count):
@@ -79,10 +79,10 @@ def test_an_exception_leaves_nothing(layout, identity):
 @pytest.mark.parametrize("planned", [["a.jpg"], ["a.jpg", "b.jpg", "c.jpg"], ["a.jpg", "c.jpg"]])
 def test_rows_that_are_not_the_plans_are_never_committed(planned, layout, identity):
     schema = embeddings_schema(identity, 4, with_label=False)
-    with pytest.raises(ResfeatError, match="do not match the plan"):
-        with Part(layout, 0, schema) as part:
-            part.add(rows("a.jpg", "b.jpg"), vectors(2))
-            part.commit(planned)
+    refused = pytest.raises(ResfeatError, match="do not match the plan")
+    with refused, Part(layout, 0, schema) as part:
+        part.add(rows("a.jpg", "b.jpg"), vectors(2))
+        part.commit(planned)
     assert not layout.committed()
     assert not list(layout.tmp.iterdir())
 

@@ -201,6 +201,8 @@ def _tell(report: Report, *, verbose: bool) -> None:
         )
         busy = (f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
         click.echo("Busy seconds, over all threads: " + ", ".join(busy))
+    if deaths := report.engine.get("worker_deaths"):
+        click.echo(f"Workers that died and were replaced: {deaths}; their shards were done again")
     if report.changed:
         click.echo(
             f"Changed since they were listed: {report.changed:,} images, taken as they are now"

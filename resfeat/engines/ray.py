@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 import socket
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,9 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+
+# Ray prints its own words about dead workers to standard output, and reads this when it is imported.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
 
 import numpy as np
 import ray
@@ -146,6 +151,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             pool.hand_out()
             yield from pool.collect()
             on_progress(*pool.counts())
+            self.description["worker_deaths"] = pool.deaths.total()
         if pool.left:
             raise Stopped("stopped as asked")
 
@@ -160,7 +166,7 @@ class _Pool:
         self.left = len(shards)
         self._members = members
         self._weights = weights
-        self._deaths: Counter[int] = Counter()
+        self.deaths: Counter[int] = Counter()
         # Every call under way: whose it is, and the shard, or None for `start`.
         self._calls: dict[ray.ObjectRef[Any], tuple[_Member, int | None]] = {}
         self._asked: dict[ray.ObjectRef[Any], _Member] = {}
@@ -240,8 +246,8 @@ class _Pool:
             culprit, what = -1, "starting"
         else:  # it could not be made at all, which Ray does not try again
             raise ResfeatError(f"a worker could not start: {_last_line(error)}") from error
-        self._deaths[culprit] += 1
-        if self._deaths[culprit] >= ATTEMPTS:
+        self.deaths[culprit] += 1
+        if self.deaths[culprit] >= ATTEMPTS:
             raise ResfeatError(
                 f"{ATTEMPTS} workers died while {what}: {_last_line(error)}; "
                 "give each more memory (fewer --workers), or look at that shard in _resfeat/plan"
@@ -258,6 +264,7 @@ class _Pool:
 def _connect(address: str | None, weights_bytes: int) -> None:
     """Join the cluster at `address`, or start one on this machine for the length of the run."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
@@ -277,6 +284,9 @@ def _connect(address: str | None, weights_bytes: int) -> None:
         where = f"join Ray at {address}" if address else "start Ray"
         hint = "check --address" if address else "--workers 0 does without it"
         raise ResfeatError(f"cannot {where}: {_last_line(error)}; {hint}") from error
+    # Ray puts a handler of its own in place, which would end the run without a drain.
+    if sigterm is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, sigterm)
 
 
 def _check_reachable(address: str) -> None:

@@ -1,0 +1,136 @@
+"""The main job on 500 real photographs with a dozen broken files among them."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+from broken import EXPECTED
+from datasets import rows, vectors
+from PIL import Image
+from reference import reference_embeddings
+
+PHOTOS = 500
+
+
+def test_every_file_is_exactly_one_row(inline, collection):
+    listed = {str(p.relative_to(collection)) for p in collection.rglob("*") if not p.is_dir()}
+    embedded = rows(inline)["id"].to_pylist()
+    failed = rows(inline, "failures")["id"].to_pylist()
+    counts = Counter(embedded + failed)
+    assert set(counts) == listed
+    assert set(counts.values()) == {1}
+    assert (len(embedded), len(failed)) == (PHOTOS, len(EXPECTED))
+
+
+def test_failures_say_what_is_wrong(inline, collection):
+    failures = rows(inline, "failures").to_pylist()
+    given = {row["id"].rpartition("/")[2]: (row["stage"], row["reason"]) for row in failures}
+    assert given == EXPECTED
+    assert all(row["message"] for row in failures)
+    assert all(row["uri"] == (collection / row["id"]).as_uri() for row in failures)
+
+
+def test_embeddings_are_those_of_an_independent_script(inline, collection, checkpoint):
+    table = rows(inline)
+    paths = [collection / name for name in table["id"].to_pylist()]
+    expected = reference_embeddings("resnet18", checkpoint, paths)
+    given = vectors(table)
+    cosines = (expected * given).sum(1)
+    cosines /= np.linalg.norm(expected, axis=1) * np.linalg.norm(given, axis=1)
+    assert cosines.min() >= 0.9999
+    # Same pixels, same weights: what is left is the order of float32 additions.
+    assert np.abs(expected - given).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_other_columns(inline, collection):
+    for row in rows(inline).to_pylist()[::40]:
+        path = collection / row["id"]
+        with Image.open(path) as image:
+            assert (row["width"], row["height"]) == image.size
+        assert row["size"] == path.stat().st_size
+        assert row["mtime"].timestamp() * 1e6 == path.stat().st_mtime_ns // 1000
+        assert row["label"] == path.parent.name == "deeper"
+
+
+def test_two_ray_workers_give_the_same_bits(inline, collection, choices, resfeat, tmp_path):
+    output = tmp_path / "out"
+    done = resfeat("extract", collection, "-o", output, "--workers", 2, *choices)
+    assert done.returncode == 0, done.stderr
+    for kind in ("embeddings", "failures"):
+        ours = sorted((output / kind).iterdir())
+        theirs = sorted((inline / kind).iterdir())
+        assert [path.name for path in ours] == [path.name for path in theirs]
+        assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    (report,) = (output / "_resfeat" / "runs").iterdir()
+    engine = json.loads(report.read_text())["engine"]
+    assert (engine["engine"], engine["workers"]) == ("ray", 2)
+
+
+def test_the_report_and_the_last_lines(inline, collection, choices, resfeat):
+    (path,) = (inline / "_resfeat" / "runs").glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["status"] == "finished"
+    assert (report["items"], report["embedded"], report["failed"]) == (512, 500, 12)
+    assert (report["images"], report["images_failed"], report["shards_left"]) == (512, 12, 0)
+    assert report["reasons"] == Counter(reason for _, reason in EXPECTED.values())
+    assert set(report["stages"]) == {"read", "decode", "wait", "embed", "write"}
+    assert report["bottleneck"] in ("read", "decode", "embed", "write")
+    assert report["images_per_second"] > 0
+    assert report["hardware"]["cpus"] >= 1 and "torch" in report["versions"]
+
+    again = resfeat("extract", collection, "-o", inline, "--workers", 0, *choices)
+    assert again.returncode == 0
+    lines = again.stdout.splitlines()
+    assert lines[0] == "This run: nothing was left to do"
+    assert lines[-1] == f"Finished: 500 embedded and 12 failed of 512 images in {inline}"
+    assert f"see {inline}/failures" in lines[-2]
+
+
+def test_a_part_says_what_its_embeddings_are(inline, checkpoint):
+    part = next((inline / "embeddings").iterdir())
+    told = json.loads(pq.read_schema(part).metadata[b"resfeat"])
+    spec = json.loads((inline / "_resfeat" / "spec.json").read_text())
+    assert told.pop("fingerprint") == spec["fingerprint"]
+    assert told == spec["identity"]
+    assert spec["weights"] == str(checkpoint)
+
+
+def test_too_many_failures_is_exit_code_3(tmp_path, resfeat):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"bad")
+    command = ["extract", tmp_path / "in", "-o", tmp_path / "out", "--model", "resnet18",
+               "--weights", "random:0", "--workers", 0]  # fmt: skip
+    done = resfeat(*command)
+    assert done.returncode == 3
+    assert "50.0% of the images failed, more than --max-error-rate 5.0%" in done.stderr
+    assert "1 embedded and 1 failed of 2 images" in done.stdout
+    assert resfeat(*command, "--max-error-rate", 0.5).returncode == 0
+
+
+def test_a_file_that_changed_after_it_was_listed_is_noticed(tmp_path, monkeypatch):
+    import resfeat
+    from resfeat import engines
+
+    picture = tmp_path / "in" / "1.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (64, 64)).save(picture)
+    start = engines.start
+
+    def rewritten_first(*args):
+        Image.new("RGB", (32, 32)).save(picture)
+        return start(*args)
+
+    monkeypatch.setattr(engines, "start", rewritten_first)
+    spec = resfeat.ExtractSpec(
+        sources=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        model="resnet18",
+        weights="random:0",
+        runtime=resfeat.RuntimeOptions(workers=0),
+    )
+    report = resfeat.extract(spec)
+    assert (report.changed, report.failed) == (1, 0)
+    (row,) = resfeat.open_dataset(tmp_path / "out").embeddings.to_table().to_pylist()
+    assert (row["width"], row["size"]) == (32, picture.stat().st_size)

@@ -1,0 +1,152 @@
+"""The Ray engine: dead workers, placement, and errors that come from a worker."""
+
+import json
+import shutil
+import time
+
+import psutil
+import pytest
+import ray
+from datasets import rows
+from integration.test_resume import start, wait_for_parts
+
+import resfeat
+from resfeat.engines import ray as ray_engine
+from resfeat.errors import ResfeatError
+from resfeat.spec import RuntimeOptions
+
+
+def workers_of(process):
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if (child.cmdline() or [""])[0].startswith("ray::RayWorker")
+    ]
+
+
+def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, tmp_path):
+    output = tmp_path / "out"
+    process = start("extract", collection, "-o", output, *choices, "--workers", 2,
+                    "--shard-size", 32, "--log-json")  # fmt: skip
+    for parts in (2, 6):
+        wait_for_parts(process, output, parts)
+        workers_of(process)[0].kill()
+    told, complained = process.communicate(timeout=200)
+    assert process.returncode == 0, complained
+    assert rows(output).equals(rows(inline))
+    *progress, report = map(json.loads, told.splitlines())
+    assert report["event"] == "report" and report["shards"] == 16
+    assert report["engine"]["worker_deaths"] == 2
+    assert all(line["done"] <= line["total"] == 512 for line in progress)
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(photos, tmp_path, resfeat):
+    """A file system of 256 KiB: the plan fits, the embeddings do not."""
+    output = tmp_path / "small"
+    output.mkdir()
+    if not shutil.which("mount") or not _mount_small(output):
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        done = resfeat("extract", photos, "-o", output / "out", "--model", "resnet18",
+                       "--weights", "random:0", "--workers", 1)  # fmt: skip
+        assert done.returncode == 1
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error"))
+        assert str(output / "out") in line and "No space left" in line and "resumes" in line
+        assert not list((output / "out" / "_resfeat" / "tmp").iterdir())
+    finally:
+        _run("umount", output)
+
+
+def _mount_small(folder):
+    return _run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder) == 0
+
+
+def _run(*command):
+    import subprocess
+
+    return subprocess.run([str(word) for word in command], capture_output=True).returncode
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of 4 CPUs and 2 GPUs, by its own account; placement needs no more."""
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "cpus", "asked", "device"),
+    [
+        ({}, 2, 2, {"num_cpus": 2.0, "num_gpus": 1.0}, "cuda"),
+        ({"gpus_per_worker": 0.5}, 4, 1, {"num_cpus": 1.0, "num_gpus": 0.5}, "cuda"),
+        ({"gpus_per_worker": 0}, 1, 4, {"num_cpus": 4.0, "num_gpus": 0.0}, "cpu"),
+        ({"gpus_per_worker": 0, "workers": 2}, 2, 2, {"num_cpus": 2.0, "num_gpus": 0.0}, "cpu"),
+        ({"gpus_per_worker": 0, "workers": 8}, 8, 1, {"num_cpus": 0.5, "num_gpus": 0.0}, "cpu"),
+        ({"gpus_per_worker": 0, "cpus_per_worker": 1}, 4, 1,
+         {"num_cpus": 1.0, "num_gpus": 0.0}, "cpu"),
+    ],
+)  # fmt: skip
+def test_placement(cluster, options, workers, cpus, asked, device):
+    given = ray_engine._place(RuntimeOptions(**options), shards=100)
+    assert given[:2] == (workers, asked)
+    assert (given[2].cpus, given[2].device) == (cpus, device)
+    assert given[2].batch_size == {"cpu": 16, "cuda": 256}[device]
+
+
+def test_no_more_workers_than_shards(cluster):
+    assert ray_engine._place(RuntimeOptions(), shards=1)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"cpus_per_worker": 5}, {"workers": 3}, {"workers": 3, "cpus_per_worker": 2}]
+)
+def test_what_the_machine_cannot_hold_is_refused(cluster, options):
+    with pytest.raises(ResfeatError, match="give"):
+        ray_engine._place(RuntimeOptions(**options), shards=100)
+
+
+def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_path, monkeypatch):
+    """Real actors, each killed as soon as it is given work."""
+    spec = resfeat.ExtractSpec(
+        sources=(str(collection),),
+        output=str(tmp_path / "out"),
+        model="resnet18",
+        weights="random:0",
+        runtime=RuntimeOptions(workers=1, gpus_per_worker=0),
+    )
+    hand_out = ray_engine._Pool.hand_out
+
+    def and_kill(pool):
+        given = len(pool.waiting)
+        hand_out(pool)
+        if len(pool.waiting) < given:
+            time.sleep(0.5)
+            ray.kill(pool._members[0].actor, no_restart=False)
+
+    monkeypatch.setattr(ray_engine._Pool, "hand_out", and_kill)
+    with pytest.raises(ResfeatError, match="3 workers died while doing shard"):
+        resfeat.extract(spec)
+    assert ray.is_initialized()  # it was ours, and still is
+    (report,) = (tmp_path / "out" / "_resfeat" / "runs").iterdir()
+    assert json.loads(report.read_text())["status"] == "failed"
+
+
+def test_a_missing_gpu_is_said_and_nothing_is_left(photos, tmp_path, resfeat):
+    for workers in (0, 1):
+        done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
+                       "--weights", "random:0", "--gpus-per-worker", 1, "--workers", workers,
+                       env={"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+        assert done.returncode == 1
+        (line,) = done.stderr.strip().splitlines()
+        assert "a GPU was asked for" in line and "--gpus-per-worker 0" in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_address_where_nobody_listens(photos, tmp_path, resfeat):
+    started = time.monotonic()
+    done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
+                   "--weights", "random:0", "--address", "127.0.0.1:1")  # fmt: skip
+    assert done.returncode == 1 and time.monotonic() - started < 20
+    assert "cannot join Ray at 127.0.0.1:1" in done.stderr
+    assert not (tmp_path / "out").exists()

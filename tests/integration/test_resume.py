@@ -1,0 +1,197 @@
+"""Killed, stopped, refused: the same command again finishes, and nothing is done twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pyarrow.dataset as ds
+import pytest
+from datasets import rows
+
+from resfeat.layout import Layout
+from resfeat.plan import read_shard
+
+SHARD = 32
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "resfeat", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_parts(process, output, count):
+    while len(Layout(output).committed()) < count:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+def ray_processes():
+    """Ray's servers and our workers; its idle agents take a minute to notice."""
+    names = ("ray::RayWorker", "/raylet", "/gcs_server")
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any((process.info["cmdline"] or [""])[0].endswith(name) for name in names)
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_half_way(workers, copied, choices, inline, resfeat, tmp_path):
+    output = tmp_path / "out"
+    command = ["extract", copied, "-o", output, *choices, "--workers", workers,
+               "--shard-size", SHARD]  # fmt: skip
+    before = ray_processes()
+    process = start(*command)
+    wait_for_parts(process, output, 6)
+    assert bool(ray_processes() - before) == (workers > 0)
+    process.kill()
+    process.wait()
+
+    deadline = time.monotonic() + 30
+    while orphans := ray_processes() - before:
+        assert time.monotonic() < deadline, orphans
+        time.sleep(0.2)
+    layout = Layout(output)
+    committed = layout.committed()
+    assert 6 <= len(committed) < 16
+    time.sleep(1)
+    assert layout.committed() == committed  # nobody commits late
+
+    # Whatever was read again would now be missing and become a failure row.
+    for shard in committed:
+        for item in read_shard(layout, shard):
+            (copied / item.id).unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in layout.embeddings.iterdir()}
+
+    done = resfeat(*command)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert rows(output).equals(rows(inline))
+    columns = ["id", "stage", "reason", "message"]
+    failures = rows(output, "failures").select(columns)
+    assert failures.equals(rows(inline, "failures").select(columns))
+    assert not list(layout.tmp.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_stops_the_run_in_order(number, code, workers, collection, tmp_path, resfeat):
+    output = tmp_path / "out"
+    command = ["extract", collection, "-o", output, "--model", "resnet18", "--weights", "random:0",
+               "--workers", workers, "--shard-size", SHARD]  # fmt: skip
+    process = start(*command)
+    wait_for_parts(process, output, 1)
+    process.send_signal(number)
+    told, complained = process.communicate(timeout=30)
+    assert process.returncode == code, complained
+    assert "Stopped, the same command goes on" in told
+    assert "stopping" in complained and "Traceback" not in complained
+    assert not list(Layout(output).tmp.iterdir())
+    assert 1 <= len(Layout(output).committed()) < 16
+    status = resfeat("status", output)
+    assert "no" in status.stdout.splitlines()[-1]
+
+
+def test_a_second_signal_stops_at_once(collection, tmp_path):
+    output = tmp_path / "out"
+    process = start("extract", collection, "-o", output, "--model", "resnet152", "--weights",
+                    "random:0", "--workers", 0)  # fmt: skip
+    while not Layout(output).spec.exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # 512 images of ResNet-152 take longer than that
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=2)
+    assert process.returncode == 130
+    assert Layout(output).committed() == []
+
+
+def test_a_run_killed_while_it_listed_is_no_obstacle(photos, tmp_path, resfeat):
+    output = tmp_path / "out"
+    layout = Layout(output)
+    for folder in (layout.embeddings, layout.plan, layout.tmp):
+        folder.mkdir(parents=True)
+    layout.plan_file(0).write_bytes(b"half a file")
+    (layout.tmp / "abc-part-00000.parquet").write_bytes(b"half a part")
+    done = resfeat("extract", photos / "chelsea", "-o", output, "--model", "resnet18",
+                   "--weights", "random:0", "--workers", 0)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(layout.tmp.iterdir())
+
+
+def test_another_identity_is_refused_by_name(inline, collection, choices, checkpoint, resfeat):
+    def refused(*options, source=collection):
+        done = resfeat("extract", source, "-o", inline, "--workers", 0, *choices, *options)
+        assert done.returncode == 2
+        (line,) = done.stderr.strip().splitlines()
+        return line
+
+    before = {path: path.stat().st_mtime_ns for path in inline.rglob("*.parquet")}
+    assert "another weights_digest" in refused("--weights", "random:0")
+    assert "another model: resnet18 there, resnet34 now" in refused(
+        "--model", "resnet34", "--weights", "random:0"
+    )
+    assert "another shard_size" in refused("--shard-size", 7)
+    assert "another sources" in refused(source=collection / "some" / "china")
+    assert {path: path.stat().st_mtime_ns for path in inline.rglob("*.parquet")} == before
+
+
+def test_what_may_change_between_runs_is_not_refused(inline, collection, choices, resfeat):
+    done = resfeat("extract", collection, "-o", inline, *choices, "--workers", 1, "--batch-size", 3)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_writer_is_refused_by_name(collection, choices, tmp_path, resfeat):
+    output = tmp_path / "out"
+    command = ["extract", collection, "-o", output, *choices, "--workers", 0]
+    first = start(*command)
+    wait_for_parts(first, output, 1)
+    second = resfeat(*command)
+    assert second.returncode == 1
+    (line,) = second.stderr.strip().splitlines()
+    assert f"is being written by process {first.pid} on {os.uname().nodename}" in line
+    status = resfeat("status", output).stdout
+    assert f"process {first.pid}" in status
+    first.communicate()
+    assert first.returncode == 0
+    assert f"process {first.pid}" not in resfeat("status", output).stdout
+
+
+def test_a_reader_that_globs_during_the_run_sees_whole_parts_only(collection, tmp_path, choices):
+    output = tmp_path / "out"
+    process = start("extract", collection, "-o", output, *choices, "--workers", 0,
+                    "--shard-size", SHARD)  # fmt: skip
+    seen = set()
+    while process.poll() is None:
+        if Layout(output).committed():
+            table = ds.dataset(output / "embeddings", format="parquet").to_table(columns=["id"])
+            seen.add(len(table))
+            for part in (output / "embeddings").iterdir():
+                shard = int(part.stem.rpartition("-")[2])
+                planned = {item.id for item in read_shard(Layout(output), shard)}
+                ids = ds.dataset(part).to_table(columns=["id"])["id"].to_pylist()
+                failures = output / "failures" / part.name
+                if failures.exists():
+                    ids += ds.dataset(failures).to_table(columns=["id"])["id"].to_pylist()
+                assert set(ids) == planned and len(ids) == len(planned)
+    assert process.returncode == 0
+    assert len(seen) > 3  # it grew while we looked
+
+
+def test_a_source_that_is_gone_stops_the_resume(copied, tmp_path, resfeat):
+    output = tmp_path / "out"
+    command = ["extract", copied, "-o", output, "--model", "resnet18", "--weights", "random:0",
+               "--workers", 0, "--shard-size", SHARD]  # fmt: skip
+    process = start(*command)
+    wait_for_parts(process, output, 1)
+    process.kill()
+    process.wait()
+    copied.rename(tmp_path / "elsewhere")
+    done = resfeat(*command)
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr

@@ -1,0 +1,159 @@
+"""The command line: quick to start, clear when it is used wrongly, quiet when asked."""
+
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def one_photo(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (64, 48), "red").save(folder / "red.png")
+    return folder
+
+
+HERE = ["--model", "resnet18", "--weights", "random:0", "--workers", 0]
+
+
+@pytest.mark.parametrize("command", [[], ["extract"], ["search"], ["status"], ["models"]])
+def test_help_imports_nothing_heavy(command):
+    program = (
+        "import sys; from resfeat.cli import main\n"
+        f"try: main([*{command!r}, '--help'])\n"
+        "finally: print(sorted({'torch', 'ray', 'pyarrow', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Example" in done.stdout or command == []
+
+
+def test_help_takes_under_300_ms():
+    def seconds():
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "resfeat", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_help_names_every_command(resfeat):
+    told = resfeat("--help").stdout
+    for command in ("extract", "status", "search", "models"):
+        assert f"\n  {command} " in told
+
+
+def one_line(done, code):
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(one_photo, tmp_path, resfeat):
+    out = tmp_path / "deep" / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+
+    def refused(*arguments, code):
+        line = one_line(resfeat("extract", *arguments), code)
+        assert not (tmp_path / "deep").exists()
+        return line
+
+    assert "does not exist" in refused(tmp_path / "no", "-o", out, *HERE, code=2)
+    assert "no images in" in refused(tmp_path / "empty", "-o", out, *HERE, code=2)
+    assert "passed over: 1 .txt" in refused(tmp_path / "texts", "-o", out, *HERE, code=2)
+    assert "unknown model" in refused(one_photo, "-o", out, "--model", "vgg", code=2)
+    assert "unknown weights" in refused(one_photo, "-o", out, "--weights", "best", code=2)
+    assert "drop one" in refused(one_photo, "-o", out, *HERE, "--address", "auto", code=2)
+    assert "is a file" in refused(one_photo, "-o", tmp_path / "file", *HERE, code=2)
+    assert "other files" in refused(one_photo, "-o", tmp_path / "full", *HERE, code=2)
+    assert "cannot write" in refused(one_photo, "-o", tmp_path / "file" / "out", *HERE, code=1)
+    assert sorted(os.listdir(tmp_path / "full")) == ["thesis.tex"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_an_output_without_permission(one_photo, tmp_path):
+    """As user nobody, in a process that has read its libraries while it was still root."""
+    (tmp_path / "locked").mkdir(mode=0o755)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    program = (
+        "import os, sys; from resfeat import extraction; from resfeat.backbones import weights\n"
+        "import resfeat.engines.inline, resfeat.backbones.resnet; from resfeat.cli import main\n"
+        "os.setgid(65534); os.setuid(65534); main(sys.argv[1:])"
+    )
+    command = ["extract", one_photo, "-o", tmp_path / "locked" / "out", *HERE]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True
+    )
+    line = one_line(done, 1)
+    assert f"cannot write to {tmp_path}/locked/out: Permission denied" in line
+    assert os.listdir(tmp_path / "locked") == []
+
+
+def test_contradictory_ways_to_talk(one_photo, tmp_path, resfeat):
+    done = resfeat("extract", one_photo, "-o", tmp_path / "out", *HERE, "--workers", "many")
+    assert done.returncode == 2 and "neither a number nor auto" in done.stderr
+
+
+def test_what_is_printed(one_photo, tmp_path, resfeat):
+    quiet = resfeat("extract", one_photo, "-o", tmp_path / "a", *HERE, "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+    lines = resfeat("extract", one_photo, "-o", tmp_path / "b", *HERE, "--verbose")
+    assert "0 of 1 images (0%)" in lines.stderr
+    assert "This run: 1 images" in lines.stdout and "images/s" in lines.stdout
+    assert "Busy seconds" in lines.stdout and "batch_size 16" in lines.stdout
+    assert lines.stdout.splitlines()[-1].startswith("Finished: 1 embedded and 0 failed of 1")
+
+    as_json = resfeat("extract", one_photo, "-o", tmp_path / "c", *HERE, "--log-json")
+    events = [json.loads(line) for line in as_json.stdout.splitlines()]
+    assert events[0] == {"event": "progress", "total": 1, "done": 0, "failed": 0, "workers": 1,
+                         "images_per_second": None}  # fmt: skip
+    assert (events[-1]["event"], events[-1]["embedded"]) == ("report", 1)
+
+
+def test_a_bar_on_a_terminal(one_photo, tmp_path):
+    """Run under a pseudo-terminal, as a person would."""
+    command = [sys.executable, "-m", "resfeat", "extract", one_photo, "-o", tmp_path / "out", *HERE]
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen(list(map(str, command)), stdout=slave, stderr=slave)
+    os.close(slave)
+    told = b""
+    try:
+        while block := os.read(master, 4096):
+            told += block
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    assert b"embedding:" in told and b"1/1" in told and b"failed=0, workers=1" in told
+
+
+def test_status_and_models(one_photo, tmp_path, resfeat):
+    resfeat("extract", one_photo, "-o", tmp_path / "out", *HERE)
+    status = json.loads(resfeat("status", tmp_path / "out", "--json").stdout)
+    assert (status["images"], status["embedded"], status["failed"]) == (1, 1, 0)
+    assert status["complete"] is True and status["writer"] is None and status["runs"] == 1
+    assert "complete          yes" in resfeat("status", tmp_path / "out").stdout
+    assert "no resfeat dataset" in one_line(resfeat("status", tmp_path), 2)
+
+    listed = json.loads(resfeat("models", "--json").stdout)
+    assert [(row["model"], row["dimension"]) for row in listed] == [
+        ("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet101", 2048),
+        ("resnet152", 2048)]  # fmt: skip
+    assert "IMAGENET1K_V1, IMAGENET1K_V2 (DEFAULT is IMAGENET1K_V2)" in resfeat("models").stdout
