@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-# Ray prints its own words about dead workers to standard output, and reads this when it is imported.
+# Ray prints its own words about dead workers to standard output; it reads this on import.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch import Tensor
 
 from resfeat import __version__
@@ -62,7 +62,7 @@ class RayWorker:
         self._job = job
         self._placement = placement
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
     def start(self, arrays: dict[str, NDArray[Any]]) -> str:
         """Build the model; gives the version of resfeat here. Again after each restart."""
         if self._placement.device == "cuda" and not torch.cuda.is_available():
@@ -239,17 +239,14 @@ class _Pool:
 
     def _died(self, member: _Member, error: RayActorError) -> None:
         """Put a dead actor's shards back and wait for the one that Ray starts in its place."""
-        if member.in_hand:
-            # Only the oldest was certainly being worked on; the other is not to blame.
-            culprit, what = member.in_hand[0], f"doing shard {member.in_hand[0]}"
-        elif isinstance(error, ActorUnavailableError):
-            culprit, what = -1, "starting"
-        else:  # it could not be made at all, which Ray does not try again
+        if not member.in_hand:
             raise ResfeatError(f"a worker could not start: {_last_line(error)}") from error
+        # Only the oldest was certainly being worked on; the other is not to blame.
+        culprit = member.in_hand[0]
         self.deaths[culprit] += 1
         if self.deaths[culprit] >= ATTEMPTS:
             raise ResfeatError(
-                f"{ATTEMPTS} workers died while {what}: {_last_line(error)}; "
+                f"{ATTEMPTS} workers died while doing shard {culprit}: {_last_line(error)}; "
                 "give each more memory (fewer --workers), or look at that shard in _resfeat/plan"
             ) from error
         for shard in member.in_hand:

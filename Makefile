@@ -1,0 +1,39 @@
+# Everything here needs Python (3.10 or newer) and make, and installs the rest into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint slow bench clean
+
+demo: $(VENV)/demo.done ## extract a few hundred real photographs and show the nearest neighbours
+	$(BIN)/python pipelines/demo.py demo
+
+test: lint ## everything that CI runs
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: $(VENV)/dev.done ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/dev.done ## the peers on the same images, printed as ratios
+	$(BIN)/python tests/benchmarks/peers.py
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+$(VENV)/python.done:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "resfeat needs Python 3.10 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) has no venv module: on Debian, apt install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/%.done: pyproject.toml constraints.txt $(VENV)/python.done
+	@echo "installing resfeat[$*] into $(VENV): several GB with torch, minutes the first time"
+	$(INSTALL) -e '.[$*]'
+	@touch $@

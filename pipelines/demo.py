@@ -1,0 +1,76 @@
+"""The demonstration: photographs, extract, read the rows back, look at nearest neighbours.
+
+    python pipelines/demo.py FOLDER
+
+Everything is made below FOLDER, which is emptied first. Each command is printed before it is run.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pyarrow.dataset as ds
+from photos import write_photos
+
+from resfeat.backbones.weights import resolve
+from resfeat.errors import ResfeatError
+
+MODEL = "resnet50"
+COUNT = 300
+QUERIES = 4
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(folder: Path) -> None:
+    """Embed a few hundred real photographs below FOLDER and show the result."""
+    photos, output, sheet = folder / "photos", folder / "embeddings", folder / "nearest.png"
+    shutil.rmtree(folder, ignore_errors=True)
+
+    step(f"{COUNT} photographs: crops of those that scikit-image and scikit-learn carry")
+    written = write_photos(photos, COUNT, long_side=640)
+
+    step("Their embeddings")
+    run("extract", photos, "-o", output, "--model", MODEL, "--weights", weights())
+
+    step("The rows, read back with pyarrow")
+    table = ds.dataset(output / "embeddings").to_table()
+    print(table.schema.remove_metadata())
+    print(f"{table.num_rows} rows; the first is {table['id'][0]}: {table['embedding'][0][:4]} ...")
+
+    step("The nearest neighbours of some of them")
+    queries = written[:: COUNT // QUERIES][:QUERIES]
+    run("search", output, *queries, "-k", 6, "--sheet", sheet)
+    print(f"\nDone. Look at {sheet}, and at the dataset in {output}.")
+
+
+def weights() -> str:
+    """DEFAULT where the pretrained weights can be had, and otherwise random ones, said aloud."""
+    try:
+        resolve(MODEL, "DEFAULT")
+    except ResfeatError as error:
+        print(f"The pretrained weights cannot be reached from here: {error}.")
+        print("Going on with random weights (random:0). They see colours and textures, not things.")
+        return "random:0"
+    return "DEFAULT"
+
+
+def step(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def run(*arguments: object) -> None:
+    words = [str(argument) for argument in arguments]
+    print(f"$ resfeat {shlex.join(words)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "resfeat", *words], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The nightly run, for a scheduler: extract, check, say how it went, exit with a code.
+
+    python pipelines/nightly.py SRC OUT [options of `resfeat extract`]
+
+Each day has its own dataset, OUT/<date>, so that it holds what SRC held that day; started again on
+the same day, it goes on with that day's. As a line of a crontab:
+
+    0 2 * * *  python pipelines/nightly.py /data/photos /data/embeddings --model resnet50
+
+Exit codes: those of `resfeat extract`, and 1 where an image that was listed has no row.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import click
+
+from resfeat import open_dataset
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def main(source: str, output: Path, options: tuple[str, ...]) -> None:
+    """Embed what SOURCE holds today into OUTPUT/<date>, and check that every image has its row."""
+    today = output / date.today().isoformat()
+
+    command = [sys.executable, "-m", "resfeat", "extract", source, "-o", str(today), *options]
+    code = subprocess.run(command, check=False).returncode
+    if code not in (0, 3):  # 3: finished, with many failures; the check is still worth having
+        sys.exit(code)
+
+    dataset = open_dataset(today)
+    missing = dataset.rows_missing()
+    reports = sorted(dataset.layout.runs.iterdir())
+    report = json.loads(reports[-1].read_text())
+    print(
+        f"checked {report['items']:,} images listed: {report['embedded']:,} embedded, "
+        f"{report['failed']:,} failed, {missing:,} without exactly one row"
+    )
+    print(f"report: {reports[-1]}")
+    sys.exit(1 if missing else code)
+
+
+if __name__ == "__main__":
+    main()

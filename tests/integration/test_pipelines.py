@@ -1,0 +1,106 @@
+"""The pipelines, each run as its users run it."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import pytest
+from broken import write_broken
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+QUICK = ["--model", "resnet18", "--weights", "random:0"]
+
+
+def run(*command, **options):
+    words = list(map(str, command))
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def some(photos, tmp_path):
+    """Sixty photographs and the broken ones."""
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for photo in sorted(photos.rglob("*.*"))[:60]:
+        os.link(photo, folder / photo.name)
+    write_broken(folder)
+    return folder
+
+
+def test_nightly(some, tmp_path):
+    command = [sys.executable, PIPELINES / "nightly.py", some, tmp_path / "nights", *QUICK,
+               "--workers", 0]  # fmt: skip
+    done = run(*command)
+    assert done.returncode == 3, done.stderr  # 12 of 72 are broken
+    today = tmp_path / "nights" / date.today().isoformat()
+    assert "checked 72 images listed: 60 embedded, 12 failed, 0 without" in done.stdout
+    (report,) = (today / "_resfeat" / "runs").iterdir()
+    assert str(report) in done.stdout
+
+    again = run(*command, "--max-error-rate", 0.2)
+    assert again.returncode == 0 and "nothing was left to do" in again.stdout
+
+    os.truncate(today / "failures" / "part-00000.parquet", 0)
+    os.remove(today / "failures" / "part-00000.parquet")
+    lost = run(*command, "--max-error-rate", 0.2)
+    assert lost.returncode == 1 and "12" in lost.stderr + lost.stdout
+
+    usage = run(*command, "--workers", -1)
+    assert usage.returncode == 2 and "--workers -1" in usage.stderr
+
+
+@pytest.fixture
+def head(tmp_path):
+    """The environment that reaches a Ray head with its job server, on the loopback address."""
+    # Ray's servers ask for a token unless they are told not to; so does this one.
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    ports = [_free_port() for _ in range(3)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+         "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--num-cpus=2",
+         "--include-dashboard=true", f"--dashboard-port={ports[1]}",
+         f"--dashboard-agent-listen-port={ports[2]}", "--disable-usage-stats"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env=environment,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while socket.socket().connect_ex(("127.0.0.1", ports[1])):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_ray_job(some, tmp_path, head):
+    command = [PIPELINES / "ray_job.sh", some, "-o", tmp_path / "out", *QUICK, "--workers", 1]
+    done = run(*command, "--max-error-rate", 0.2, env=head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "60 embedded and 12 failed of 72 images" in done.stdout
+    (report,) = (tmp_path / "out" / "_resfeat" / "runs").iterdir()
+    assert json.loads(report.read_text())["engine"]["address"] == "auto"
+
+    refused = run(*command, "--model", "resnet34", env=head)
+    assert refused.returncode != 0 and "another model" in refused.stdout + refused.stderr
+    assert "SRC... -o OUT" in run(PIPELINES / "ray_job.sh").stdout
