@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -99,9 +100,11 @@ class Dataset:
 
     def embedded(self) -> int:
         """Number of rows in `embeddings/`."""
-        folder = self.layout.embeddings
-        parts = (folder / self.layout.part_name(shard) for shard in self.layout.committed())
-        return sum(pq.read_metadata(part).num_rows for part in parts)
+        total = 0
+        for shard in self.layout.committed():
+            with _open(self.layout.embeddings / self.layout.part_name(shard)) as part:
+                total += part.metadata.num_rows
+        return total
 
     def reasons(self) -> dict[str, int]:
         """Number of failure rows in committed shards by reason, the commonest first."""
@@ -109,14 +112,14 @@ class Dataset:
         committed = set(self.layout.committed())
         for shard in self.layout.with_failures():
             if shard in committed:  # without its embeddings a shard is still to be done
-                part = self.layout.failures / self.layout.part_name(shard)
-                counts.update(pq.read_table(part, columns=["reason"])["reason"].to_pylist())
+                with _open(self.layout.failures / self.layout.part_name(shard)) as part:
+                    counts.update(part.read(columns=["reason"])["reason"].to_pylist())
         return dict(counts.most_common())
 
     def vectors(self, rows: int = 4096) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
         """Ids and embeddings float32 [n, D], n at most `rows`, in plan order."""
         for shard in self.layout.committed():
-            with pq.ParquetFile(self.layout.embeddings / self.layout.part_name(shard)) as part:
+            with _open(self.layout.embeddings / self.layout.part_name(shard)) as part:
                 for batch in part.iter_batches(rows, columns=["id", "embedding"]):
                     flat = batch["embedding"].flatten().to_numpy()
                     yield batch["id"], flat.reshape(batch.num_rows, -1)
@@ -133,8 +136,19 @@ class Dataset:
         for shard in range(self.record.plan.shards):
             rows: Counter[str] = Counter()
             for folder in (self.layout.embeddings, self.layout.failures):
-                part = folder / self.layout.part_name(shard)
-                if part.exists():
-                    rows.update(pq.read_table(part, columns=["id"])["id"].to_pylist())
+                path = folder / self.layout.part_name(shard)
+                if path.exists():
+                    with _open(path) as part:
+                        rows.update(part.read(columns=["id"])["id"].to_pylist())
             missing += sum(rows[item.id] != 1 for item in read_shard(self.layout, shard))
         return missing
+
+
+def _open(part: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(part)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ResfeatError(
+            f"{part} cannot be read ({str(error).splitlines()[0]}): remove it and give the same "
+            "extract command again, which does that shard once more"
+        ) from error

@@ -71,8 +71,8 @@ def extract(
                 raise
         report = tally.report(Dataset(layout, record), listing.skipped, error)
         _save(layout, report)
-    if error and report.status == "failed":
-        raise error
+    if report.status == "failed":
+        raise ResfeatError(report.error) from error
     return report
 
 

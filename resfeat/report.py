@@ -155,13 +155,20 @@ class Tally:
         now = time.monotonic()
         begun = self._first_worker or now
         embedded, reasons = dataset.embedded(), dataset.reasons()
+        failed = sum(reasons.values())
+        if error is None and embedded + failed != self._plan.items:
+            error = ResfeatError(
+                f"{dataset.layout.root} holds {embedded + failed:,} rows for {self._plan.items:,} "
+                "images: a part was changed since its commit; remove the parts that you changed "
+                "from embeddings/ and give the same command again"
+            )
         return Report(
             run_id=new_run_id(),
             status=_status(error),
             output=str(dataset.layout.root),
             items=self._plan.items,
             embedded=embedded,
-            failed=sum(reasons.values()),
+            failed=failed,
             reasons=reasons,
             shards_left=len(self.todo) - self._counts["shards"],
             start_seconds=round(begun - self._started, 3),

@@ -47,10 +47,14 @@ def test_nightly(some, tmp_path):
     again = run(*command, "--max-error-rate", 0.2)
     assert again.returncode == 0 and "nothing was left to do" in again.stdout
 
-    os.truncate(today / "failures" / "part-00000.parquet", 0)
     os.remove(today / "failures" / "part-00000.parquet")
     lost = run(*command, "--max-error-rate", 0.2)
-    assert lost.returncode == 1 and "12" in lost.stderr + lost.stdout
+    assert lost.returncode == 1 and "holds 60 rows for 72 images" in lost.stderr
+    os.truncate(today / "embeddings" / "part-00000.parquet", 1000)
+    cut = run(*command)
+    assert cut.returncode == 1 and "part-00000.parquet cannot be read" in cut.stderr
+    os.remove(today / "embeddings" / "part-00000.parquet")
+    assert run(*command, "--max-error-rate", 0.2).returncode == 0
 
     usage = run(*command, "--workers", -1)
     assert usage.returncode == 2 and "--workers -1" in usage.stderr

@@ -1,0 +1,76 @@
+"""Every command of the README is run, in its order, as a newcomer would."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference import torchvision_model
+from torchvision.models import ResNet50_Weights
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line[2:] for block in blocks("console") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def home(photos, tmp_path_factory):
+    """photos/cat, photos/dog, finetuned.pth, and published weights in torch hub's cache."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, subject in (("cat", "chelsea"), ("dog", "rocket")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for number, photo in enumerate(sorted((photos / subject).rglob("*.jpg"))[:8]):
+            os.link(photo, folder / "photos" / name / f"{number}.jpg")
+    cache = folder / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    published = cache / os.path.basename(ResNet50_Weights.DEFAULT.url)
+    torch.save(torchvision_model("resnet50", seed=0).state_dict(), published)
+    torch.save(torchvision_model("resnet18", seed=1).state_dict(), folder / "finetuned.pth")
+    return folder
+
+
+def run(words, folder):
+    environment = {**os.environ, "TORCH_HOME": str(folder)}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_commands(home):
+    assert len(COMMANDS) >= 10
+    for command in COMMANDS:
+        program, *words = shlex.split(command)
+        if program == "make":  # these run this test; tests/test_project.py looks at them
+            run(["make", "-n", "-C", str(ROOT), *words], home)
+        elif program == "pip":
+            where = [str(ROOT) if word == "." else word for word in words]
+            where = [str(ROOT / word) if word == "constraints.txt" else word for word in where]
+            run([sys.executable, "-m", "pip", *where, "--dry-run", "--no-deps", "--quiet"], home)
+        else:
+            assert program == "resfeat"
+            run([sys.executable, "-m", "resfeat", *words], home)
+    assert (home / "nearest.png").exists()
+
+
+def test_the_python(home):
+    if not (home / "embeddings").exists():
+        test_the_commands(home)
+    for block in blocks("python"):
+        told = run([sys.executable, "-c", block], home)
+        if "print(report" in block:
+            assert told.startswith("16 0 ") and "16 (16, 512)" in told
+
+
+def test_the_files_that_it_links_to_are_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

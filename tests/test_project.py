@@ -1,0 +1,56 @@
+"""The project's own files: they agree with each other and name nothing that they should not."""
+
+import re
+import subprocess
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_dependency_is_pinned_by_name_and_no_host():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pattern = re.compile(r"[a-z0-9][a-z0-9.-]*==[0-9][^ ;]*( ; .+)?")
+    assert [line for line in lines if not pattern.fullmatch(line)] == []
+    pinned = {line.partition("==")[0] for line in lines}
+    wanted = {
+        re.split(r"[^A-Za-z0-9-]", need)[0].lower()
+        for need in metadata("resfeat").get_all("Requires-Dist")
+    }
+    assert wanted - pinned <= {"resfeat"}
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_images_copy_what_is_there_pin_what_they_install_and_are_not_root(name):
+    lines = (ROOT / "docker" / name).read_text().replace("\\\n", " ").splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert copied and all((ROOT / word).exists() for word in copied)
+    assert any(
+        re.search(r"pip install .*-c constraints.txt .*'\.\[cluster\]'", line) for line in lines
+    )
+    assert "USER resfeat" in lines
+    assert lines.index("USER resfeat") < lines.index('ENTRYPOINT ["resfeat"]')
+
+
+def test_the_compose_file_has_a_head_and_workers_that_share_it():
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    assert set(services) == {"head", "worker", "gpu-worker"}
+    assert services["head"]["ports"] == ["127.0.0.1:8265:8265"]
+    for name, service in services.items():
+        dockerfile = ROOT / "docker" / service["build"]["context"] / service["build"]["dockerfile"]
+        assert dockerfile.exists()
+        assert service["environment"]["RAY_AUTH_MODE"] == "token"
+        assert ("--head" in service["entrypoint"]) == (name == "head")
+
+
+def test_the_ci_script_is_what_a_person_runs():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    planned = subprocess.run(
+        ["make", "-n", "demo", "test"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert planned.returncode == 0, planned.stderr
+    for step in ("pipelines/demo.py demo", "ruff check .", "mypy", "-m pytest"):
+        assert step in planned.stdout
