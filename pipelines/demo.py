@@ -1,6 +1,6 @@
 """The demonstration: photographs, extract, read the rows back, look at nearest neighbours.
 
-    python pipelines/demo.py FOLDER
+    python pipelines/demo.py FOLDER [--count 300]
 
 Everything is made below FOLDER, which is emptied first. Each command is printed before it is run.
 """
@@ -21,19 +21,19 @@ from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError
 
 MODEL = "resnet50"
-COUNT = 300
 QUERIES = 4
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-def main(folder: Path) -> None:
-    """Embed a few hundred real photographs below FOLDER and show the result."""
+@click.option("--count", default=300, show_default=True)
+def main(folder: Path, count: int) -> None:
+    """Embed COUNT real photographs below FOLDER and show the result."""
     photos, output, sheet = folder / "photos", folder / "embeddings", folder / "nearest.png"
     shutil.rmtree(folder, ignore_errors=True)
 
-    step(f"{COUNT} photographs: crops of those that scikit-image and scikit-learn carry")
-    written = write_photos(photos, COUNT, long_side=640)
+    step(f"{count} photographs: crops of those that scikit-image and scikit-learn carry")
+    written = write_photos(photos, count, long_side=640)
 
     step("Their embeddings")
     run("extract", photos, "-o", output, "--model", MODEL, "--weights", weights())
@@ -41,10 +41,12 @@ def main(folder: Path) -> None:
     step("The rows, read back with pyarrow")
     table = ds.dataset(output / "embeddings").to_table()
     print(table.schema.remove_metadata())
-    print(f"{table.num_rows} rows; the first is {table['id'][0]}: {table['embedding'][0][:4]} ...")
+    first = table.slice(0, 1).to_pylist()[0]
+    start = ", ".join(f"{value:.3f}" for value in first["embedding"][:5])
+    print(f"{table.num_rows} rows; the first is {first['id']}: [{start}, ...]")
 
     step("The nearest neighbours of some of them")
-    queries = written[:: COUNT // QUERIES][:QUERIES]
+    queries = written[:: count // QUERIES][:QUERIES]
     run("search", output, *queries, "-k", 6, "--sheet", sheet)
     print(f"\nDone. Look at {sheet}, and at the dataset in {output}.")
 

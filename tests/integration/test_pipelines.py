@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from broken import write_broken
+from PIL import Image
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 QUICK = ["--model", "resnet18", "--weights", "random:0"]
@@ -32,6 +33,20 @@ def some(photos, tmp_path):
         os.link(photo, folder / photo.name)
     write_broken(folder)
     return folder
+
+
+def test_demo(tmp_path):
+    nothing_cached = {**os.environ, "TORCH_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, PIPELINES / "demo.py", tmp_path / "demo", "--count", 32]
+    done = run(*command, env=nothing_cached)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "cannot be reached" in done.stdout:
+        assert "Going on with random weights (random:0)" in done.stdout
+        assert "--weights random:0" in done.stdout
+    assert "Finished: 32 embedded and 0 failed of 32 images" in done.stdout
+    assert "32 rows; the first is astronaut/00000.jpg: [" in done.stdout
+    with Image.open(tmp_path / "demo" / "nearest.png") as sheet:
+        assert sheet.size == (8 + 7 * 168, 8 + 4 * 200)
 
 
 def test_nightly(some, tmp_path):
