@@ -46,7 +46,7 @@ def main(folder: Path, count: int) -> None:
     print(f"{table.num_rows} rows; the first is {first['id']}: [{start}, ...]")
 
     step("The nearest neighbours of some of them")
-    queries = written[:: count // QUERIES][:QUERIES]
+    queries = written[:QUERIES]  # each of another photograph
     run("search", output, *queries, "-k", 6, "--sheet", sheet)
     print(f"\nDone. Look at {sheet}, and at the dataset in {output}.")
 
