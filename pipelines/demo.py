@@ -2,7 +2,8 @@
 
     python pipelines/demo.py FOLDER [--count 300]
 
-Everything is made below FOLDER, which is emptied first. Each command is printed before it is run.
+Everything is made below FOLDER, in place of what an earlier demonstration made there. Each command
+is printed before it is run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ QUERIES = 4
 def main(folder: Path, count: int) -> None:
     """Embed COUNT real photographs below FOLDER and show the result."""
     photos, output, sheet = folder / "photos", folder / "embeddings", folder / "nearest.png"
-    shutil.rmtree(folder, ignore_errors=True)
+    for made_before in (photos, output):
+        shutil.rmtree(made_before, ignore_errors=True)
 
     step(f"{count} photographs: crops of those that scikit-image and scikit-learn carry")
     written = write_photos(photos, count, long_side=640)

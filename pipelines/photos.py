@@ -42,7 +42,8 @@ def write_photos(folder: Path, count: int, *, long_side: int | None = None) -> l
     names = sorted(whole)
     written = []
     for number in range(count):
-        name, suffix = names[number % len(names)], SUFFIXES[number % len(SUFFIXES)]
+        turn, subject = divmod(number, len(names))
+        name, suffix = names[subject], SUFFIXES[turn % len(SUFFIXES)]
         crop = _crop(whole[name], chance)
         if long_side:
             crop.thumbnail((long_side, long_side))

@@ -57,21 +57,24 @@ class Record:
             return None
         except (OSError, ValueError) as error:
             raise ResfeatError(f"cannot read {layout.spec}: {error}") from error
-        if content.pop("format", None) != FORMAT:
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ResfeatError(
                 f"{layout.root} was written by another version of resfeat: read it with that one"
             )
-        del content["fingerprint"]
-        content["identity"] = Identity.from_dict(content["identity"])
-        content["plan"] = Plan(**content["plan"])
-        content["sources"] = tuple(content["sources"])
-        return cls(**content)
+        try:
+            del content["fingerprint"]
+            content["identity"] = Identity.from_dict(content["identity"])
+            content["plan"] = Plan(**content["plan"])
+            content["sources"] = tuple(content["sources"])
+            return cls(**content)
+        except (KeyError, TypeError) as error:
+            raise ResfeatError(f"{layout.spec} is damaged ({error}): restore it") from error
 
 
 def open_dataset(output: str | os.PathLike[str]) -> Dataset:
     """Open a dataset for reading, finished or not. Raises UsageError where there is none."""
     layout = Layout(output)
-    record = Record.load(layout)
+    record = Record.load(layout) if str(output) else None
     if record is None:
         raise UsageError(
             f"no resfeat dataset at {layout.root}: make one with `resfeat extract SRC -o {output}`"

@@ -18,7 +18,7 @@ from resfeat.lock import run_lock
 from resfeat.plan import write_plan
 from resfeat.report import Progress, Report, Tally, versions
 from resfeat.sink import write_json
-from resfeat.sources.directory import Directories
+from resfeat.sources.directory import Directories, printable
 from resfeat.sources.item import Item
 from resfeat.spec import ExtractSpec
 
@@ -49,7 +49,7 @@ def extract(
     started = time.monotonic()
     layout = Layout(spec.output)
     listing = Directories(spec.sources)
-    _check_free(layout)
+    _check_free(layout, listing)
     weights = resolve(spec.model, spec.weights)
     with _output(layout):
         record = Record.load(layout)
@@ -66,9 +66,11 @@ def extract(
                         tally.add(result)
         except ResfeatError as raised:
             error = raised
-            if new and not tally.began:
+        finally:
+            if new and tally.todo and not tally.began:
                 layout.spec.unlink()  # nothing was tried, so nothing is left behind
-                raise
+        if error and not layout.spec.exists():
+            raise error
         report = tally.report(Dataset(layout, record), listing.skipped, error)
         _save(layout, report)
     if report.status == "failed":
@@ -135,7 +137,8 @@ def _check_same(
         if there[name] != asked[name]:
             raise UsageError(
                 f"{layout.root} was made with another {name}: {_brief(there[name])} there, "
-                f"{_brief(asked[name])} now; repeat its choices to resume it, or give a new -o"
+                f"{_brief(asked[name])} now (weights {record.weights} there, "
+                f"{weights.origin} now); repeat its choices to resume it, or give a new -o"
             )
 
 
@@ -143,9 +146,13 @@ def _brief(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _check_free(layout: Layout) -> None:
+def _check_free(layout: Layout, listing: Directories) -> None:
     """Refuse an output that is something else."""
     root = layout.root
+    if printable(str(root)) != str(root):
+        raise UsageError(f"output {printable(str(root))} has bytes that are not UTF-8: rename it")
+    if str(root) in listing.roots:
+        raise UsageError(f"output {root} is also a source: give a folder of its own")
     if root.exists() and not root.is_dir():
         raise UsageError(f"output {root} is a file: give a folder")
     if root.is_dir() and not layout.private.exists() and any(root.iterdir()):

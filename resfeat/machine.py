@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from typing import Any
 
 
 def cpu_count() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
+    """CPU cores that this process may use, within its container's quota."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS
+        return os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max", encoding="utf-8") as file:
+        quota, period = map(int, file.read().split())  # "max" is no number: no quota
+        allowed = min(allowed, max(1, quota // period))
+    return allowed
 
 
 def hardware() -> dict[str, Any]:

@@ -12,13 +12,14 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, Literal
 
+from resfeat import __version__
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import hardware
 from resfeat.plan import Plan
 from resfeat.worker import ShardResult
 
-LIBRARIES = ("resfeat", "torch", "torchvision", "pillow", "pyarrow", "ray")
+LIBRARIES = ("torch", "torchvision", "pillow", "pyarrow", "ray")
 
 # The device counts as kept waiting when its share of waiting for pixels is above this.
 WAITING = 0.2
@@ -113,7 +114,7 @@ class Tally:
         on_progress: Callable[[Progress], None],
         started: float,
     ) -> None:
-        there = set(committed)
+        there = set(committed) & set(range(plan.shards))
         self.todo = [shard for shard in range(plan.shards) if shard not in there]
         self._plan = plan
         self._before = sum(plan.length(shard) for shard in there)
@@ -194,4 +195,5 @@ def new_run_id() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that an embedding or a run depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    ours = {"python": platform.python_version(), "resfeat": __version__}
+    return ours | {name: version(name) for name in LIBRARIES}

@@ -119,7 +119,8 @@ class ExtractSpec:
     weights: DEFAULT, a torchvision weights name, a .pth/.pt/.safetensors path, or random:SEED.
     shard_size: items in one shard; None takes 4,096, or less for a small collection.
     label_from: "parent" stores the name of each image's folder in a `label` column.
-    max_error_rate: share of failed images (0 to 1) above which a finished run counts as bad.
+    max_error_rate: share of failed images (0 to 1) above which a finished run counts as bad; to be
+        compared with `Report.error_rate`, as the command does.
     """
 
     sources: tuple[str, ...]
@@ -134,6 +135,8 @@ class ExtractSpec:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UsageError("no source given: name a directory of images")
+        if not all(self.sources) or not self.output:
+            raise UsageError("an empty path was given as source or output: is a variable not set?")
         if self.shard_size is not None and self.shard_size < 1:
             raise UsageError(f"--shard-size {self.shard_size}: give at least 1")
         if self.label_from not in (None, "parent"):

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from threading import BoundedSemaphore, Event, Lock
 
 import numpy as np
@@ -28,7 +27,7 @@ from resfeat.errors import Failure, ResfeatError, Stopped
 from resfeat.layout import Layout
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema
-from resfeat.sources.directory import read
+from resfeat.sources.directory import path_of, printable, read
 from resfeat.sources.item import Item
 from resfeat.spec import Identity
 
@@ -107,7 +106,7 @@ def process_shard(worker: Worker, shard: int) -> ShardResult:
     """Embed one shard and commit it.
 
     Raises Stopped, with nothing committed, soon after the worker is told to stop, and ResfeatError
-    where the dataset cannot be written.
+    where the dataset's own files cannot be read or written.
     """
     clock = StageClock()
     embedded = failed = changed = 0
@@ -127,7 +126,7 @@ def process_shard(worker: Worker, shard: int) -> ShardResult:
                 part.commit(item.id for item in items)
     except OSError as error:
         raise ResfeatError(
-            f"cannot write shard {shard} to {worker.layout.root}: {error}; "
+            f"shard {shard} of {worker.layout.root}: {error}; "
             "mend that and give the same command again, it resumes"
         ) from error
     finally:
@@ -186,7 +185,7 @@ def _load(worker: Worker, item: Item, place: NDArray[np.uint8], clock: StageCloc
         if not isinstance(picture, Picture):
             return picture
         place[:] = picture.pixels
-    label = _parent(item.id) if worker.job.with_label else None
+    label = printable(path_of(item.uri).parent.name) if worker.job.with_label else None
     return Row(item.id, picture.width, picture.height, size, mtime, label)
 
 
@@ -215,8 +214,3 @@ def _embed(
             batch.changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
     batch.vectors = vectors[kept]
     return batch
-
-
-def _parent(id: str) -> str | None:
-    """The name of the folder that holds the image; None at the top of the source."""
-    return PurePosixPath(id).parent.name or None

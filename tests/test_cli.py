@@ -82,6 +82,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(one_photo, tmp_path, resfeat):
     assert "is a file" in refused(one_photo, "-o", tmp_path / "file", *HERE, code=2)
     assert "other files" in refused(one_photo, "-o", tmp_path / "full", *HERE, code=2)
     assert "cannot write" in refused(one_photo, "-o", tmp_path / "file" / "out", *HERE, code=1)
+    assert "is also a source" in refused(one_photo, "-o", one_photo, *HERE, code=2)
+    assert "an empty path" in refused("", "-o", out, *HERE, code=2)
+    assert "an empty path" in refused(one_photo, "-o", "", *HERE, code=2)
+    assert "not UTF-8" in refused(one_photo, "-o", os.fsdecode(b"x\xff"), *HERE, code=2)
     assert sorted(os.listdir(tmp_path / "full")) == ["thesis.tex"]
 
 
@@ -105,7 +109,7 @@ def test_an_output_without_permission(one_photo, tmp_path):
     assert os.listdir(tmp_path / "locked") == []
 
 
-def test_contradictory_ways_to_talk(one_photo, tmp_path, resfeat):
+def test_a_count_that_is_none(one_photo, tmp_path, resfeat):
     done = resfeat("extract", one_photo, "-o", tmp_path / "out", *HERE, "--workers", "many")
     assert done.returncode == 2 and "neither a number nor auto" in done.stderr
 
@@ -151,6 +155,11 @@ def test_status_and_models(one_photo, tmp_path, resfeat):
     assert status["complete"] is True and status["writer"] is None and status["runs"] == 1
     assert "complete          yes" in resfeat("status", tmp_path / "out").stdout
     assert "no resfeat dataset" in one_line(resfeat("status", tmp_path), 2)
+    for damaged in ("[]", '{"format": 1}', "{"):
+        (tmp_path / "out" / "_resfeat" / "spec.json").write_text(damaged)
+        assert "spec.json" in (line := one_line(resfeat("status", tmp_path / "out"), 1)) or (
+            "another version" in line
+        )
 
     listed = json.loads(resfeat("models", "--json").stdout)
     assert [(row["model"], row["dimension"]) for row in listed] == [

@@ -63,7 +63,7 @@ def test_only_the_middle_of_a_very_long_picture_is_sampled(photos):
             strip = photo.crop((0, 0, *size))
             difference = np.abs(decoded(strip).pixels.astype(int) - torchvisions_pixels(strip))
             assert difference.max() <= 2
-            assert difference.mean() < 0.1
+            assert difference.mean() < 0.3
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])

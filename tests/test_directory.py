@@ -73,6 +73,32 @@ def test_odd_names_survive(tmp_path):
         assert (size, mtime) == (item.size, item.mtime)
 
 
+def test_a_name_that_looks_like_an_escaped_one_has_its_own_id(tmp_path):
+    names = (b"a\xff.jpg", rb"a\xff.jpg", rb"a\\xff.jpg", b"b\\\xff.jpg", rb"plain\n.jpg")
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb"):
+            pass
+    assert len(set(ids(tmp_path))) == len(names)
+    assert {r"a\xff.jpg", r"a\\xff.jpg", r"plain\n.jpg"} < set(ids(tmp_path))
+
+
+def test_files_that_vanish_during_the_listing_are_counted(tmp_path):
+    make(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    listing = Directories([str(tmp_path)])
+    given = []
+    for item in listing:
+        given.append(item.id)
+        (tmp_path / "2.jpg").unlink(missing_ok=True)
+    assert given == ["1.jpg", "3.jpg"]
+    assert listing.skipped == {"vanished while listing": 1}
+
+
+def test_a_dataset_is_no_source(tmp_path):
+    make(tmp_path, "_resfeat/spec.json")
+    with pytest.raises(UsageError, match="is a resfeat dataset"):
+        ids(tmp_path)
+
+
 def test_links_are_followed_but_not_for_ever(tmp_path):
     make(tmp_path, "in/1.jpg", "away/2.jpg")
     inside = tmp_path / "in"

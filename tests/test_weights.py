@@ -79,6 +79,24 @@ def test_a_silent_network_is_given_up(tmp_path, monkeypatch):
         assert time.monotonic() - started < 10
 
 
+def test_older_checkpoints_have_no_batch_counts_and_the_same_digest(checkpoint, tmp_path):
+    tensors = torch.load(checkpoint, weights_only=True)
+    older = {name: t for name, t in tensors.items() if "num_batches_tracked" not in name}
+    assert len(older) < len(tensors)
+    torch.save(older, tmp_path / "older.pth")
+    given = resolve("resnet18", str(tmp_path / "older.pth"))
+    assert given.identity == resolve("resnet18", str(checkpoint)).identity
+
+
+def test_half_precision_and_parameters_load_as_float32(checkpoint, tmp_path):
+    tensors = torch.load(checkpoint, weights_only=True)
+    halves = {name: torch.nn.Parameter(t.bfloat16()) if t.is_floating_point() else t
+              for name, t in tensors.items()}  # fmt: skip
+    torch.save(halves, tmp_path / "halves.pth")
+    for tensor in resolve("resnet18", str(tmp_path / "halves.pth")).tensors.values():
+        assert tensor.dtype == torch.float32 and not tensor.requires_grad
+
+
 class Canary:
     """Unpickling this makes a folder."""
 
@@ -109,6 +127,8 @@ def test_what_does_not_fit_is_named(checkpoint, tmp_path):
         (unknown, "extra.weight is unknown"),
         (broken, "bn1.bias has values that are not finite"),
         ({"model": tensors}, "not a flat state dict"),
+        ({1: torch.zeros(1)}, "not a flat state dict"),
+        ({**tensors, "bn1.bias": torch.zeros(64).to_sparse()}, "not a flat state dict"),
     ):
         torch.save(content, tmp_path / "weights.pth")
         with pytest.raises(ResfeatError, match=told):

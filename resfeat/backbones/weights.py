@@ -63,10 +63,16 @@ def resolve(model: str, weights: str) -> Weights:
             f"{', '.join(published.__members__)}, a path that ends in {', '.join(FILE_SUFFIXES)}, "
             "or random:SEED"
         )
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if _counts(name)}
     _check_fit(model, origin, tensors)
     identity = Identity(model=model, weights_digest=digest(tensors), preprocessing=preprocessing)
     return Weights(identity, origin, tensors)
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor has a say in embeddings: not the classifier, and not the count of training
+    batches, which older checkpoints do not have."""
+    return not name.startswith("fc.") and not name.endswith(".num_batches_tracked")
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -149,17 +155,20 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"cannot read weights {path}: {reason[:200]}; only plain tensors are loaded, "
             "code in a checkpoint is never run"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        for name, tensor in content.items()
+    ):
         raise ResfeatError(
             f"weights {path} are not a flat state dict: save `model.state_dict()` and give that"
         )
-    return content
+    return {name: tensor.detach().float().contiguous() for name, tensor in content.items()}
 
 
 def _check_fit(model: str, origin: str, tensors: dict[str, Tensor]) -> None:
     """Exactly the backbone's tensors, each of its shape, all finite."""
     with torch.device("meta"):
-        expected = build(model).state_dict()
+        expected = {name: t for name, t in build(model).state_dict().items() if _counts(name)}
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is unknown" for name in tensors if name not in expected]
     wrong += [

@@ -166,7 +166,7 @@ def extract(
         _tell(report, verbose=talk == "verbose")
     if report.status == "interrupted":
         context.exit(signals.exit_code)
-    if report.error_rate > max_error_rate:
+    if report.error_rate > spec.max_error_rate:
         click.echo(
             f"Error: {report.error_rate:.1%} of the images failed, more than --max-error-rate "
             f"{max_error_rate:.1%}; see {report.output}/failures",

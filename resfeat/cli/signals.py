@@ -8,9 +8,8 @@ from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import Any
 
-import click
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPING = b"\nstopping: finishing what is in hand, 20 s at most; once more ends it at once\n"
 
 
 class StopSignals(AbstractContextManager["StopSignals"]):
@@ -47,7 +46,5 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         if self._number:
             os._exit(128 + number)  # nothing half-made is visible, so nothing needs tidying
         self._number = number
-        click.echo(
-            "\nstopping: finishing what is in hand, 20 s at most; once more to stop at once",
-            err=True,
-        )
+        # Not click.echo: the signal may have come in the middle of one.
+        os.write(2, STOPPING)

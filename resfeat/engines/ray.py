@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
 from resfeat import __version__
@@ -53,6 +54,8 @@ ATTEMPTS = 3
 CPUS_PER_WORKER = 8
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 5.0
+# On a cluster a worker may wait for a machine to be added; here there is nothing to wait for.
+START_SECONDS = 180.0
 
 
 class RayWorker:
@@ -61,10 +64,32 @@ class RayWorker:
     def __init__(self, job: Job, placement: Placement) -> None:
         self._job = job
         self._placement = placement
+        self._worker: Worker | None = None
+        self._building = threading.Lock()
 
     @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
-    def start(self, arrays: dict[str, NDArray[Any]]) -> str:
-        """Build the model; gives the version of resfeat here. Again after each restart."""
+    def start(self, weights: list[ray.ObjectRef[Any]]) -> str:
+        """Build the model; gives the version of resfeat here."""
+        self._ready_worker(weights)
+        return __version__
+
+    @ray.method(concurrency_group="shards")
+    def process(self, shard: int, weights: list[ray.ObjectRef[Any]]) -> ShardResult:
+        return process_shard(self._ready_worker(weights), shard)
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> dict[int, tuple[int, int]]:
+        """Images done and failed so far, by shard in hand."""
+        return dict(self._worker.progress) if self._worker else {}
+
+    def _ready_worker(self, weights: list[ray.ObjectRef[Any]]) -> Worker:
+        """The worker, built on first use: Ray restarts an actor without telling us."""
+        with self._building:
+            if self._worker is None:
+                self._worker = self._build(ray.get(weights[0]))
+            return self._worker
+
+    def _build(self, arrays: dict[str, NDArray[Any]]) -> Worker:
         if self._placement.device == "cuda" and not torch.cuda.is_available():
             raise ResfeatError(
                 "Ray gave this worker a GPU and torch cannot use it: install a CUDA build of torch "
@@ -72,17 +97,7 @@ class RayWorker:
             )
         # Copies, since what comes out of the object store is read-only and shared.
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        self._worker = Worker(self._job, self._placement, tensors)
-        return __version__
-
-    @ray.method(concurrency_group="shards")
-    def process(self, shard: int) -> ShardResult:
-        return process_shard(self._worker, shard)
-
-    @ray.method(concurrency_group="control")
-    def progress(self) -> dict[int, tuple[int, int]]:
-        """Images done and failed so far, by shard in hand."""
-        return dict(self._worker.progress)
+        return Worker(self._job, self._placement, tensors)
 
 
 @dataclass(eq=False)
@@ -101,6 +116,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         self, options: RuntimeOptions, job: Job, tensors: dict[str, Tensor], shards: int
     ) -> None:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self._local = options.address is None
         self._joined = ray.is_initialized()  # by the program that calls us: theirs to shut down
         if not self._joined:
             _connect(options.address, sum(array.nbytes for array in arrays.values()))
@@ -142,12 +158,20 @@ class RayEngine(AbstractContextManager["RayEngine"]):
     ) -> Iterator[ShardResult]:
         pool = _Pool(self._members, self._weights, shards)
         give_up: float | None = None
+        deadline = time.monotonic() + START_SECONDS
         while pool.busy:
             if stopping():
                 pool.waiting.clear()
                 give_up = give_up or time.monotonic() + DRAIN_SECONDS
                 if time.monotonic() > give_up:
                     break
+            if self._local and not pool.live and time.monotonic() > deadline:
+                raise ResfeatError(
+                    f"Ray could not start a worker within {START_SECONDS:.0f} s: is it short of "
+                    "memory? Give fewer --workers, or --workers 0"
+                )
+            if pool.live:
+                deadline = time.monotonic() + START_SECONDS
             pool.hand_out()
             yield from pool.collect()
             on_progress(*pool.counts())
@@ -175,6 +199,11 @@ class _Pool:
             self._await_start(member)
 
     @property
+    def live(self) -> bool:
+        """Whether any actor has its model."""
+        return any(member.live for member in self._members)
+
+    @property
     def busy(self) -> bool:
         """Whether a shard is waiting or in hand."""
         return bool(self.waiting) or any(member.in_hand for member in self._members)
@@ -186,7 +215,8 @@ class _Pool:
                 if self.waiting and member.live and len(member.in_hand) <= room:
                     shard = self.waiting.popleft()
                     member.in_hand.append(shard)
-                    self._calls[member.actor.process.remote(shard)] = member, shard
+                    call = member.actor.process.remote(shard, [self._weights])
+                    self._calls[call] = member, shard
 
     def collect(self) -> Iterator[ShardResult]:
         """Wait for a call to end, but not for long; give the result if it was a shard's."""
@@ -195,10 +225,10 @@ class _Pool:
             member, shard = self._calls.pop(call)
             try:
                 answer = ray.get(call)
-            except RayActorError as error:
-                self._died(member, error)
             except RayTaskError as error:
                 raise _as_resfeat(error) from error
+            except RayError as error:  # of the actor, its node or its memory
+                self._died(member, error)
             else:
                 if shard is None:
                     self._ready(member, answer)
@@ -227,7 +257,7 @@ class _Pool:
         return sum(n for n, _ in counts), sum(failed for _, failed in counts), len(live)
 
     def _await_start(self, member: _Member) -> None:
-        self._calls[member.actor.start.remote(self._weights)] = member, None
+        self._calls[member.actor.start.remote([self._weights])] = member, None
 
     def _ready(self, member: _Member, version: str) -> None:
         if version != __version__:
@@ -237,11 +267,11 @@ class _Pool:
             )
         member.live = True
 
-    def _died(self, member: _Member, error: RayActorError) -> None:
+    def _died(self, member: _Member, error: RayError) -> None:
         """Put a dead actor's shards back and wait for the one that Ray starts in its place."""
         if not member.in_hand:
             raise ResfeatError(f"a worker could not start: {_last_line(error)}") from error
-        # Only the oldest was certainly being worked on; the other is not to blame.
+        # Of its shards the oldest is the likelier reason, and all of them are done again.
         culprit = member.in_hand[0]
         self.deaths[culprit] += 1
         if self.deaths[culprit] >= ATTEMPTS:
@@ -277,10 +307,18 @@ def _connect(address: str | None, weights_bytes: int) -> None:
                 object_store_memory=2 * weights_bytes + 100 * 1024**2,
                 **quiet,
             )
+    except SystemExit as ended:  # how Ray's own handler answers to SIGTERM
+        _restore(sigterm)
+        signal.raise_signal(signal.SIGTERM)
+        raise Stopped("stopped while Ray was starting") from ended
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"join Ray at {address}" if address else "start Ray"
         hint = "check --address" if address else "--workers 0 does without it"
         raise ResfeatError(f"cannot {where}: {_last_line(error)}; {hint}") from error
+    _restore(sigterm)
+
+
+def _restore(sigterm: Any) -> None:
     # Ray puts a handler of its own in place, which would end the run without a drain.
     if sigterm is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, sigterm)
@@ -288,7 +326,10 @@ def _connect(address: str | None, weights_bytes: int) -> None:
 
 def _check_reachable(address: str) -> None:
     """Fail within seconds where nobody listens; Ray itself goes on trying for many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        named = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        address = os.environ.get("RAY_ADDRESS") or (named.read_text() if named.exists() else "")
+    host, _, port = address.strip().removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
@@ -298,6 +339,10 @@ def _place(options: RuntimeOptions, shards: int) -> tuple[int, dict[str, float],
     total = ray.cluster_resources()
     gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
     node_cpus = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    if not cpus:
+        raise ResfeatError(
+            "this Ray has no CPU to run on yet: wait until its first worker has joined"
+        )
     share = options.gpus_per_worker
     if share is None:
         share = 1.0 if gpus else 0.0

@@ -27,7 +27,8 @@ class TorchRuntime:
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cudnn.deterministic = True
         model = build(identity.model)
-        model.load_state_dict(tensors)
+        # Strict but for the counts of training batches: weights.py has checked the rest by name.
+        model.load_state_dict(tensors, strict=False)
         self.dim = model.dim
         self.device = torch.device(device)
         self._model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,6 +14,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -44,7 +45,11 @@ class Directories:
         self.skipped: Counter[str] = Counter()
         for root in self.roots:
             if not os.path.exists(root):
-                raise UsageError(f"source {root} does not exist: check the path, or mount it")
+                raise UsageError(
+                    f"source {printable(root)} does not exist: check the path, or mount it"
+                )
+            if os.path.exists(os.path.join(root, "_resfeat")):
+                raise UsageError(f"source {root} is a resfeat dataset: name a folder of images")
         for outer, inner in zip(self.roots, self.roots[1:], strict=False):
             if inner == outer or inner.startswith(os.path.join(outer, "")):
                 raise UsageError(
@@ -87,21 +92,19 @@ class Directories:
                 if extension in SIDECARS:
                     self.skipped[extension] += 1
                     continue
-                try:
-                    status = entry.stat()
-                except OSError:  # a dangling link: reading it will say so in a failure row
-                    status = entry.stat(follow_symlinks=False)
-                yield self._item(entry.path, status)
+                if status := _status(entry):
+                    yield self._item(entry.path, status)
+                else:
+                    self.skipped["vanished while listing"] += 1
 
     def _is_walkable(self, entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:
         if os.path.exists(os.path.join(entry.path, "_resfeat")):
             self.skipped["resfeat output"] += 1
             return False
-        if entry.is_symlink():
-            target = entry.stat()
-            if (target.st_dev, target.st_ino) in above:
-                self.skipped["link loop"] += 1
-                return False
+        target = _status(entry)
+        if entry.is_symlink() and target and (target.st_dev, target.st_ino) in above:
+            self.skipped["link loop"] += 1
+            return False
         return True
 
     def _item(self, path: str, status: os.stat_result) -> Item:
@@ -113,6 +116,15 @@ class Directories:
         )
 
 
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What the entry is; None where it is gone again."""
+    with suppress(OSError):
+        return entry.stat()
+    with suppress(OSError):  # a dangling link: reading it will say so in a failure row
+        return entry.stat(follow_symlinks=False)
+    return None
+
+
 def _is_dir(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -121,8 +133,15 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
 
 
 def printable(path: str) -> str:
-    r"""The path as valid UTF-8: bytes that are not become `\xNN`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""The path as valid UTF-8, different for different paths.
+
+    Bytes that are not UTF-8 become `\xNN`; where that could be misread, a backslash is doubled.
+    """
+    raw = os.fsencode(path)
+    text = raw.decode("utf-8", "backslashreplace")
+    if "\\x" in text:
+        return raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
+    return text
 
 
 def path_of(uri: str) -> Path:

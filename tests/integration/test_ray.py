@@ -36,7 +36,8 @@ def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, tmp_
     assert rows(output).equals(rows(inline))
     *progress, report = map(json.loads, told.splitlines())
     assert report["event"] == "report" and report["shards"] == 16
-    assert report["engine"]["worker_deaths"] == 2
+    # One that was still starting is started again by Ray, and no death of a worker at work.
+    assert 1 <= report["engine"]["worker_deaths"] <= 2
     assert all(line["done"] <= line["total"] == 512 for line in progress)
 
 
@@ -130,6 +131,50 @@ def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_pat
     assert ray.is_initialized()  # it was ours, and still is
     (report,) = (tmp_path / "out" / "_resfeat" / "runs").iterdir()
     assert json.loads(report.read_text())["status"] == "failed"
+
+
+def test_an_idle_worker_that_died_is_ready_when_work_comes(cluster, photos, tmp_path, monkeypatch):
+    """Three shards for two workers; the idle one is killed, and then the busy one."""
+    spec = resfeat.ExtractSpec(
+        sources=(str(photos / "chelsea"), str(photos / "rocket")),
+        output=str(tmp_path / "out"),
+        model="resnet18",
+        weights="random:0",
+        shard_size=64,
+        runtime=RuntimeOptions(workers=2, gpus_per_worker=0, cpus_per_worker=1),
+    )
+    hand_out = ray_engine._Pool.hand_out
+    killed = []
+
+    def to_one_only(pool):
+        ready = [member for member in pool._members if member.live]
+        if len(ready) == 2 and not killed:
+            idle, busy = ready
+            ray.kill(idle.actor, no_restart=False)
+            pool._members = [busy]
+            hand_out(pool)
+            pool._members = [idle, busy]
+            time.sleep(1)
+            ray.kill(busy.actor, no_restart=False)
+            killed.extend([idle, busy])
+        elif killed:
+            hand_out(pool)
+
+    monkeypatch.setattr(ray_engine._Pool, "hand_out", to_one_only)
+    report = resfeat.extract(spec)
+    assert killed and report.status == "finished"
+    assert report.embedded == report.items == 111
+
+
+def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, resfeat):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    started = time.monotonic()
+    done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "resnet18", "--weights",
+                   "random:0", "--address", "auto", env={"RAY_TMPDIR": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 1 and time.monotonic() - started < 20
+    assert "cannot join Ray at auto" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_gpu_is_said_and_nothing_is_left(photos, tmp_path, resfeat):

@@ -28,14 +28,11 @@ def wait_for_parts(process, output, count):
         time.sleep(0.05)
 
 
-def ray_processes():
+def ray_processes(driver):
     """Ray's servers and our workers; its idle agents take a minute to notice."""
     names = ("ray::RayWorker", "/raylet", "/gcs_server")
-    return {
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if any((process.info["cmdline"] or [""])[0].endswith(name) for name in names)
-    }
+    below = psutil.Process(driver.pid).children(recursive=True)
+    return [child for child in below if (child.cmdline() or [""])[0].endswith(names)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -43,15 +40,15 @@ def test_sigkill_half_way(workers, copied, choices, inline, resfeat, tmp_path):
     output = tmp_path / "out"
     command = ["extract", copied, "-o", output, *choices, "--workers", workers,
                "--shard-size", SHARD]  # fmt: skip
-    before = ray_processes()
     process = start(*command)
     wait_for_parts(process, output, 6)
-    assert bool(ray_processes() - before) == (workers > 0)
+    of_ray = ray_processes(process)
+    assert len(of_ray) == (2 + workers if workers else 0)
     process.kill()
     process.wait()
 
     deadline = time.monotonic() + 30
-    while orphans := ray_processes() - before:
+    while orphans := [child for child in of_ray if child.is_running()]:
         assert time.monotonic() < deadline, orphans
         time.sleep(0.2)
     layout = Layout(output)
@@ -95,13 +92,27 @@ def test_a_signal_stops_the_run_in_order(number, code, workers, collection, tmp_
     assert "no" in status.stdout.splitlines()[-1]
 
 
+def test_a_signal_while_ray_is_starting(collection, tmp_path):
+    output = tmp_path / "out"
+    process = start("extract", collection, "-o", output, "--model", "resnet18", "--weights",
+                    "random:0")  # fmt: skip
+    while not Layout(output).spec.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    _, complained = process.communicate(timeout=60)
+    assert process.returncode == 143, complained
+    assert "Traceback" not in complained
+    assert Layout(output).committed() == []
+
+
 def test_a_second_signal_stops_at_once(collection, tmp_path):
     output = tmp_path / "out"
     process = start("extract", collection, "-o", output, "--model", "resnet152", "--weights",
                     "random:0", "--workers", 0)  # fmt: skip
-    while not Layout(output).spec.exists():
-        time.sleep(0.05)
-    time.sleep(1)
+    while "of 512 images" not in process.stderr.readline():  # the model is built
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None  # 512 images of ResNet-152 take longer than that
