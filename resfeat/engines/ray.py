@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import signal
 import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,15 +291,15 @@ class _Pool:
 def _connect(address: str | None, weights_bytes: int) -> None:
     """Join the cluster at `address`, or start one on this machine for the length of the run."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address:
             _check_reachable(address)
-            ray.init(address=address, **quiet)
+            _init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=cpu_count(),
                 include_dashboard=False,
@@ -307,21 +307,17 @@ def _connect(address: str | None, weights_bytes: int) -> None:
                 object_store_memory=2 * weights_bytes + 100 * 1024**2,
                 **quiet,
             )
-    except SystemExit as ended:  # how Ray's own handler answers to SIGTERM
-        _restore(sigterm)
-        signal.raise_signal(signal.SIGTERM)
-        raise Stopped("stopped while Ray was starting") from ended
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"join Ray at {address}" if address else "start Ray"
         hint = "check --address" if address else "--workers 0 does without it"
         raise ResfeatError(f"cannot {where}: {_last_line(error)}; {hint}") from error
-    _restore(sigterm)
 
 
-def _restore(sigterm: Any) -> None:
-    # Ray puts a handler of its own in place, which would end the run without a drain.
-    if sigterm is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, sigterm)
+def _init(**options: Any) -> None:
+    # In the main thread Ray would put a SIGTERM handler of its own in place of ours, one that can
+    # lose the signal; in any other it leaves signals alone.
+    with ThreadPoolExecutor(1, "ray-init") as aside:
+        aside.submit(ray.init, **options).result()
 
 
 def _check_reachable(address: str) -> None:

@@ -92,14 +92,15 @@ def test_a_signal_stops_the_run_in_order(number, code, workers, collection, tmp_
     assert "no" in status.stdout.splitlines()[-1]
 
 
-def test_a_signal_while_ray_is_starting(collection, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 0.7, 1.4, 2.1])
+def test_a_signal_while_ray_is_starting(seconds, collection, tmp_path):
     output = tmp_path / "out"
     process = start("extract", collection, "-o", output, "--model", "resnet18", "--weights",
                     "random:0")  # fmt: skip
     while not Layout(output).spec.exists():
         assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(1.5)
+    time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
     _, complained = process.communicate(timeout=60)
     assert process.returncode == 143, complained
