@@ -23,8 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-# Ray prints its own words about dead workers to standard output; it reads this on import.
+# Ray reads these on import. It would print its own words about dead workers to standard output, and
+# its C++ part would take SIGTERM away from us and abort.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 import numpy as np
 import ray
@@ -118,8 +120,12 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         self._local = options.address is None
         self._joined = ray.is_initialized()  # by the program that calls us: theirs to shut down
+        # In the main thread Ray would put a Python handler of SIGTERM in place of ours, which can
+        # lose the signal. The processes that it starts die with the thread that started them.
+        self._starter = ThreadPoolExecutor(1, "ray-init")
         if not self._joined:
-            _connect(options.address, sum(array.nbytes for array in arrays.values()))
+            size = sum(array.nbytes for array in arrays.values())
+            self._starter.submit(_connect, options.address, size).result()
         try:
             workers, resources, placement = _place(options, shards)
             remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
@@ -152,6 +158,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
     def _leave(self) -> None:
         if not self._joined:
             ray.shutdown()
+        self._starter.shutdown()
 
     def run(
         self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
@@ -296,10 +303,10 @@ def _connect(address: str | None, weights_bytes: int) -> None:
     try:
         if address:
             _check_reachable(address)
-            _init(address=address, **quiet)
+            ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            _init(
+            ray.init(
                 address="local",
                 num_cpus=cpu_count(),
                 include_dashboard=False,
@@ -311,13 +318,6 @@ def _connect(address: str | None, weights_bytes: int) -> None:
         where = f"join Ray at {address}" if address else "start Ray"
         hint = "check --address" if address else "--workers 0 does without it"
         raise ResfeatError(f"cannot {where}: {_last_line(error)}; {hint}") from error
-
-
-def _init(**options: Any) -> None:
-    # In the main thread Ray would put a SIGTERM handler of its own in place of ours, one that can
-    # lose the signal; in any other it leaves signals alone.
-    with ThreadPoolExecutor(1, "ray-init") as aside:
-        aside.submit(ray.init, **options).result()
 
 
 def _check_reachable(address: str) -> None:
