@@ -29,7 +29,8 @@ FORMAT = 1
 class Record:
     """`_resfeat/spec.json`: what the dataset is. Written once, when its plan is complete.
 
-    weights: what to give as --weights to find the same weights again.
+    weights: what to give as --weights to find the same weights again. parity: how near to the
+    reference a sample of the embeddings was when it was first measured; None for the reference.
     """
 
     identity: Identity
@@ -39,6 +40,7 @@ class Record:
     plan: Plan
     created: str
     versions: Mapping[str, str]
+    parity: Mapping[str, float] | None = None
 
     def save(self, layout: Layout) -> None:
         content = {
@@ -119,13 +121,28 @@ class Dataset:
                     counts.update(part.read(columns=["reason"])["reason"].to_pylist())
         return dict(counts.most_common())
 
-    def vectors(self, rows: int = 4096) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
-        """Ids and embeddings float32 [n, D], n at most `rows`, in plan order."""
+    def vectors(
+        self, rows: int = 4096, layer: str | None = None
+    ) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
+        """Ids and embeddings float32 [n, D] of a layer, n at most `rows`, in plan order.
+
+        layer: the last one where it is not given. Raises UsageError for one that is not there.
+        """
+        column = self.check_layer(layer)
         for shard in self.layout.committed():
             with _open(self.layout.embeddings / self.layout.part_name(shard)) as part:
-                for batch in part.iter_batches(rows, columns=["id", "embedding"]):
-                    flat = batch["embedding"].flatten().to_numpy()
+                for batch in part.iter_batches(rows, columns=["id", column]):
+                    flat = batch[column].flatten().to_numpy().astype(np.float32, copy=False)
                     yield batch["id"], flat.reshape(batch.num_rows, -1)
+
+    def check_layer(self, layer: str | None) -> str:
+        """The column of a layer, or of the last one. Raises UsageError where it is not there."""
+        columns = self.record.identity.columns
+        if layer is not None and layer not in columns:
+            raise UsageError(
+                f"{self.layout.root} has no layer '{layer}': give one of {', '.join(columns)}"
+            )
+        return columns[layer or list(columns)[-1]]
 
     def uris(self, ids: list[str]) -> dict[str, str]:
         """Where the images with these ids were when they were listed."""

@@ -5,16 +5,19 @@ orientation applied; alpha composited on white; palette and grey to RGB; CMYK as
 it; 16-bit grey scaled, not clipped. A truncated file is a failure, never half a picture. A change
 to any of this is a change of `spec.PIXEL_POLICY`.
 
-The pixels are those of torchvision's transforms on a Pillow image, to the last bit, except that a
-picture more than `LONGEST` times as long as wide is not resized whole, which may move single pixels
-by a level or two.
+The pixels are those of torchvision's transforms on a Pillow 13 image, to the last bit, and do not
+change with the version of Pillow. The exception is a picture more than `LONGEST` times as long as
+wide, which is not resized whole: bilinear pixels may move by a level or two, bicubic ones by more,
+and nearest ones may be their neighbours.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +36,8 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _WHITE = (255, 255, 255, 255)
+# Tags of TIFF.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 Image.init()  # all signatures are known from here on, in every thread
 
@@ -81,7 +86,8 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
                 "too_many_pixels", f"{image.width} x {image.height}; {MAX_PIXELS:,} at most"
             )
         image.load()
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
+        tags = getattr(image, "tag_v2", {})  # of a TIFF; a turned copy has none
+        rgb = _to_rgb(ImageOps.exif_transpose(image), tags)
     pixels = _resize_and_crop(rgb, preprocessing)
     return Picture(np.asarray(pixels), rgb.width, rgb.height)
 
@@ -99,13 +105,11 @@ def _open(data: bytes) -> Image.Image:
         raise _RefusedError("unidentified", f"not an image: starts with {start!r}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        # 65535 / 257 = 255: the full range maps onto the full range.
-        wide = np.asarray(image).astype(np.float32)
-        return Image.fromarray(np.rint(wide / 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_sixteen_bit(image, tags)).convert("RGB")
     if image.mode in ("I", "F", "LAB", "HSV"):
         raise _RefusedError(
             "format_not_allowed", f"{image.mode} pixels have no fixed way to 8-bit RGB"
@@ -114,6 +118,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _sixteen_bit(image: Image.Image, tags: Mapping[int, Any]) -> NDArray[np.uint8]:
+    """Grey of up to 16 bits scaled to 8: the full range maps onto the full range."""
+    full = 2 ** min(tags.get(_BITS_PER_SAMPLE, (16,))[0], 16) - 1
+    wide: NDArray[np.uint16] = np.asarray(image)
+    grey: NDArray[np.uint8] = (
+        np.rint(wide.astype(np.float32) * (255 / full)).clip(0, 255).astype(np.uint8)
+    )
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    if "transparency" in image.info:  # a PNG's one clear value
+        grey[wide == image.info["transparency"]] = 255
+    return grey
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
@@ -127,7 +145,9 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.
     left, top = (round((side - crop) / 2) for side in resized)
     resample = _FILTERS[preprocessing.interpolation]
     if max(resized) <= LONGEST * short:
-        return image.resize(resized, resample).crop((left, top, left + crop, top + crop))
+        whole = (0.0, 0.0, float(width), float(height))
+        resized_image = _resize(image, resized, resample, whole)
+        return resized_image.crop((left, top, left + crop, top + crop))
     # A 60,000 x 3 picture would become 4.6 million pixels wide: sample only what the crop keeps.
     across, down = width / resized[0], height / resized[1]
     box = (
@@ -136,7 +156,27 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.
         min((left + crop) * across, width),
         min((top + crop) * down, height),
     )
-    return image.resize((crop, crop), resample, box=box)
+    return _resize(image, (crop, crop), resample, box)
+
+
+def _resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    box: tuple[float, float, float, float],
+) -> Image.Image:
+    """Resample `box` of the image to `size`, one direction after the other.
+
+    Which comes first moves pixels by a level, and Pillow 13 changed it for tall pictures; this is
+    its order, fixed.
+    """
+    left, top, right, bottom = box
+    width, height = size
+    if image.height > 2 * image.width and image.height > height:
+        rows = image.resize((image.width, height), resample, box=(0, top, image.width, bottom))
+        return rows.resize(size, resample, box=(left, 0, right, height))
+    columns = image.resize((width, image.height), resample, box=(left, 0, right, image.height))
+    return columns.resize(size, resample, box=(0, top, width, bottom))
 
 
 def _reason(error: Exception) -> Reason:

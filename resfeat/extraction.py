@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,10 @@ from resfeat.dataset import Dataset, Record
 from resfeat.errors import ResfeatError, Stopped, UsageError
 from resfeat.layout import Layout
 from resfeat.lock import run_lock
+from resfeat.parity import Parity, check, differs, sample
 from resfeat.plan import write_plan
 from resfeat.report import Progress, Report, Tally, versions
+from resfeat.runtimes import check_precision
 from resfeat.sink import write_json
 from resfeat.sources.directory import Directories, printable
 from resfeat.sources.item import Item
@@ -31,14 +34,16 @@ LISTED_BETWEEN_CALLS = 10_000
 def extract(
     spec: ExtractSpec,
     *,
+    on_note: Callable[[str], None] = lambda note: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Report:
     """Bring the dataset at `spec.output` to completion, from wherever it stands.
 
-    `on_progress` is called about twice a second. Once `stopping` gives true, shards in hand are
-    finished if that takes no longer than `engines.DRAIN_SECONDS`, and the report's status is
-    "interrupted".
+    `on_note` is told, a line each, what a user should know of how the run was set up; the report
+    has the same. `on_progress` is called about twice a second. Once `stopping` gives true, shards
+    in hand are finished if that takes no longer than `engines.DRAIN_SECONDS`, and the report's
+    status is "interrupted".
 
     Raises UsageError where the spec cannot be carried out, Stopped where it was stopped before
     there was a plan, and ResfeatError where the run cannot begin or go on. What is committed by
@@ -50,18 +55,23 @@ def extract(
     layout = Layout(spec.output)
     listing = Directories(spec.sources)
     _check_free(layout, listing)
-    weights = resolve(spec.model, spec.weights)
+    check_precision(spec.precision)
+    weights = resolve(spec)
+    for note in weights.notes:
+        on_note(note)
     with _output(layout):
         record = Record.load(layout)
         if new := record is None:
             record = _make_plan(layout, spec, listing, weights, on_progress, stopping)
         _check_same(layout, record, spec, listing, weights)
-        tally = Tally(record.plan, layout.committed(), on_progress, started)
+        tally = Tally(record.plan, layout.committed(), on_progress, started, weights.notes)
         error = None
         try:
             if tally.todo:
                 with engines.start(spec.runtime, layout, record, weights, tally.todo) as engine:
                     tally.engine = engine.description
+                    if differs(record.identity):
+                        tally.parity = _prove(engine, layout, record, spec, on_note, stopping)
                     for result in engine.run(tally.todo, tally.show, stopping):
                         tally.add(result)
         except ResfeatError as raised:
@@ -117,6 +127,26 @@ def _make_plan(
     )
     record.save(layout)
     return record
+
+
+def _prove(
+    engine: engines.Engine,
+    layout: Layout,
+    record: Record,
+    spec: ExtractSpec,
+    on_note: Callable[[str], None],
+    stopping: Callable[[], bool],
+) -> Parity:
+    """Compare a sample with the reference, and write down how near it is."""
+    parity = engine.parity(sample(layout, record.plan.shards), stopping)
+    check(parity, record.identity, spec.min_parity)
+    if record.parity is None:
+        replace(record, parity=vars(parity)).save(layout)
+    on_note(
+        f"{record.identity.precision} against fp32 on {parity.images} of the images: "
+        f"cosine {parity.minimum:.6f} at the least, {parity.median:.6f} in the median"
+    )
+    return parity
 
 
 def _check_same(

@@ -16,6 +16,7 @@ from resfeat import __version__
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import hardware
+from resfeat.parity import Parity
 from resfeat.plan import Plan
 from resfeat.worker import ShardResult
 
@@ -33,7 +34,9 @@ class Report:
     shards that it committed. changed: files that were not as listed any more when they were read.
     start_seconds: from the call until the first worker is live. seconds: from then to the end.
     stages: busy seconds by stage, added up over threads and workers; `wait` is the time that the
-    model waited for pixels. skipped: files that were passed over in listing, by extension.
+    model waited for pixels. skipped: files that were passed over in listing, by extension. notes:
+    what a user should know of how the weights were read. parity: how near a sample was to the
+    reference; None for the reference itself.
     """
 
     run_id: str
@@ -53,6 +56,8 @@ class Report:
     stages: Mapping[str, float] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    parity: Parity | None = None
     error: str | None = None
 
     @property
@@ -104,7 +109,8 @@ class Tally:
     """Adds up a run as its shards are committed.
 
     todo: numbers of the shards that the dataset still lacks, ascending. started: when the run was
-    asked for, by `time.monotonic`. engine: to be set to what the engine says of itself.
+    asked for, by `time.monotonic`. engine, parity: to be set to what the engine says of itself, and
+    to what was measured.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class Tally:
         committed: Sequence[int],
         on_progress: Callable[[Progress], None],
         started: float,
+        notes: Sequence[str],
     ) -> None:
         there = set(committed) & set(range(plan.shards))
         self.todo = [shard for shard in range(plan.shards) if shard not in there]
@@ -123,7 +130,9 @@ class Tally:
         self._first_worker: float | None = None
         self._counts: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
+        self._notes = notes
         self.engine: Mapping[str, Any] = {}
+        self.parity: Parity | None = None
 
     def add(self, result: ShardResult) -> None:
         """A shard was committed."""
@@ -177,6 +186,8 @@ class Tally:
             stages={stage: round(busy, 3) for stage, busy in self._stages.items()},
             engine=self.engine,
             skipped=dict(skipped),
+            notes=self._notes,
+            parity=self.parity,
             error=str(error) if error else None,
             **self._counts,
         )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.errors import Failure, ResfeatError, UsageError
+from resfeat.spec import FeatureSpec
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
@@ -26,10 +27,13 @@ class Neighbour:
     cosine: float
 
 
-def embed_queries(dataset: Dataset, paths: Sequence[str]) -> NDArray[np.float32]:
+def embed_queries(
+    dataset: Dataset, paths: Sequence[str], layer: str | None = None
+) -> NDArray[np.float32]:
     """Embeddings float32 [len(paths), D] of image files, made as the dataset's own were.
 
-    Raises UsageError for a file that gives no pixels, and ResfeatError where the weights that the
+    layer: which embedding of several; the last where it is not given. Raises UsageError for a layer
+    that is not there or a file that gives no pixels, and ResfeatError where the weights that the
     dataset was made with cannot be found again.
     """
     from resfeat.backbones.weights import resolve
@@ -38,6 +42,7 @@ def embed_queries(dataset: Dataset, paths: Sequence[str]) -> NDArray[np.float32]
     from resfeat.sources.directory import read
 
     identity = dataset.record.identity
+    dataset.check_layer(layer)
     pictures = []
     for path in paths:
         content = read(Path(path).absolute().as_uri())
@@ -47,7 +52,7 @@ def embed_queries(dataset: Dataset, paths: Sequence[str]) -> NDArray[np.float32]
         if isinstance(picture, Failure):
             raise UsageError(f"cannot use {path} as a query: {picture.reason}, {picture.message}")
         pictures.append(picture.pixels)
-    weights = resolve(identity.model, dataset.record.weights)
+    weights = resolve(FeatureSpec.of(identity, dataset.record.weights))
     if weights.identity != identity:
         raise ResfeatError(
             f"{dataset.layout.root} was made with other weights than {dataset.record.weights} are "
@@ -55,14 +60,22 @@ def embed_queries(dataset: Dataset, paths: Sequence[str]) -> NDArray[np.float32]
         )
     runtime = TorchRuntime(identity, weights.tensors, "cpu")
     starts = range(0, len(pictures), QUERY_BATCH)
-    return np.concatenate([runtime.embed(np.stack(pictures[i : i + QUERY_BATCH])) for i in starts])
+    every = np.concatenate([runtime.embed(np.stack(pictures[i : i + QUERY_BATCH])) for i in starts])
+    bounds = np.cumsum(list(weights.dims.values()))[:-1]
+    by_layer = dict(zip(weights.dims, np.split(every, bounds, axis=1), strict=True))
+    return by_layer[layer or identity.layers[-1]]
 
 
-def search(dataset: Dataset, queries: NDArray[np.float32], k: int) -> list[list[Neighbour]]:
-    """The k nearest images to each query, float32 [Q, D], nearest first; ties in plan order."""
+def search(
+    dataset: Dataset, queries: NDArray[np.float32], k: int, layer: str | None = None
+) -> list[list[Neighbour]]:
+    """The k nearest images to each query, float32 [Q, D], nearest first; ties in plan order.
+
+    layer: which embedding of several; the last where it is not given.
+    """
     directions = _normalise(queries)
     best: list[list[Neighbour]] = [[] for _ in queries]
-    for ids, vectors in dataset.vectors():
+    for ids, vectors in dataset.vectors(layer=layer):
         cosines = directions @ _normalise(vectors).T
         for row, nearest in zip(cosines, best, strict=True):
             order = np.argsort(-row, kind="stable")[:k]

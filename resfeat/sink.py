@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +41,24 @@ FAILURES = pa.schema(
 )
 
 
-def embeddings_schema(identity: Identity, dim: int, *, with_label: bool) -> pa.Schema:
-    """The columns of `embeddings/`, with the identity as JSON under the metadata key `resfeat`."""
-    value = pa.field("element", pa.float32(), nullable=False)
+def embeddings_schema(
+    identity: Identity,
+    dims: Mapping[str, int],
+    *,
+    with_label: bool,
+    parity: Mapping[str, float] | None = None,
+) -> pa.Schema:
+    """The columns of `embeddings/`, with the identity as JSON under the metadata key `resfeat`.
+
+    dims: length of each layer's embedding.
+    """
+    value = pa.field("element", pa.type_for_alias(identity.dtype), nullable=False)
     fields = [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("embedding", pa.list_(value, dim), nullable=False),
+        *(
+            pa.field(column, pa.list_(value, dims[layer]), nullable=False)
+            for layer, column in identity.columns.items()
+        ),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
@@ -55,6 +67,8 @@ def embeddings_schema(identity: Identity, dim: int, *, with_label: bool) -> pa.S
     if with_label:
         fields.append(pa.field("label", pa.string()))
     described = {"fingerprint": identity.fingerprint, **identity.as_dict()}
+    if parity:
+        described["parity"] = dict(parity)
     return pa.schema(fields, metadata={"resfeat": json.dumps(described, sort_keys=True)})
 
 
@@ -90,7 +104,7 @@ class Part(AbstractContextManager["Part"]):
         self._name = layout.part_name(shard)
         self._schema = schema
         self._rows: list[Row] = []
-        self._vectors: list[NDArray[np.float32]] = []
+        self._vectors: list[NDArray[np.floating]] = []
         self._failures: list[FailedItem] = []
         self._embedded = 0
         # Unique, so that a worker thought dead and its successor never write to one file.
@@ -114,9 +128,13 @@ class Part(AbstractContextManager["Part"]):
             self._temporary_failures.unlink(missing_ok=True)
 
     def add(
-        self, rows: Sequence[Row], vectors: NDArray[np.float32], failures: Sequence[FailedItem] = ()
+        self,
+        rows: Sequence[Row],
+        vectors: NDArray[np.floating],
+        failures: Sequence[FailedItem] = (),
     ) -> None:
-        """Append embedded images, `vectors` being float32 [len(rows), D], and those that failed."""
+        """Append embedded images, `vectors` [len(rows), D] being all their layers side by side, and
+        those that failed."""
         self._rows.extend(rows)
         self._vectors.append(vectors)
         self._failures.extend(failures)
@@ -153,15 +171,15 @@ class Part(AbstractContextManager["Part"]):
         if not self._rows:
             return
         rows, vectors = self._rows, np.concatenate(self._vectors)
-        columns: dict[str, pa.Array] = {
-            "id": pa.array([row.id for row in rows], pa.string()),
-            "embedding": pa.FixedSizeListArray.from_arrays(
-                pa.array(vectors.reshape(-1)), type=self._schema.field("embedding").type
-            ),
-        }
-        for name in self._schema.names[2:]:
-            values = [getattr(row, name) for row in rows]
-            columns[name] = pa.array(values, self._schema.field(name).type)
+        columns: dict[str, pa.Array] = {}
+        start = 0
+        for name, kind in zip(self._schema.names, self._schema.types, strict=True):
+            if pa.types.is_fixed_size_list(kind):
+                values = vectors[:, start : start + kind.list_size].reshape(-1)
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind)
+                start += kind.list_size
+            else:
+                columns[name] = pa.array([getattr(row, name) for row in rows], kind)
         self._writer.write_table(pa.table(columns, schema=self._schema))
         self._embedded += len(rows)
         self._rows, self._vectors = [], []

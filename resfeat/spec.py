@@ -2,7 +2,8 @@
 
 Two kinds of choices, two types. `Identity` holds everything that decides what an embedding *is*; it
 is hashed into the fingerprint and never changes within a dataset. `RuntimeOptions` holds the rest,
-which may change between a run and its resume.
+which may change between a run and its resume. `FeatureSpec` is an identity as a user asks for it,
+with defaults still to be filled in from the weights.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from resfeat.errors import UsageError
 
 # Bumped whenever decode.py would give other pixels for the same file.
 PIXEL_POLICY = "1"
+
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Pool = Literal["avg", "max", "gem"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+DType = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +33,19 @@ class Preprocessing:
 
     resize: int
     crop: int
-    interpolation: Literal["nearest", "bilinear", "bicubic"]
+    interpolation: Interpolation
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Everything that decides what an embedding is."""
+    """Everything that decides what an embedding is.
+
+    pool: how a feature map became a vector, or "own" for a network that does so in its own way.
+    normalize: whether each embedding was scaled to an L2 norm of 1.
+    precision: of the forward pass. dtype: of the stored values.
+    """
 
     model: str
     weights_digest: str
@@ -42,8 +53,16 @@ class Identity:
     pixel_policy: str = PIXEL_POLICY
     layers: tuple[str, ...] = ("avgpool",)
     pool: str = "avg"
-    precision: str = "fp32"
-    dtype: str = "float32"
+    normalize: bool = False
+    precision: Precision = "fp32"
+    dtype: DType = "float32"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Name of the column that holds each layer's embedding, in order."""
+        if len(self.layers) == 1:
+            return {self.layers[0]: "embedding"}
+        return {layer: f"embedding_{layer}" for layer in self.layers}
 
     @property
     def fingerprint(self) -> str:
@@ -67,6 +86,64 @@ class Identity:
             "layers": tuple(plain["layers"]),
         }
         return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """The features that a user asks for; `backbones.weights.resolve` makes an identity of them.
+
+    model: a name from `resfeat models`.
+    weights: DEFAULT, a published name, a .pth/.pt/.safetensors path or URI, or random:SEED.
+    layers: taps of the model, one embedding each; None takes its last.
+    pool: how a feature map becomes a vector; None averages it, or leaves it to a network that has
+        a way of its own.
+    normalize: scale each embedding to an L2 norm of 1.
+    precision: of the forward pass. dtype: of the stored values.
+    resize, crop, interpolation: in place of those that belong to the weights; pixels.
+    """
+
+    model: str = "resnet50"
+    weights: str = "DEFAULT"
+    layers: tuple[str, ...] | None = None
+    pool: Pool | None = None
+    normalize: bool = False
+    precision: Precision = "fp32"
+    dtype: DType = "float32"
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: Interpolation | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (not self.layers or not all(self.layers)):
+            raise UsageError("--layers has an empty name: give some, as in layer3,avgpool")
+        for name, value, known in (
+            ("pool", self.pool, Pool),
+            ("precision", self.precision, Precision),
+            ("dtype", self.dtype, DType),
+            ("interpolation", self.interpolation, Interpolation),
+        ):
+            if value is not None and value not in get_args(known):
+                raise UsageError(f"--{name} {value}: give one of {', '.join(get_args(known))}")
+        for name, pixels in (("resize", self.resize), ("crop", self.crop)):
+            if pixels is not None and pixels < 1:
+                raise UsageError(f"--{name} {pixels}: give at least 1 pixel")
+
+    @classmethod
+    def of(cls, identity: Identity, weights: str) -> FeatureSpec:
+        """What asks for this identity again, given where its weights are found."""
+        pixels = identity.preprocessing
+        return cls(
+            model=identity.model,
+            weights=weights,
+            layers=identity.layers,
+            pool=None if identity.pool == "own" else identity.pool,  # type: ignore[arg-type]
+            normalize=identity.normalize,
+            precision=identity.precision,
+            dtype=identity.dtype,
+            resize=pixels.resize,
+            crop=pixels.crop,
+            interpolation=pixels.interpolation,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,29 +187,29 @@ class RuntimeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractSpec:
-    """One extraction, as a user asks for it.
+class ExtractSpec(FeatureSpec):
+    """One extraction, as a user asks for it: the features, and what follows.
 
     sources: directories (or single files) that hold the images.
     output: folder of the dataset; made if it is not there, resumed if it is.
-    model: a name from `resfeat models`.
-    weights: DEFAULT, a torchvision weights name, a .pth/.pt/.safetensors path, or random:SEED.
     shard_size: items in one shard; None takes 4,096, or less for a small collection.
     label_from: "parent" stores the name of each image's folder in a `label` column.
     max_error_rate: share of failed images (0 to 1) above which a finished run counts as bad; to be
         compared with `Report.error_rate`, as the command does.
+    min_parity: least cosine (-1 to 1) to fp32 on torch that a sample of the images must have, where
+        the run uses anything else; None asks for 0.999, or 0.99 with int8.
     """
 
     sources: tuple[str, ...]
     output: str
-    model: str = "resnet50"
-    weights: str = "DEFAULT"
     shard_size: int | None = None
     label_from: Literal["parent"] | None = None
     max_error_rate: float = 0.05
+    min_parity: float | None = None
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sources:
             raise UsageError("no source given: name a directory of images")
         if not all(self.sources) or not self.output:
@@ -143,3 +220,5 @@ class ExtractSpec:
             raise UsageError(f"--label-from {self.label_from}: only 'parent' is known")
         if not 0 <= self.max_error_rate <= 1:
             raise UsageError(f"--max-error-rate {self.max_error_rate:g}: give a share from 0 to 1")
+        if self.min_parity is not None and not -1 <= self.min_parity <= 1:
+            raise UsageError(f"--min-parity {self.min_parity:g}: give a cosine, at most 1")

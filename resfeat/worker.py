@@ -13,15 +13,18 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from threading import BoundedSemaphore, Event, Lock
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from resfeat import plan
 from resfeat.clock import StageClock
+from resfeat.dataset import Record
 from resfeat.decode import Picture, decode
 from resfeat.errors import Failure, ResfeatError, Stopped
 from resfeat.layout import Layout
@@ -43,10 +46,14 @@ BATCH_SIZE = {"cpu": 16, "cuda": 256}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be done, the same for every worker of a run. Small: the weights travel apart."""
+    """What is to be done, the same for every worker of a run. Small: the weights travel apart.
+
+    dims: length of each layer's embedding.
+    """
 
     output: str
     identity: Identity
+    dims: Mapping[str, int]
     with_label: bool
 
 
@@ -85,7 +92,6 @@ class Worker:
         self.placement = placement
         self.layout = Layout(job.output)
         self.runtime = TorchRuntime(job.identity, tensors, placement.device)
-        self.schema = embeddings_schema(job.identity, self.runtime.dim, with_label=job.with_label)
         self.progress: dict[int, tuple[int, int]] = {}
         self.stopping = Event()
         self.forward_threads = 1 if placement.device == "cuda" else placement.cpus
@@ -95,6 +101,19 @@ class Worker:
         )
         self.decoding = BoundedSemaphore(placement.cpus)
         self.feeding = Lock()
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Of the rows. Read from the record late: by then it holds what was measured."""
+        record = Record.load(self.layout)
+        if record is None:
+            raise ResfeatError(f"{self.layout.spec} is gone: was the output removed?")
+        return embeddings_schema(
+            self.job.identity,
+            self.job.dims,
+            with_label=self.job.with_label,
+            parity=record.parity,
+        )
 
     def close(self) -> None:
         """Let the threads go; whatever has not begun is dropped."""
@@ -136,10 +155,11 @@ def process_shard(worker: Worker, shard: int) -> ShardResult:
 
 @dataclass
 class _Batch:
-    """A finished batch: rows and their vectors float32 [len(rows), D], and what failed."""
+    """A finished batch: rows and their vectors [len(rows), D], in the type that is stored, and what
+    failed."""
 
     rows: list[Row]
-    vectors: NDArray[np.float32]
+    vectors: NDArray[np.floating]
     failures: list[FailedItem]
     changed: int
 
@@ -200,6 +220,8 @@ def _embed(
         loaded = [load.result() for load in loads]
     with clock("embed"):
         vectors = worker.runtime.embed(pixels)[: len(items)]
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite: a failure
+            vectors = vectors.astype(worker.job.identity.dtype, copy=False)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
     batch = _Batch([], vectors, [], 0)
     kept = []

@@ -126,6 +126,15 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     assert pixels.max() < 255 and 120 < pixels.mean() < 135
 
 
+def test_sixteen_bit_grey_where_white_is_zero_or_a_value_is_clear():
+    wide = np.full((9, 9), 6000, np.uint16)
+    inverted = decoded(Image.fromarray(wide), "TIFF", tiffinfo={262: 0}).pixels
+    assert set(np.unique(inverted)) == {255 - 23}
+    wide[:, 5:] = 300
+    assert decoded(Image.fromarray(wide), transparency=6000).pixels[0, 0, 0] == 255
+    assert decoded(Image.fromarray(wide), transparency=300).pixels[0, 0, 0] == 23
+
+
 def test_cmyk_is_converted_as_pillow_does():
     cmyk = gradient().convert("CMYK")
     expected = Image.open(io.BytesIO(encoded(cmyk, "TIFF"))).convert("RGB")

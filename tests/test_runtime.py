@@ -7,11 +7,12 @@ import torch
 from resfeat.backbones import build
 from resfeat.backbones.weights import resolve
 from resfeat.runtimes.torch import TorchRuntime, fold_batch_norm
+from resfeat.spec import FeatureSpec
 
 
 @pytest.fixture(scope="module")
 def runtime():
-    weights = resolve("resnet18", "random:0")
+    weights = resolve(FeatureSpec(model="resnet18", weights="random:0"))
     return TorchRuntime(weights.identity, weights.tensors, "cpu")
 
 
@@ -27,23 +28,23 @@ def test_neighbours_in_the_batch_do_not_matter(runtime, pixels):
 
 
 def test_folding_leaves_no_batch_norm_and_the_same_embeddings():
-    model = build("resnet50")
+    model = build("resnet50", 64)
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        before = model(x)["avgpool"]
+        before = model(x, ["avgpool"])["avgpool"]
         folded = fold_batch_norm(model)
-        after = folded(x)["avgpool"]
+        after = folded(x, ["avgpool"])["avgpool"]
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert (before - after).abs().max() <= 1e-5 * before.abs().max()
 
 
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu(runtime, pixels):
-    weights = resolve("resnet18", "random:0")
+    weights = resolve(FeatureSpec(model="resnet18", weights="random:0"))
     cuda = TorchRuntime(weights.identity, weights.tensors, "cuda")
     expected, given = runtime.embed(pixels), cuda.embed(pixels)
     cosines = (expected * given).sum(1) / np.linalg.norm(expected, axis=1)

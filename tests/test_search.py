@@ -25,7 +25,7 @@ def test_the_streamed_answer_is_that_of_all_cosines_at_once(rows, block, k, seed
     starts = range(0, rows, block)
     blocks = [(pa.array([str(i) for i in range(s, min(s + block, rows))]), vectors[s : s + block])
               for s in starts]  # fmt: skip
-    found = search(SimpleNamespace(vectors=lambda: iter(blocks)), queries, k)
+    found = search(SimpleNamespace(vectors=lambda layer: iter(blocks)), queries, k)
 
     lengths = np.linalg.norm(vectors, axis=1)
     lengths[0] = 1

@@ -11,12 +11,12 @@ from resfeat.backbones.weights import resolve
 from resfeat.errors import Failure, ResfeatError
 from resfeat.layout import Layout
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema
-from resfeat.spec import Identity
+from resfeat.spec import FeatureSpec, Identity
 
 
 @pytest.fixture(scope="module")
 def identity():
-    return resolve("resnet18", "random:0").identity
+    return resolve(FeatureSpec(model="resnet18", weights="random:0")).identity
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ FAILED = FailedItem("z.jpg", "file:///z.jpg", Failure("decode", "truncated", "cu
 
 
 def test_rows_come_back_as_they_were(layout, identity):
-    schema = embeddings_schema(identity, 4, with_label=True)
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True)
     with Part(layout, 7, schema) as part:
         part.add(rows("a.jpg"), vectors(1), [FAILED])
         part.add(rows("b.jpg", "c.jpg"), vectors(2))
@@ -67,7 +67,7 @@ def test_rows_come_back_as_they_were(layout, identity):
 
 
 def test_an_exception_leaves_nothing(layout, identity):
-    schema = embeddings_schema(identity, 4, with_label=False)
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
     with pytest.raises(ZeroDivisionError), Part(layout, 0, schema) as part:
         part.add(rows("a.jpg"), vectors(1), [FAILED])
         raise ZeroDivisionError
@@ -78,7 +78,7 @@ def test_an_exception_leaves_nothing(layout, identity):
 
 @pytest.mark.parametrize("planned", [["a.jpg"], ["a.jpg", "b.jpg", "c.jpg"], ["a.jpg", "c.jpg"]])
 def test_rows_that_are_not_the_plans_are_never_committed(planned, layout, identity):
-    schema = embeddings_schema(identity, 4, with_label=False)
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
     refused = pytest.raises(ResfeatError, match="do not match the plan")
     with refused, Part(layout, 0, schema) as part:
         part.add(rows("a.jpg", "b.jpg"), vectors(2))
@@ -88,7 +88,7 @@ def test_rows_that_are_not_the_plans_are_never_committed(planned, layout, identi
 
 
 def test_failures_are_visible_before_the_commit_and_stale_ones_go(layout, identity, monkeypatch):
-    schema = embeddings_schema(identity, 4, with_label=False)
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
     renamed = []
 
     def dies_before_the_embeddings(temporary, target):
@@ -116,7 +116,7 @@ def test_failures_are_visible_before_the_commit_and_stale_ones_go(layout, identi
 
 
 def test_a_second_attempt_writes_the_same_bytes(layout, identity):
-    schema = embeddings_schema(identity, 4, with_label=True)
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True)
     seen = set()
     for _ in range(2):
         with Part(layout, 0, schema) as part:

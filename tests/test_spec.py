@@ -22,6 +22,7 @@ def test_everything_in_the_identity_changes_the_fingerprint():
         "pixel_policy": "0",
         "layers": ("layer4",),
         "pool": "max",
+        "normalize": True,
         "precision": "bf16",
         "dtype": "float16",
     }

@@ -1,29 +1,134 @@
-"""The networks that give embeddings, by name. Only building one imports torch."""
+"""The networks that give embeddings, by name. Only building one imports torch.
+
+Ours are a plain dict of architectures; `torchvision:NAME` and `timm:NAME` are those libraries' own
+networks without their classifiers. A family of networks is a module with these functions:
+
+    names(), has(name)      what it has
+    build(name, crop)       the headless network, uninitialised, for pictures of crop x crop pixels
+    published(name)         its published weights, each with the preprocessing that belongs to it
+    default_pixels(name)    the preprocessing for weights of the user's own
+
+A built network is a `backbone.Backbone`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Protocol, cast
 
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
-    from resfeat.backbones.resnet import ResNet
+    from torch import Tensor
 
-# name -> depth of the ResNet. The names are torchvision's, which is where their weights are found.
-BACKBONES: dict[str, int] = {f"resnet{depth}": depth for depth in (18, 34, 50, 101, 152)}
+    from resfeat.backbones.backbone import Backbone
+    from resfeat.spec import Identity, Preprocessing
 
 
-def check_name(name: str) -> None:
-    """Raise UsageError if no backbone has this name."""
-    if name not in BACKBONES:
+@dataclass(frozen=True)
+class Published:
+    """Weights that somebody published: their preprocessing, and how to read them."""
+
+    name: str
+    preprocessing: Preprocessing
+    read: Callable[[], Mapping[str, Tensor]]
+
+
+class Family(Protocol):
+    """The functions of a family's module."""
+
+    def names(self) -> list[str]: ...
+    def has(self, name: str) -> bool: ...
+    def build(self, name: str, crop: int) -> Backbone: ...
+    def published(self, name: str) -> dict[str, Published]: ...
+    def default_pixels(self, name: str) -> Preprocessing: ...
+
+
+FAMILIES = {"": "ours", "torchvision": "torchvision", "timm": "timm"}
+
+
+def family_of(model: str) -> Family:
+    """The family that a model's prefix names. Raises UsageError where there is none."""
+    prefix = model.rpartition(":")[0]
+    if prefix not in FAMILIES:
         raise UsageError(
-            f"unknown model '{name}': choose one of {', '.join(BACKBONES)} (see `resfeat models`)"
+            f"unknown model '{model}': only torchvision: and timm: may stand before a name"
         )
+    return cast("Family", importlib.import_module(f"resfeat.backbones.{FAMILIES[prefix]}"))
 
 
-def build(name: str) -> ResNet:
-    """The named backbone with uninitialised weights, in eval mode."""
-    check_name(name)
-    from resfeat.backbones.resnet import ResNet
+def find(model: str) -> tuple[Family, str]:
+    """The family of a model, and the model's name in it. Raises UsageError where there is none."""
+    family = family_of(model)
+    prefix, colon, name = model.rpartition(":")
+    if not family.has(name):
+        near = difflib.get_close_matches(name, family.names(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(prefix + colon + each for each in near)}? " if near else ""
+        raise UsageError(f"unknown model '{model}': {hint}see `resfeat models`")
+    return family, name
 
-    return ResNet(BACKBONES[name]).eval()
+
+def build(model: str, crop: int) -> Backbone:
+    """The named network, in eval mode, for pictures of crop x crop pixels; values arbitrary."""
+    family, name = find(model)
+    return family.build(name, crop).eval()
+
+
+@cache
+def outline(model: str, crop: int) -> Backbone:
+    """The network without values, on torch's meta device: for shapes and counts."""
+    from torch import device, empty, ones, zeros
+    from torch.overrides import TorchFunctionMode
+
+    class NoMemory(TorchFunctionMode):
+        # Not `with device("meta")`: some networks compute their own widths with tensors.
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            where = {"device": device("meta")} if func in (empty, ones, zeros) else {}
+            return func(*args, **{**(kwargs or {}), **where})
+
+    with NoMemory():
+        network = build(model, crop)
+    return network.to("meta")
+
+
+def shapes(model: str, crop: int) -> dict[str, tuple[int, ...]]:
+    """What each tap gives for one picture: (C, h, w) for a feature map, (D,) for a vector.
+
+    Raises UsageError where the network does not take pictures of this size.
+    """
+    import torch
+
+    network = outline(model, crop)
+    try:
+        with torch.inference_mode():
+            outputs = network(torch.empty(1, 3, crop, crop, device="meta"), network.taps)
+    # Networks complain of a size in their own ways: assertions, shape errors, ...
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise UsageError(
+            f"{model} does not take pictures of {crop} x {crop} pixels ({reason}): give another "
+            "--crop, or leave it to the weights"
+        ) from error
+    return {tap: tuple(output.shape[1:]) for tap, output in outputs.items()}
+
+
+def gflops(model: str, crop: int) -> float:
+    """Billions of multiply-adds for one picture, in convolutions and matrix products."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = outline(model, crop)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.empty(1, 3, crop, crop, device="meta"), network.taps[-1:])
+    multiplied_and_added: int = counter.get_total_flops()
+    return multiplied_and_added / 2 / 1e9
+
+
+def dimensions(identity: Identity) -> dict[str, int]:
+    """The length of each layer's embedding, in the identity's order."""
+    given = shapes(identity.model, identity.preprocessing.crop)
+    return {layer: given[layer][0] for layer in identity.layers}

@@ -1,131 +1,207 @@
 """Headless ResNets: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016.
 
-The ImageNet networks of the paper's table 1, without the classifier. This is the variant that
-torchvision publishes weights for: a bottleneck strides on its 3x3 convolution, not on the first 1x1
-as the paper's own networks do. Parameter names are torchvision's, so its checkpoints load strictly
-once `fc` is left out.
+The networks of the paper's table 1 and of its section 4.2 (CIFAR-10), the plain networks that it
+compares them with, and three relatives that change one number or one connection each: wide ResNets
+(Zagoruyko & Komodakis, 2016), ResNeXt (Xie et al., 2017) and gated, "highway" shortcuts
+(Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015).
+
+This is the variant that torchvision publishes weights for: a bottleneck strides on its 3x3
+convolution, not on the first 1x1 as the paper's own networks do. Parameter names are torchvision's,
+so its checkpoints load strictly once `fc` is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-STAGE_WIDTHS = (64, 128, 256, 512)
+from resfeat.backbones.backbone import Backbone
+
+# What is added to the output of a block's convolutions (section 3.3, and section 2 of the highway
+# paper). Where shapes are equal, A and B add the input itself. Where they differ, A adds the input
+# subsampled and padded with zero channels, B a 1x1 projection of it. C projects everywhere.
+Shortcut = Literal["A", "B", "C", "none", "highway"]
+
+# Opens the way for the input when training begins: the transform gate starts at sigmoid(-1) = 0.27.
+GATE_BIAS = -1.0
 
 
-def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps height and width (at stride 1); batch norm supplies the bias."""
-    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A ResNet in numbers.
+
+    depths: blocks in each stage. widths: of each stage's 3x3 convolutions, for one group of
+    `group_width` 64. groups, group_width: of a bottleneck's 3x3 convolution, as ResNeXt and wide
+    ResNets vary them. stem: a 7x7 convolution and pooling, or CIFAR's one 3x3 convolution.
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    bottleneck: bool = False
+    groups: int = 1
+    group_width: int = 64
+    shortcut: Shortcut = "B"
+    stem: Literal["imagenet", "cifar"] = "imagenet"
 
 
-class BasicBlock(nn.Module):
-    """Figure 5, left: two 3x3 convolutions around which the input is carried unchanged."""
+def imagenet(depth: int, **changes: object) -> Architecture:
+    """A column of table 1, by its number of weighted layers."""
+    depths = {
+        18: (2, 2, 2, 2),
+        34: (3, 4, 6, 3),
+        50: (3, 4, 6, 3),
+        101: (3, 4, 23, 3),
+        152: (3, 8, 36, 3),
+    }
+    return Architecture(depths=depths[depth], bottleneck=depth >= 50, **changes)  # type: ignore[arg-type]
+
+
+def cifar(depth: int, shortcut: Shortcut = "A") -> Architecture:
+    """Section 4.2: three stages of n blocks on 32x32, 16x16 and 8x8 maps make 6n + 2 layers."""
+    blocks = (depth - 2) // 6
+    return Architecture(depths=(blocks,) * 3, widths=(16, 32, 64), shortcut=shortcut, stem="cifar")
+
+
+class Block(nn.Module):
+    """Convolutions, and the shortcut around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, kind: Shortcut) -> None:
+        super().__init__()
+        self.kind = kind
+        self.relu = nn.ReLU(inplace=True)
+        same = stride == 1 and inputs == outputs
+        self.downsample = nn.Sequential()
+        if kind == "highway" and same:
+            self.gate = conv(inputs, outputs, 3, bias=True)
+        elif kind == "highway":
+            self.kind = "none"  # as in the highway paper, plain layers change the shape
+        elif kind == "A" and not same:
+            self.downsample = nn.Sequential(SubsampleAndPad(stride, outputs - inputs))
+        elif kind == "C" or (kind == "B" and not same):
+            self.downsample = nn.Sequential(
+                conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
+            )
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The block's convolutions, up to the last batch norm."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return self.relu(self.residual(x))  # type: ignore[no-any-return]
+        if self.kind == "highway":
+            transform = torch.sigmoid(self.gate(x))
+            return self.relu(self.residual(x)) * transform + x * (1 - transform)  # type: ignore[no-any-return]
+        return self.relu(self.residual(x) + self.downsample(x))  # type: ignore[no-any-return]
+
+
+class BasicBlock(Block):
+    """Figure 5, left: two 3x3 convolutions."""
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
+    def __init__(self, inputs: int, width: int, stride: int, architecture: Architecture) -> None:
+        super().__init__(inputs, width, stride, architecture.shortcut)
         self.conv1 = conv(inputs, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(inputs, width * self.expansion, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = self.relu(self.bn1(self.conv1(x)))
-        residual = self.bn2(self.conv2(residual))
-        activated: Tensor = self.relu(residual + self.downsample(x))
-        return activated
+    def residual(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))  # type: ignore[no-any-return]
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """Figure 5, right: 1x1 reduces, 3x3 works (and strides), 1x1 restores four times the width."""
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, architecture: Architecture) -> None:
+        outputs = width * self.expansion
+        super().__init__(inputs, outputs, stride, architecture.shortcut)
+        groups = architecture.groups
+        inner = width * architecture.group_width // 64 * groups
+        self.conv1 = conv(inputs, inner, 1)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = conv(inner, inner, 3, stride, groups=groups)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = conv(inner, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+
+    def residual(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
+
+
+class SubsampleAndPad(nn.Module):
+    """Option A: every `stride`-th pixel, and `channels` more channels of zeros."""
+
+    def __init__(self, stride: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = conv(width, width * self.expansion, 1)
-        self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(inputs, width * self.expansion, stride)
+        self.stride, self.channels = stride, channels
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.relu(self.bn1(self.conv1(x)))
-        residual = self.relu(self.bn2(self.conv2(residual)))
-        residual = self.bn3(self.conv3(residual))
-        activated: Tensor = self.relu(residual + self.downsample(x))
-        return activated
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.channels))
 
 
-def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """The identity, or where shapes differ the paper's option B: a 1x1 projection (eq. 2)."""
-    if stride == 1 and inputs == outputs:
-        return nn.Sequential()
-    return nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+def conv(
+    inputs: int, outputs: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False
+) -> nn.Conv2d:
+    """A convolution that keeps height and width (at stride 1); batch norm supplies the bias."""
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
 
 
-Block = type[BasicBlock] | type[Bottleneck]
+class ResNet(Backbone):
+    """A ResNet up to its last feature map; `taps` names the maps that it can give.
 
-# Table 1: the block, and how many of them each of the four stages stacks.
-DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
-}
-
-
-class ResNet(nn.Module):
-    """A ResNet up to and including global average pooling.
-
-    `dim` is the length of its embedding: 512 for basic blocks, 2,048 for bottlenecks.
+    "stem" is what the first stage sees, "layer1" and so on are the stages. "avgpool" is the last
+    stage again, under the name of the pooling that turns it into the embedding.
     """
 
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        block, counts = DEPTHS[depth]
-        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    head = ("fc",)  # what torchvision puts on top, to be left out of a checkpoint
 
-        inputs = 64
-        for number, (width, count) in enumerate(zip(STAGE_WIDTHS, counts, strict=True), start=1):
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        inputs = architecture.widths[0]
+        imagenet_stem = architecture.stem == "imagenet"
+        self.conv1 = conv(3, inputs, 7, stride=2) if imagenet_stem else conv(3, inputs, 3)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet_stem else nn.Identity()
+
+        block = Bottleneck if architecture.bottleneck else BasicBlock
+        self.stages: list[str] = []
+        shape = zip(architecture.widths, architecture.depths, strict=True)
+        for number, (width, depth) in enumerate(shape, start=1):
             blocks = []
-            for position in range(count):
+            for position in range(depth):
                 # Each stage after the first halves height and width, in its first block.
                 stride = 2 if number > 1 and position == 0 else 1
-                blocks.append(block(inputs, width, stride))
+                blocks.append(block(inputs, width, stride, architecture))
                 inputs = width * block.expansion
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
-        self.dim = inputs
+            self.stages.append(f"layer{number}")
+            setattr(self, self.stages[-1], nn.Sequential(*blocks))
+        self.taps = ("stem", *self.stages, "avgpool")
 
-    def stages(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Run the network and give each stage's name and output, in order.
-
-        `x` is float [N, 3, H, W]. "stem" and "layer1" to "layer4" are [N, C, h, w], at strides 4,
-        4, 8, 16 and 32; "avgpool" is [N, dim].
-        """
+    def feature_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Run the network on `x`, float [N, 3, H, W], and give each tap's map [N, C, h, w]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         yield "stem", x
-        for number in range(1, 5):
-            x = getattr(self, f"layer{number}")(x)
-            yield f"layer{number}", x
-        yield "avgpool", x.mean(dim=(2, 3))
+        for name in self.stages:
+            x = getattr(self, name)(x)
+            yield name, x
+        yield "avgpool", x
 
-    def forward(self, x: Tensor, layers: Collection[str] = ("avgpool",)) -> dict[str, Tensor]:
-        """The outputs of the named `layers`, in one pass."""
-        return {name: output for name, output in self.stages(x) if name in layers}
+    def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
+        """The feature maps of the named `layers`, in one pass."""
+        return {name: output for name, output in self.feature_maps(x) if name in layers}
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -136,3 +212,5 @@ def initialise(model: nn.Module, seed: int) -> None:
             nn.init.kaiming_normal_(
                 module.weight, mode="fan_out", nonlinearity="relu", generator=generator
             )
+            if module.bias is not None:  # only gates have one
+                nn.init.constant_(module.bias, GATE_BIAS)

@@ -1,81 +1,77 @@
-"""Weights: from what the user names to tensors, with their digest and the preprocessing they need.
+"""Weights: from what the user asks for to tensors, with the identity that they give an embedding.
 
-Resolved once, on the driver, before any worker starts. Files are read without running code from
-them: `.safetensors`, or `torch.load(weights_only=True)`.
+Resolved once, on the driver, before any worker starts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchvision.models import WeightsEnum, get_model_weights
 
-from resfeat.backbones import build, check_name
+from resfeat.backbones import Published, build, dimensions, find, outline, shapes
+from resfeat.backbones.backbone import Backbone
+from resfeat.backbones.checkpoint import SUFFIXES, is_checkpoint, public, read_tensors, strip
+from resfeat.backbones.resnet import ResNet, initialise
 from resfeat.errors import ResfeatError, UsageError
-from resfeat.spec import Identity, Preprocessing
-
-CONNECT_SECONDS = 10
-FILE_SUFFIXES = (".pth", ".pt", ".safetensors")
+from resfeat.spec import FeatureSpec, Identity, Preprocessing
 
 
 @dataclass(frozen=True)
 class Weights:
     """Tensors that fit a backbone exactly, and all that goes with them.
 
-    origin: a name that finds them again: "IMAGENET1K_V2", an absolute path, "random:0".
+    dims: length of each layer's embedding. origin: a name that finds the weights again:
+    "IMAGENET1K_V2", an absolute path, "random:0". notes: what a user should know of how they were
+    read, a line each.
     """
 
     identity: Identity
+    dims: Mapping[str, int]
     origin: str
     tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
-def resolve(model: str, weights: str) -> Weights:
-    """Find, read and check the weights that the user named.
+def resolve(spec: FeatureSpec) -> Weights:
+    """Find, read and check what the spec asks for.
 
-    Raises UsageError for a name that means nothing, ResfeatError for weights that cannot be had or
-    do not fit.
+    Raises UsageError for a choice that cannot be, ResfeatError for weights that cannot be had or do
+    not fit.
     """
-    check_name(model)
-    published = get_model_weights(model)
-    preprocessing = _preprocessing(published.DEFAULT)
-    if weights.startswith("random:"):
-        origin, tensors = weights, _random(model, weights)
-    elif weights.endswith(FILE_SUFFIXES):
-        path = Path(weights).expanduser()
-        origin, tensors = str(path.absolute()), _read(path)
-    elif weights in published.__members__:
-        entry = published[weights]
-        origin, tensors = entry.name, _read(_download(entry))
-        preprocessing = _preprocessing(entry)
+    family, name = find(spec.model)
+    published = _choose(spec, family.published(name))
+    pixels = published.preprocessing if published else family.default_pixels(name)
+    pixels = _overridden(pixels, spec)
+    layers, pool = _taps(spec, pixels.crop)
+    notes: tuple[str, ...] = ()
+    network = outline(spec.model, pixels.crop)
+    if published:
+        origin, read = published.name, published.read()
+        tensors, _, _ = strip(read, network.state_dict(), network.head)
+    elif spec.weights.startswith("random:"):
+        origin, tensors = spec.weights, _random(spec, pixels.crop)
     else:
-        raise UsageError(
-            f"unknown weights '{weights}' for {model}: give one of "
-            f"{', '.join(published.__members__)}, a path that ends in {', '.join(FILE_SUFFIXES)}, "
-            "or random:SEED"
-        )
-    tensors = {name: tensor for name, tensor in tensors.items() if _counts(name)}
-    _check_fit(model, origin, tensors)
-    identity = Identity(model=model, weights_digest=digest(tensors), preprocessing=preprocessing)
-    return Weights(identity, origin, tensors)
+        origin = public(spec.weights)
+        tensors, notes = _from_checkpoint(spec.weights, network)
+    tensors = _fitting(spec.model, origin, tensors, _deciding(network.state_dict()))
+    identity = Identity(
+        model=spec.model,
+        weights_digest=digest(tensors),
+        preprocessing=pixels,
+        layers=layers,
+        pool=pool,
+        normalize=spec.normalize,
+        precision=spec.precision,
+        dtype=spec.dtype,
+    )
+    return Weights(identity, dimensions(identity), origin, tensors, notes)
 
 
-def _counts(name: str) -> bool:
-    """Whether a tensor has a say in embeddings: not the classifier, and not the count of training
-    batches, which older checkpoints do not have."""
-    return not name.startswith("fc.") and not name.endswith(".num_batches_tracked")
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, types and values: the same for one set of weights in any file."""
     total = hashlib.sha256()
     for name in sorted(tensors):
@@ -85,90 +81,82 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _preprocessing(entry: WeightsEnum) -> Preprocessing:
-    transforms = entry.transforms()
-    return Preprocessing(
-        resize=transforms.resize_size[0],
-        crop=transforms.crop_size[0],
-        interpolation=cast(
-            'Literal["nearest", "bilinear", "bicubic"]', transforms.interpolation.value
-        ),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
+def _choose(spec: FeatureSpec, published: dict[str, Published]) -> Published | None:
+    """The published weights that are named; None for a file or random weights."""
+    if spec.weights == "DEFAULT" and published:
+        return next(iter(published.values()))
+    if spec.weights in published:
+        return published[spec.weights]
+    if spec.weights.startswith("random:") or is_checkpoint(spec.weights):
+        return None
+    there = f"one of {', '.join(published)}, " if published else ""
+    why = (
+        f"nobody publishes weights for {spec.model}"
+        if spec.weights == "DEFAULT"
+        else f"unknown weights '{spec.weights}' for {spec.model}"
+    )
+    raise UsageError(
+        f"{why}: give {there}a path or URI that ends in {', '.join(SUFFIXES)}, or random:SEED"
     )
 
 
-def _random(model: str, weights: str) -> dict[str, Tensor]:
-    from resfeat.backbones.resnet import initialise
+def _overridden(pixels: Preprocessing, spec: FeatureSpec) -> Preprocessing:
+    changes = {"resize": spec.resize, "crop": spec.crop, "interpolation": spec.interpolation}
+    pixels = replace(pixels, **{name: value for name, value in changes.items() if value})  # type: ignore[arg-type]
+    if pixels.crop > pixels.resize:
+        raise UsageError(
+            f"a crop of {pixels.crop} pixels is larger than the resize to {pixels.resize}: give "
+            f"--resize {pixels.crop} or more, or --crop {pixels.resize} or less"
+        )
+    return pixels
 
-    seed = weights.removeprefix("random:")
+
+def _taps(spec: FeatureSpec, crop: int) -> tuple[tuple[str, ...], str]:
+    """The layers in the network's order, and the pooling, if the network has them."""
+    given = shapes(spec.model, crop)
+    asked = spec.layers or (list(given)[-1],)
+    for layer in asked:
+        if layer not in given:
+            raise UsageError(
+                f"{spec.model} has no layer '{layer}': give some of {', '.join(given)}"
+            )
+    layers = tuple(layer for layer in given if layer in asked)
+    maps = all(len(given[layer]) == 3 for layer in layers)
+    if spec.pool and not maps:
+        raise UsageError(
+            f"{spec.model} pools in its own way: leave out --pool {spec.pool}, or choose one of "
+            "resfeat's own models"
+        )
+    return layers, (spec.pool or "avg") if maps else "own"
+
+
+def _from_checkpoint(source: str, network: Backbone) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    tensors, opened = read_tensors(source)
+    kept, prefix, left_out = strip(tensors, network.state_dict(), network.head)
+    told = [f"took '{'.'.join(opened)}'"] if opened else []
+    told += [f"stripped '{prefix}' from the names"] if prefix else []
+    told += [f"left out {', '.join(left_out[:5])}"] if left_out else []
+    told += [f"and {len(left_out) - 5} more"] if len(left_out) > 5 else []
+    return kept, (f"weights {public(source)}: {', '.join(told)}",) if told else ()
+
+
+def _random(spec: FeatureSpec, crop: int) -> dict[str, Tensor]:
+    seed = spec.weights.removeprefix("random:")
     if not (seed.isascii() and seed.isdigit()) or int(seed) >= 2**63:
-        raise UsageError(f"weights '{weights}': give a whole number as seed, as in random:0")
-    backbone = build(model)
-    initialise(backbone, int(seed))
+        raise UsageError(f"weights '{spec.weights}': give a whole number as seed, as in random:0")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))  # for the networks that draw their own
+        backbone = build(spec.model, crop)
+    if isinstance(backbone, ResNet):
+        initialise(backbone, int(seed))
     return backbone.state_dict()
 
 
-def _download(entry: WeightsEnum) -> Path:
-    """The file of published weights in torch hub's cache, fetched if it is not there."""
-    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(entry.url)
-    if cached.exists():
-        return cached
-    digest_start = cached.stem.rpartition("-")[2]  # published files carry it in their name
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(CONNECT_SECONDS):
-            torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=digest_start)
-    except (OSError, RuntimeError) as error:
-        raise ResfeatError(
-            f"cannot download {entry.url} ({getattr(error, 'reason', error)}): put the file at "
-            f"{cached}, or give --weights PATH"
-        ) from error
-    return cached
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torch.hub passes no timeout of its own, and without one a silent network hangs the run.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UsageError(f"weights file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # What the two readers raise for a broken or hostile file has no common class.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ResfeatError(
-            f"cannot read weights {path}: {reason[:200]}; only plain tensors are loaded, "
-            "code in a checkpoint is never run"
-        ) from error
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        for name, tensor in content.items()
-    ):
-        raise ResfeatError(
-            f"weights {path} are not a flat state dict: save `model.state_dict()` and give that"
-        )
-    return {name: tensor.detach().float().contiguous() for name, tensor in content.items()}
-
-
-def _check_fit(model: str, origin: str, tensors: dict[str, Tensor]) -> None:
-    """Exactly the backbone's tensors, each of its shape, all finite."""
-    with torch.device("meta"):
-        expected = {name: t for name, t in build(model).state_dict().items() if _counts(name)}
+def _fitting(
+    model: str, origin: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Exactly the backbone's tensors, each of its shape, all finite, fractions as float32."""
+    tensors = _deciding(tensors)
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is unknown" for name in tensors if name not in expected]
     wrong += [
@@ -185,3 +173,14 @@ def _check_fit(model: str, origin: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ResfeatError(f"weights {origin}: {name} has values that are not finite numbers")
+    return {
+        name: tensor.to(torch.float32 if wanted.is_floating_point() else wanted.dtype).contiguous()
+        for name, wanted in expected.items()
+        for tensor in (tensors[name],)
+    }
+
+
+def _deciding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that have a say in embeddings: all but counts of training batches, which older
+    checkpoints do not have."""
+    return {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}

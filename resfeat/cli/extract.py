@@ -14,6 +14,7 @@ from resfeat.errors import Stopped
 
 if TYPE_CHECKING:
     from resfeat.report import Report
+    from resfeat.spec import DType, Interpolation, Pool, Precision
 
 TOO_MANY_FAILED = 3
 
@@ -27,6 +28,10 @@ Examples:
       Two folders in one dataset; each image's folder becomes its label.
   resfeat extract photos -o embeddings --weights finetuned.pth --workers 0
       Your own checkpoint; in this process, without Ray.
+  resfeat extract photos -o embeddings --layers layer3,avgpool --pool gem --normalize
+      Two embeddings of each image in one pass, GeM-pooled, of unit length.
+  resfeat extract photos -o embeddings --model timm:convnext_tiny --precision bf16
+      A network of timm in half precision, checked first on a sample of the images.
   resfeat extract /data/photos -o /data/embeddings --address auto --workers 16
       On the Ray cluster that is running here; all its machines see /data.
 
@@ -67,7 +72,47 @@ class Count(click.ParamType):  # type: ignore[type-arg]
     "--weights",
     default="DEFAULT",
     show_default=True,
-    help="DEFAULT or another torchvision name; a .pth, .pt or .safetensors file; or random:SEED.",
+    help="DEFAULT or another published name; a .pth, .pt or .safetensors file, or its s3://, gs:// "
+    "or https:// address; or random:SEED.",
+)
+@click.option(
+    "--layers",
+    metavar="NAME,...",
+    help="Taps of the model, one column each; see `resfeat models MODEL`.  [default: the last]",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["avg", "max", "gem"]),
+    help="How a feature map becomes a vector.  [default: avg, or the model's own way]",
+)
+@click.option("--normalize", is_flag=True, help="Scale each embedding to unit length (L2).")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the stored values.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Of the forward pass.",
+)
+@click.option(
+    "--min-parity",
+    type=float,
+    help="Least cosine to fp32 on a sample of the images.  [default: 0.999, with int8 0.99]",
+)
+@click.option("--resize", type=int, help="Short side in pixels.  [default: the weights' own]")
+@click.option(
+    "--crop", type=int, help="Side of the centre crop in pixels.  [default: the weights' own]"
+)
+@click.option(
+    "--interpolation",
+    type=click.Choice(["nearest", "bilinear", "bicubic"]),
+    help="[default: the weights' own]",
 )
 @click.option(
     "--batch-size",
@@ -119,6 +164,15 @@ def extract(
     output: str,
     model: str,
     weights: str,
+    layers: str | None,
+    pool: Pool | None,
+    normalize: bool,
+    dtype: DType,
+    precision: Precision,
+    min_parity: float | None,
+    resize: int | None,
+    crop: int | None,
+    interpolation: Interpolation | None,
     batch_size: int | None,
     workers: int | None,
     gpus_per_worker: float | None,
@@ -141,6 +195,15 @@ def extract(
         output=output,
         model=model,
         weights=weights,
+        layers=tuple(name.strip() for name in layers.split(",")) if layers is not None else None,
+        pool=pool,
+        normalize=normalize,
+        dtype=dtype,
+        precision=precision,
+        min_parity=min_parity,
+        resize=resize,
+        crop=crop,
+        interpolation=interpolation,
         shard_size=shard_size,
         label_from="parent" if label_from else None,
         max_error_rate=max_error_rate,
@@ -156,7 +219,9 @@ def extract(
         from resfeat.extraction import extract as run
 
         try:
-            report = run(spec, on_progress=display.show, stopping=signals.received)
+            report = run(
+                spec, on_note=display.note, on_progress=display.show, stopping=signals.received
+            )
         except Stopped as stopped:
             click.echo(str(stopped), err=True)
             context.exit(signals.exit_code)

@@ -2,41 +2,132 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from resfeat.errors import UsageError
 
-@click.command(epilog="\b\nExample:\n  resfeat models")
+if TYPE_CHECKING:
+    from resfeat.backbones import Published
+    from resfeat.spec import Preprocessing
+
+EXAMPLES = """\b
+Examples:
+  resfeat models
+      Resfeat's own models.
+  resfeat models resnet50
+      One of them: its layers and their shapes, its weights and their preprocessing.
+  resfeat models 'torchvision:*'
+  resfeat models 'timm:convnext*'
+      Those of torchvision and of timm (pip install 'resfeat[timm]') by pattern.
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("pattern", metavar="[NAME]", default="*")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
-def models(as_json: bool) -> None:
-    """List the backbones, what they give, and the names of their published weights."""
-    import torch
-    from torchvision.models import get_model_weights
+def models(pattern: str, as_json: bool) -> None:
+    """List models, what they give and the names of their published weights; or show one."""
+    from resfeat.backbones import find
 
-    from resfeat.backbones import BACKBONES, build
-
-    rows = []
-    for name in BACKBONES:
-        with torch.device("meta"):  # shapes only: nothing is allocated
-            backbone = build(name)
-        published = get_model_weights(name)
-        rows.append(
-            {
-                "model": name,
-                "dimension": backbone.dim,
-                "parameters": sum(p.numel() for p in backbone.parameters()),
-                "input": published.DEFAULT.transforms().crop_size[0],
-                "weights": [entry.name for entry in published],
-                "default": published.DEFAULT.name,
-            }
-        )
+    names = _matching(pattern)
+    if not names:
+        find(pattern)  # says what is wrong with the name
+        raise UsageError(f"no model is called like '{pattern}': see `resfeat models`")
+    one = names == [pattern]
+    rows = [_row(name) for name in names]
     if as_json:
         click.echo(json.dumps(rows))
-        return
-    click.echo(f"{'model':<10} {'dimension':>9} {'parameters':>11} {'input':>5}  weights")
+    elif one:
+        _show(rows[0])
+    else:
+        _list(rows)
+        if pattern == "*":
+            click.echo(
+                "\nAlso: `resfeat models 'torchvision:*'`, `resfeat models 'timm:*'`, "
+                "and `resfeat models NAME` for one with its layers"
+            )
+
+
+def _matching(pattern: str) -> list[str]:
+    from resfeat.backbones import family_of
+
+    prefix, _, name = pattern.rpartition(":")
+    family = family_of(pattern)
+    if not any(each in name for each in "*?["):
+        return [pattern] if family.has(name) else []
+    found = fnmatch.filter(family.names(), name)
+    return [f"{prefix}:{each}" if prefix else each for each in found]
+
+
+def _row(model: str) -> dict[str, Any]:
+    """What there is to say of one model. GFLOPs are multiply-adds, as papers count them."""
+    from resfeat.backbones import find, gflops, outline, shapes
+
+    family, name = find(model)
+    try:
+        published = family.published(name)
+        default = next(iter(published.values()), None)
+        pixels = default.preprocessing if default else family.default_pixels(name)
+        taps = shapes(model, pixels.crop)
+    except UsageError as error:
+        return {"model": model, "cannot": str(error)}
+    return {
+        "model": model,
+        "dimension": list(taps.values())[-1][0],
+        "parameters": sum(p.numel() for p in outline(model, pixels.crop).parameters()),
+        "gflops": round(gflops(model, pixels.crop), 3),
+        "input": pixels.crop,
+        "layers": {tap: list(shape) for tap, shape in taps.items()},
+        "preprocessing": vars(pixels),
+        "weights": {each.name: _pixels(each) for each in published.values()},
+        "default": default.name if default else None,
+    }
+
+
+def _pixels(published: Published) -> dict[str, Any]:
+    return vars(published.preprocessing)
+
+
+def _list(rows: list[dict[str, Any]]) -> None:
+    width = max(len(row["model"]) for row in rows)
+    click.echo(f"{'model':<{width}}  dimension   parameters   GFLOPs  input  weights")
     for row in rows:
+        if "cannot" in row:
+            click.echo(f"{row['model']:<{width}}  not for resfeat: {row['cannot']}")
+            continue
+        weights = ", ".join(row["weights"]) or "none published"
         click.echo(
-            f"{row['model']:<10} {row['dimension']:>9,} {row['parameters']:>11,} "
-            f"{row['input']:>5}  {', '.join(row['weights'])} (DEFAULT is {row['default']})"
+            f"{row['model']:<{width}}  {row['dimension']:>9,} {row['parameters']:>12,} "
+            f"{row['gflops']:>8,.2f} {row['input']:>6}  {weights}"
         )
+    click.echo("Parameters and GFLOPs (multiply-adds, one image) are without the classifier.")
+
+
+def _show(row: dict[str, Any]) -> None:
+    if "cannot" in row:
+        raise UsageError(row["cannot"])
+    click.echo(
+        f"{row['model']}: {row['dimension']:,} dimensions, {row['parameters']:,} parameters, "
+    )
+    click.echo(f"  {row['gflops']:,.2f} GFLOPs for an image, without its classifier")
+    click.echo("\nlayer       shape, for --layers (a feature map is pooled to its first number)")
+    for tap, shape in row["layers"].items():
+        click.echo(f"{tap:<10}  {' x '.join(map(str, shape))}")
+    click.echo("\nweights, for --weights (the first is DEFAULT)")
+    for name, pixels in row["weights"].items():
+        click.echo(f"{name:<16}  {_words(pixels)}")
+    if not row["weights"]:
+        click.echo(f"none published: give a file, or random:SEED; {_words(row['preprocessing'])}")
+
+
+def _words(pixels: Preprocessing | dict[str, Any]) -> str:
+    assert isinstance(pixels, dict)
+    mean, std = (", ".join(f"{value:g}" for value in pixels[name]) for name in ("mean", "std"))
+    return (
+        f"resize {pixels['resize']}, crop {pixels['crop']}, {pixels['interpolation']}, "
+        f"mean {mean}, std {std}"
+    )

@@ -22,6 +22,9 @@ class Quiet(AbstractContextManager["Quiet"]):
     def show(self, progress: Progress) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -50,9 +53,14 @@ class Bar(Quiet):
         self._bar.set_postfix(failed=progress.failed, workers=progress.workers, refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
+    def note(self, text: str) -> None:
+        self._close()
+        click.echo(f"Note: {text}", err=True)
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
     def __exit__(self, *_: object) -> None:
         self._close()
@@ -72,6 +80,9 @@ class Lines(Quiet):
         if now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             self.line(progress, self._speed(progress, now))
+
+    def note(self, text: str) -> None:
+        click.echo(f"Note: {text}", err=True)
 
     def line(self, progress: Progress, speed: float | None) -> None:
         """Print one line; `speed` is images per second since the first, if there was time."""
@@ -95,6 +106,9 @@ class Lines(Quiet):
 
 class JsonLines(Lines):
     """The same as JSON objects on standard output, for programs."""
+
+    def note(self, text: str) -> None:
+        click.echo(json.dumps({"event": "note", "text": text}))
 
     def line(self, progress: Progress, speed: float | None) -> None:
         rate = round(speed, 2) if speed else None

@@ -22,6 +22,11 @@ Examples:
 @click.option(
     "-k", default=10, show_default=True, type=click.IntRange(min=1), help="How many to find."
 )
+@click.option(
+    "--layer",
+    metavar="NAME",
+    help="Which embedding of a dataset with several.  [default: the last]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object a query.")
 @click.option(
     "--sheet",
@@ -29,7 +34,14 @@ Examples:
     type=click.Path(dir_okay=False),
     help="Draw queries and finds as a picture.",
 )
-def search(output: str, queries: tuple[str, ...], k: int, as_json: bool, sheet: str | None) -> None:
+def search(
+    output: str,
+    queries: tuple[str, ...],
+    k: int,
+    layer: str | None,
+    as_json: bool,
+    sheet: str | None,
+) -> None:
     """Find the images of the dataset OUT that are nearest to the image files QUERY...
 
     Exact cosine over all rows. A query is embedded as the dataset's own images were.
@@ -40,8 +52,8 @@ def search(output: str, queries: tuple[str, ...], k: int, as_json: bool, sheet: 
     dataset = open_dataset(output)
     if not dataset.embedded():
         raise UsageError(f"{output} has no embeddings yet: see `resfeat status {output}`")
-    vectors = searching.embed_queries(dataset, queries)
-    found = searching.search(dataset, vectors, k)
+    vectors = searching.embed_queries(dataset, queries, layer)
+    found = searching.search(dataset, vectors, k, layer)
     if sheet:
         from resfeat.sheet import contact_sheet
 

@@ -1,8 +1,9 @@
 """Who runs `process_shard`, and where: in the calling process, or on Ray.
 
-Both engines are context managers with the same two members:
+Both engines are context managers with the same three members:
 
     description                         what the report says of it: workers, device, batch size, ...
+    parity(items, stopping)             compares embeddings of these items with the reference's
     run(shards, on_progress, stopping)  does the shards and gives each one's ShardResult
 
 `on_progress(done, failed, workers)` is told of the shards in hand about twice a second.
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
     from resfeat.dataset import Record
     from resfeat.layout import Layout
+    from resfeat.parity import Parity
+    from resfeat.sources.item import Item
     from resfeat.spec import RuntimeOptions
 
 # How long shards in hand may take to finish once the run is asked to stop.
@@ -34,6 +37,10 @@ class Engine(Protocol):
     @property
     def description(self) -> Mapping[str, Any]:
         """Workers, device, cores, batch size and the like, for the report."""
+        ...
+
+    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity:
+        """Compare one worker's embeddings of these items with the reference's. Raises Stopped."""
         ...
 
     def run(
@@ -54,6 +61,7 @@ def start(
     job = Job(
         output=str(layout.root),
         identity=record.identity,
+        dims=weights.dims,
         with_label=record.label_from is not None,
     )
     if options.workers == 0:

@@ -14,6 +14,8 @@ from torch import Tensor
 from resfeat.engines import DRAIN_SECONDS, OnProgress
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import cpu_count
+from resfeat.parity import Parity, measure
+from resfeat.sources.item import Item
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import (
     BATCH_SIZE,
@@ -38,6 +40,7 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         )
         self.description = {"engine": "inline", "workers": 1, **vars(placement)}
         self._worker = Worker(job, placement, tensors)
+        self._tensors = tensors
         self._pool = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
 
     def __exit__(
@@ -49,6 +52,13 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         self._worker.stopping.set()
         self._pool.shutdown(cancel_futures=True)
         self._worker.close()
+
+    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity:
+        measured = self._pool.submit(measure, self._worker, self._tensors, items)
+        while not wait([measured], timeout=0.5).done:
+            if stopping():
+                raise Stopped("stopped while comparing with fp32: nothing was written")
+        return measured.result()
 
     def run(
         self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]

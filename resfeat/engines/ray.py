@@ -39,6 +39,8 @@ from resfeat import __version__
 from resfeat.engines import DRAIN_SECONDS, OnProgress
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import cpu_count
+from resfeat.parity import Parity, measure
+from resfeat.sources.item import Item
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import (
     BATCH_SIZE,
@@ -79,6 +81,10 @@ class RayWorker:
     def process(self, shard: int, weights: list[ray.ObjectRef[Any]]) -> ShardResult:
         return process_shard(self._ready_worker(weights), shard)
 
+    @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
+    def parity(self, items: list[Item], weights: list[ray.ObjectRef[Any]]) -> Parity:
+        return measure(self._ready_worker(weights), _tensors(weights), items)
+
     @ray.method(concurrency_group="control")
     def progress(self) -> dict[int, tuple[int, int]]:
         """Images done and failed so far, by shard in hand."""
@@ -88,18 +94,22 @@ class RayWorker:
         """The worker, built on first use: Ray restarts an actor without telling us."""
         with self._building:
             if self._worker is None:
-                self._worker = self._build(ray.get(weights[0]))
+                self._worker = self._build(_tensors(weights))
             return self._worker
 
-    def _build(self, arrays: dict[str, NDArray[Any]]) -> Worker:
+    def _build(self, tensors: dict[str, Tensor]) -> Worker:
         if self._placement.device == "cuda" and not torch.cuda.is_available():
             raise ResfeatError(
                 "Ray gave this worker a GPU and torch cannot use it: install a CUDA build of torch "
                 f"on {platform.node()}, or give --gpus-per-worker 0"
             )
-        # Copies, since what comes out of the object store is read-only and shared.
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         return Worker(self._job, self._placement, tensors)
+
+
+def _tensors(weights: list[ray.ObjectRef[Any]]) -> dict[str, Tensor]:
+    # Copies, since what comes out of the object store is read-only and shared.
+    arrays: dict[str, NDArray[Any]] = ray.get(weights[0])
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
 @dataclass(eq=False)
@@ -160,6 +170,22 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             ray.shutdown()
         self._starter.shutdown()
 
+    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity:
+        call = self._members[0].actor.parity.remote(list(items), [self._weights])
+        deadline = time.monotonic() + START_SECONDS
+        while not ray.wait([call], timeout=POLL_SECONDS)[0]:
+            if stopping():
+                raise Stopped("stopped while comparing with fp32: nothing was written")
+            if self._local and time.monotonic() > deadline:
+                raise _no_worker()
+        try:
+            measured: Parity = ray.get(call)
+            return measured
+        except RayTaskError as error:
+            raise _as_resfeat(error) from error
+        except RayError as error:
+            raise ResfeatError(f"a worker could not start: {_last_line(error)}") from error
+
     def run(
         self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
     ) -> Iterator[ShardResult]:
@@ -173,10 +199,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
                 if time.monotonic() > give_up:
                     break
             if self._local and not pool.live and time.monotonic() > deadline:
-                raise ResfeatError(
-                    f"Ray could not start a worker within {START_SECONDS:.0f} s: is it short of "
-                    "memory? Give fewer --workers, or --workers 0"
-                )
+                raise _no_worker()
             if pool.live:
                 deadline = time.monotonic() + START_SECONDS
             pool.hand_out()
@@ -376,6 +399,13 @@ def _place(options: RuntimeOptions, shards: int) -> tuple[int, dict[str, float],
     # More workers than cores share them; Ray takes fractions.
     asked = {"num_cpus": float(np.floor(min(per_worker, placement.cpus) * 100) / 100)}
     return workers, asked | {"num_gpus": float(share)}, placement
+
+
+def _no_worker() -> ResfeatError:
+    return ResfeatError(
+        f"Ray could not start a worker within {START_SECONDS:.0f} s: is it short of memory? "
+        "Give fewer --workers, or --workers 0"
+    )
 
 
 def _as_resfeat(error: RayTaskError) -> Exception:

@@ -11,13 +11,19 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from resfeat.backbones import build
+from resfeat.backbones.pooling import normalise, pool
+from resfeat.backbones.resnet import ResNet
 from resfeat.spec import Identity
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchRuntime:
     """A backbone in eval mode on `device`, with batch norm folded and channels last.
 
-    Folding changes embeddings by about 3e-7 relative and saves a pass over every feature map.
+    Folding changes embeddings by about 3e-7 relative and saves a pass over every feature map. The
+    network runs in the identity's precision; normalisation before it and pooling behind it do so
+    in float32.
     """
 
     def __init__(self, identity: Identity, tensors: dict[str, Tensor], device: str) -> None:
@@ -26,23 +32,29 @@ class TorchRuntime:
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cudnn.deterministic = True
-        model = build(identity.model)
+        model = build(identity.model, identity.preprocessing.crop)
         # Strict but for the counts of training batches: weights.py has checked the rest by name.
         model.load_state_dict(tensors, strict=False)
-        self.dim = model.dim
+        if isinstance(model, ResNet):  # other networks may order their layers otherwise
+            fold_batch_norm(model)
         self.device = torch.device(device)
-        self._model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._dtype = DTYPES[identity.precision]
+        self._identity = identity
+        self._model = model.to(self.device, self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         mean, std = identity.preprocessing.mean, identity.preprocessing.std
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings float32 [N, dim] of RGB pixels uint8 [N, H, W, 3]."""
+        """Embeddings of RGB pixels uint8 [N, H, W, 3]: float32 [N, D], the layers side by side."""
         with torch.inference_mode():
             batch = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
             normalised = batch.float().div_(255).sub_(self._mean).div_(self._std)
-            embeddings: Tensor = self._model(normalised)["avgpool"]
-            result: NDArray[np.float32] = embeddings.float().cpu().numpy()
+            outputs = self._model(normalised.to(self._dtype), self._identity.layers)
+            vectors = [pool(outputs[name], self._identity.pool) for name in self._identity.layers]
+            if self._identity.normalize:
+                vectors = [normalise(each) for each in vectors]
+            result: NDArray[np.float32] = torch.cat(vectors, dim=1).cpu().numpy()
             return result
 
 

@@ -1,0 +1,172 @@
+"""Checkpoints: read without running code from them, from where people keep them, in their shapes.
+
+A training script's file holds more than the network, under names of its own: `state_dict` and a
+`module.` before every name, two copies of the network side by side, an optimizer. What is meant is
+recognised by the names that the network must have, and told in a note.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import pyarrow as pa
+import torch
+from pyarrow.fs import FileSystem
+from torch import Tensor
+
+from resfeat.errors import ResfeatError, UsageError
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+WEB = ("http", "https")
+STORES = ("s3", "gs", "gcs")
+CONNECT_SECONDS = 10
+
+# Where training scripts put the network, the copy that is evaluated first: averaged weights before
+# the last ones, DINO's teacher before its student.
+CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict",
+              "model", "teacher", "student", "network", "net", "backbone", "encoder")  # fmt: skip
+# Of two copies of the network under two prefixes, the one that is used after training: MoCo's
+# query encoder (v1 and v2, v3) before the key encoder that follows it.
+PREFERRED = ("encoder_q", "base_encoder", "teacher", "online_encoder", "ema_model")
+
+
+def is_checkpoint(weights: str) -> bool:
+    """Whether this names a file, here or elsewhere, rather than published weights."""
+    return urlsplit(weights).path.endswith(SUFFIXES)
+
+
+def public(source: str) -> str:
+    """The source without what must not be written down: a password or a signature in a URI."""
+    if "://" not in source:
+        return str(Path(source).expanduser().absolute())
+    parts = urlsplit(source)
+    query = "" if parts.scheme in WEB else parts.query
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+
+
+def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a checkpoint, by name, and the containers in which they were found.
+
+    source: a path or a URI (http, https, s3, gs). Raises UsageError where there is no such file,
+    ResfeatError where it cannot be read or holds anything but tensors.
+    """
+    data = _fetch(source)
+    try:
+        content = _parse(source, data)
+    # What the two readers raise for a broken or hostile file has no common class.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise ResfeatError(
+            f"cannot read weights {public(source)}: {reason}; only plain tensors are loaded, "
+            "code in a checkpoint is never run: if it is your own, save `model.state_dict()` again"
+        ) from error
+    opened = []
+    while isinstance(content, dict):
+        inner = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        opened.append(inner)
+        content = content[inner]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        for name, tensor in content.items()
+    ):
+        raise ResfeatError(
+            f"weights {public(source)} hold no state dict that can be recognised: save "
+            "`model.state_dict()` and give that"
+        )
+    return {name: tensor.detach() for name, tensor in content.items()}, opened
+
+
+def strip(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: tuple[str, ...]
+) -> tuple[dict[str, Tensor], str, list[str]]:
+    """The network's tensors under their own names, the prefix that they had, what was left out.
+
+    expected: the network's state dict. head: modules of its classifier. Tensors that cannot belong
+    to a network of this kind are left out; those that could, and do not fit, are kept.
+    """
+    prefix = _prefix(tensors, expected)
+    mine = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    parts = {name.partition(".")[0] for name in expected}
+    kept, left_out = {}, Counter(
+        name.partition(".")[0] for name in tensors if not name.startswith(prefix)
+    )  # fmt: skip
+    for name, tensor in mine.items():
+        in_head = any(name.startswith(f"{module}.") for module in head)
+        if name in expected or (name.partition(".")[0] in parts and not in_head):
+            kept[name] = tensor
+        elif not in_head or prefix:
+            left_out[prefix + name.partition(".")[0]] += 1
+    return kept, prefix, list(left_out)
+
+
+def _prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What stands before the network's own names: the prefix under which most of them are found."""
+    found: Counter[str] = Counter()
+    for name in tensors:
+        start = 0
+        while start >= 0:
+            if name[start:] in expected:
+                found[name[:start]] += 1
+            start = name.find(".", start) + 1 or -1
+    if not found:
+        return ""
+    most = max(found.values())
+    copies = [prefix for prefix, count in found.items() if count == most]
+    ranks = {prefix: _rank(prefix) for prefix in copies}
+    best = [prefix for prefix in copies if ranks[prefix] == min(ranks.values())]
+    if len(best) > 1:
+        raise ResfeatError(
+            f"the weights hold {len(best)} copies of the network, under {', '.join(best)}: save "
+            "the one that is meant"
+        )
+    return best[0]
+
+
+def _rank(prefix: str) -> int:
+    words = prefix.split(".")
+    return next((n for n, word in enumerate(PREFERRED) if word in words), len(PREFERRED))
+
+
+def _parse(source: str, data: bytes) -> Any:
+    if urlsplit(source).path.endswith(".safetensors"):
+        from safetensors.torch import load
+
+        return load(data)
+    # Training scripts save their options, which are a class of the standard library that runs
+    # nothing of its own when it is read.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _fetch(source: str) -> bytes:
+    scheme = urlsplit(source).scheme if "://" in source else ""
+    try:
+        if scheme in WEB:
+            with urllib.request.urlopen(source, timeout=CONNECT_SECONDS) as response:
+                return bytes(response.read())
+        if scheme in STORES:
+            store, path = FileSystem.from_uri(source)
+            with store.open_input_stream(path, compression=None) as stream:
+                return bytes(stream.read())
+        if scheme:
+            known = ", ".join(f"{each}://" for each in (*WEB, *STORES))
+            raise UsageError(
+                f"weights {public(source)}: {scheme}:// is not read; give a path or {known}"
+            )
+        return Path(source).expanduser().read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(f"weights file {public(source)} does not exist") from error
+    except (OSError, pa.ArrowException, ValueError) as error:
+        hint = "check its address, your credentials and the network" if scheme else "check it"
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ResfeatError(f"cannot read weights {public(source)}: {reason}; {hint}") from error

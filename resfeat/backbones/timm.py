@@ -1,0 +1,97 @@
+"""timm's networks, headless, and the weights that it publishes. An extra: `resfeat[timm]`."""
+
+from __future__ import annotations
+
+import math
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor
+
+from resfeat.backbones import Published
+from resfeat.backbones.backbone import Adapted, Backbone
+from resfeat.errors import ResfeatError, UsageError
+from resfeat.spec import Preprocessing
+
+try:
+    import timm
+    from timm.data import resolve_data_config
+except ImportError as error:
+    raise UsageError(
+        "models of timm need timm, which is not installed: pip install 'resfeat[timm]'"
+    ) from error
+
+
+@cache
+def names() -> list[str]:
+    found: list[str] = timm.list_models()
+    return found
+
+
+def has(name: str) -> bool:
+    """A name may go on with the tag of its weights, as in resnet50.a1_in1k."""
+    return name.partition(".")[0] in names()
+
+
+def build(name: str, crop: int) -> Backbone:
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=0)
+    except RuntimeError as error:  # of a tag that it does not know
+        raise UsageError(f"timm:{name}: {error}") from error
+    classifier = timm.get_pretrained_cfg_value(name, "classifier") or ()
+    return Adapted(network, (classifier,) if isinstance(classifier, str) else classifier)
+
+
+def published(name: str) -> dict[str, Published]:
+    """By the tags of timm's weights, the default one first; of a tagged name only its own."""
+    architecture, _, tag = name.partition(".")
+    default = timm.get_pretrained_cfg(name)
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if default is None or default.tag not in tags:
+        return {}
+    return {
+        each: _published(architecture, each) for each in ([tag] if tag else [default.tag, *tags])
+    }
+
+
+def _published(architecture: str, tag: str) -> Published:
+    return Published(
+        tag, _preprocessing(f"{architecture}.{tag}"), partial(_read, architecture, tag)
+    )
+
+
+def default_pixels(name: str) -> Preprocessing:
+    return _preprocessing(name)
+
+
+def _preprocessing(name: str) -> Preprocessing:
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=vars(timm.get_pretrained_cfg(name)))
+    _, height, width = config["input_size"]
+    if config["crop_mode"] != "center" or height != width:
+        raise UsageError(
+            f"timm:{name} wants pictures of {height} x {width} made by '{config['crop_mode']}'; "
+            "resfeat only crops the centre, to a square: choose another model"
+        )
+    return Preprocessing(
+        # timm's own formula, rounding included.
+        resize=math.floor(height / config["crop_pct"]),
+        crop=height,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+    )
+
+
+def _read(architecture: str, tag: str) -> dict[str, Tensor]:
+    name = f"{architecture}.{tag}"
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0)
+    # What the hub's client raises without a network has no common class.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ResfeatError(
+            f"cannot get the weights {timm.get_pretrained_cfg(name).hf_hub_id} of the Hugging Face "
+            f"hub ({reason[:200]}): fetch them into the Hugging Face cache, or give --weights PATH"
+        ) from error
+    tensors: dict[str, Tensor] = network.state_dict()
+    return tensors

@@ -1,0 +1,114 @@
+"""torchvision's classification networks, headless, and the weights that it publishes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torchvision.models as zoo
+from torch import Tensor, nn
+
+from resfeat.backbones import Published
+from resfeat.backbones.backbone import Adapted, Backbone
+from resfeat.backbones.checkpoint import read_tensors
+from resfeat.errors import ResfeatError
+from resfeat.spec import Interpolation, Preprocessing
+
+CONNECT_SECONDS = 10
+CLASSES = 1000
+# Both undo, in front of the first layer, the normalisation that their published weights were not
+# trained with.
+OWN_NORMALISATION = ("googlenet", "inception_v3")
+
+
+def names() -> list[str]:
+    found: list[str] = zoo.list_models(module=zoo)
+    return found
+
+
+def has(name: str) -> bool:
+    return name in names()
+
+
+def build(name: str, crop: int) -> Backbone:
+    options: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        options["image_size"] = crop
+    if name in OWN_NORMALISATION:
+        options.update(transform_input=True, aux_logits=False)
+    with warnings.catch_warnings():  # of a change to come in how values are drawn at first
+        warnings.simplefilter("ignore", FutureWarning)
+        network = zoo.get_model(name, **options)
+    # The classifier is the last module that gives a value for each class.
+    head = [key for key, module in network.named_modules() if _outputs(module) == CLASSES][-1]
+    network.set_submodule(head, nn.Identity())
+    return Adapted(network, (head,))
+
+
+def _outputs(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.out_channels if isinstance(module, nn.Conv2d) else None
+
+
+def published(name: str) -> dict[str, Published]:
+    entries = zoo.get_model_weights(name)
+    return {entry.name: _published(entry) for entry in (entries.DEFAULT, *entries)}
+
+
+def default_pixels(name: str) -> Preprocessing:
+    return _preprocessing(zoo.get_model_weights(name).DEFAULT)
+
+
+def _published(entry: zoo.WeightsEnum) -> Published:
+    return Published(entry.name, _preprocessing(entry), partial(_read, entry))
+
+
+def _preprocessing(entry: zoo.WeightsEnum) -> Preprocessing:
+    transforms = entry.transforms()
+    return Preprocessing(
+        resize=transforms.resize_size[0],
+        crop=transforms.crop_size[0],
+        interpolation=cast(Interpolation, transforms.interpolation.value),
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+    )
+
+
+def _read(entry: zoo.WeightsEnum) -> dict[str, Tensor]:
+    """The tensors of the file in torch hub's cache, which is fetched if it is not there."""
+    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(entry.url)
+    if not cached.exists():
+        _download(entry, cached)
+    return read_tensors(str(cached))[0]
+
+
+def _download(entry: zoo.WeightsEnum, cached: Path) -> None:
+    digest_start = cached.stem.rpartition("-")[2]  # published files carry it in their name
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with _socket_timeout(CONNECT_SECONDS):
+            torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=digest_start)
+    except (OSError, RuntimeError) as error:
+        raise ResfeatError(
+            f"cannot download {entry.url} ({getattr(error, 'reason', error)}): put the file at "
+            f"{cached}, or give --weights PATH"
+        ) from error
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    # torch.hub passes no timeout of its own, and without one a silent network hangs the run.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
