@@ -98,7 +98,7 @@ def check(parity: Parity, identity: Identity, least: float | None) -> None:
     if not parity.minimum >= least:
         raise ResfeatError(
             f"{identity.precision} embeddings of {parity.images} sampled images have a cosine of "
-            f"{parity.minimum:.5f} to fp32's at the least (median {parity.median:.5f}), under "
+            f"{parity.minimum:.6f} to fp32's at the least (median {parity.median:.6f}), under "
             f"--min-parity {least:g}: use --precision fp32, or lower --min-parity"
         )
 

@@ -102,8 +102,9 @@ def shapes(model: str, crop: int) -> dict[str, tuple[int, ...]]:
     """
     import torch
 
-    network = outline(model, crop)
+    find(model)
     try:
+        network = outline(model, crop)
         with torch.inference_mode():
             outputs = network(torch.empty(1, 3, crop, crop, device="meta"), network.taps)
     # Networks complain of a size in their own ways: assertions, shape errors, ...

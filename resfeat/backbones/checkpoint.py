@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import urllib.error
+import pickle
+import re
 import urllib.request
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,10 +65,10 @@ def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
         content = _parse(source, data)
     # What the two readers raise for a broken or hostile file has no common class.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise ResfeatError(
-            f"cannot read weights {public(source)}: {reason}; only plain tensors are loaded, "
-            "code in a checkpoint is never run: if it is your own, save `model.state_dict()` again"
+            f"cannot read weights {public(source)}: {_reason(error)}; only plain tensors are "
+            "loaded, code in a checkpoint is never run: if it is your own, save "
+            "`model.state_dict()` again"
         ) from error
     opened = []
     while isinstance(content, dict):
@@ -137,6 +139,15 @@ def _rank(prefix: str) -> int:
     return next((n for n, word in enumerate(PREFERRED) if word in words), len(PREFERRED))
 
 
+def _reason(error: Exception) -> str:
+    # torch goes on to advise loading such a file with code and all.
+    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it asks for {code[1]} to be called"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no checkpoint, or holds more than tensors"
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
 def _parse(source: str, data: bytes) -> Any:
     if urlsplit(source).path.endswith(".safetensors"):
         from safetensors.torch import load
@@ -144,8 +155,17 @@ def _parse(source: str, data: bytes) -> Any:
         return load(data)
     # Training scripts save their options, which are a class of the standard library that runs
     # nothing of its own when it is read.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old pickles and slow checks
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _impatient(uri: str) -> str:
+    # Google's client would go on trying for a quarter of an hour.
+    limit = f"retry_limit_seconds={CONNECT_SECONDS}"
+    if uri.startswith("s3:") or "retry_limit_seconds" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}{limit}"
 
 
 def _fetch(source: str) -> bytes:
@@ -155,7 +175,7 @@ def _fetch(source: str) -> bytes:
             with urllib.request.urlopen(source, timeout=CONNECT_SECONDS) as response:
                 return bytes(response.read())
         if scheme in STORES:
-            store, path = FileSystem.from_uri(source)
+            store, path = FileSystem.from_uri(_impatient(source))
             with store.open_input_stream(path, compression=None) as stream:
                 return bytes(stream.read())
         if scheme:

@@ -30,14 +30,11 @@ def names() -> list[str]:
 
 def has(name: str) -> bool:
     """A name may go on with the tag of its weights, as in resnet50.a1_in1k."""
-    return name.partition(".")[0] in names()
+    return name in names() or name in timm.list_pretrained(f"{name.partition('.')[0]}.*")
 
 
 def build(name: str, crop: int) -> Backbone:
-    try:
-        network = timm.create_model(name, pretrained=False, num_classes=0)
-    except RuntimeError as error:  # of a tag that it does not know
-        raise UsageError(f"timm:{name}: {error}") from error
+    network = timm.create_model(name, pretrained=False, num_classes=0)
     classifier = timm.get_pretrained_cfg_value(name, "classifier") or ()
     return Adapted(network, (classifier,) if isinstance(classifier, str) else classifier)
 
