@@ -23,7 +23,7 @@ from resfeat.runtimes import check_precision
 from resfeat.sink import write_json
 from resfeat.sources.directory import Directories, printable
 from resfeat.sources.item import Item
-from resfeat.spec import ExtractSpec
+from resfeat.spec import ExtractSpec, Identity
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -153,12 +153,12 @@ def _check_same(
     layout: Layout, record: Record, spec: ExtractSpec, listing: Directories, weights: Weights
 ) -> None:
     """Refuse to mix two kinds of embeddings, or two listings, in one dataset."""
-    there = record.identity.as_dict() | {
+    there = _choices(record.identity) | {
         "sources": record.sources,
         "label_from": record.label_from,
         "shard_size": record.plan.shard_size,
     }
-    asked = weights.identity.as_dict() | {
+    asked = _choices(weights.identity) | {
         "sources": tuple(listing.roots),
         "label_from": spec.label_from,
         "shard_size": spec.shard_size or record.plan.shard_size,
@@ -170,6 +170,13 @@ def _check_same(
                 f"{_brief(asked[name])} now (weights {record.weights} there, "
                 f"{weights.origin} now); repeat its choices to resume it, or give a new -o"
             )
+
+
+def _choices(identity: Identity) -> dict[str, object]:
+    """The identity's fields, those of the preprocessing among them."""
+    plain = identity.as_dict()
+    pixels: dict[str, object] = plain.pop("preprocessing")
+    return plain | pixels
 
 
 def _brief(value: object) -> str:

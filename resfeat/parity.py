@@ -47,7 +47,7 @@ def differs(identity: Identity) -> bool:
 
 def sample(layout: Layout, shards: int) -> list[Item]:
     """Items spread evenly over the plan, more than are needed since some may be broken."""
-    chosen = sorted({shards * n // CANDIDATES for n in range(min(shards, CANDIDATES))} or {0})
+    chosen = sorted({shards * n // CANDIDATES for n in range(CANDIDATES)})
     each = -(-CANDIDATES // len(chosen))
     candidates: list[Item] = []
     for shard in chosen:

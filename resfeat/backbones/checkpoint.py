@@ -106,7 +106,7 @@ def strip(
         in_head = any(name.startswith(f"{module}.") for module in head)
         if name in expected or (name.partition(".")[0] in parts and not in_head):
             kept[name] = tensor
-        elif not in_head or prefix:
+        elif not in_head:
             left_out[prefix + name.partition(".")[0]] += 1
     return kept, prefix, list(left_out)
 

@@ -1,0 +1,231 @@
+"""The choices that decide what an embedding is, by the command: made, recorded, kept, refused."""
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import rows, vectors
+
+from resfeat import open_dataset
+from resfeat.parity import cosine
+
+CHOICES = ["--model", "resnet18", "--weights", "random:0"]
+
+
+@pytest.fixture(scope="module")
+def folder(photos) -> Path:
+    return photos / "coffee"
+
+
+def extracted(resfeat, folder, output, *choices, workers=0):
+    done = resfeat("extract", folder, "-o", output, "--workers", workers, *CHOICES, *choices)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def column(table, name):
+    flat = table[name].combine_chunks().flatten().to_numpy().astype(np.float32)
+    return flat.reshape(len(table), -1)
+
+
+def metadata(output):
+    part = next((output / "embeddings").iterdir())
+    return json.loads(pq.read_schema(part).metadata[b"resfeat"])
+
+
+def report(output):
+    return json.loads(next((output / "_resfeat" / "runs").iterdir()).read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(folder, resfeat, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plain") / "out"
+    extracted(resfeat, folder, output)
+    return output
+
+
+def test_several_layers_are_a_column_each(folder, plain, resfeat, tmp_path):
+    output = tmp_path / "out"
+    extracted(resfeat, folder, output, "--layers", "avgpool,layer2")
+    table = rows(output)
+    assert table.schema.names[:3] == ["id", "embedding_layer2", "embedding_avgpool"]
+    assert column(table, "embedding_layer2").shape == (len(table), 128)
+    # One pass for both does not change a bit of either.
+    assert np.array_equal(column(table, "embedding_avgpool"), vectors(rows(plain)))
+    assert metadata(output)["layers"] == ["layer2", "avgpool"]
+
+    query = next(folder.iterdir())
+    for layer, wanted in ((None, "embedding_avgpool"), ("layer2", "embedding_layer2")):
+        option = ["--layer", layer] if layer else []
+        found = resfeat("search", output, query, "-k", 1, "--json", *option)
+        (best,) = json.loads(found.stdout)[0]["neighbours"]
+        assert best["id"] == query.name and best["cosine"] > 0.9999
+        ids, given = next(open_dataset(output).vectors(layer=layer))
+        assert np.array_equal(given, column(table, wanted)[: len(ids)])
+    missing = resfeat("search", output, query, "--layer", "layer3")
+    assert missing.returncode == 2 and "no layer 'layer3'" in missing.stderr
+
+
+def test_unit_length_half_size_values_in_every_reader(folder, plain, resfeat, tmp_path):
+    output = tmp_path / "out"
+    extracted(resfeat, folder, output, "--normalize", "--dtype", "float16", "--pool", "max")
+    table = rows(output)
+    assert table.schema.field("embedding").type.value_type == pa.float16()
+    given = column(table, "embedding")
+    assert np.linalg.norm(given, axis=1) == pytest.approx(1, abs=2e-3)
+    told = metadata(output)
+    assert (told["normalize"], told["dtype"], told["pool"]) == (True, "float16", "max")
+    assert cosine(given, vectors(rows(plain))).max() < 0.9999  # a maximum is no mean
+
+    parts = output / "embeddings"
+    first = given[0]
+    for read in (
+        lambda: pd.read_parquet(parts).sort_values("id")["embedding"].iloc[0],
+        lambda: pl.read_parquet(parts / "*.parquet").sort("id")["embedding"][0].to_numpy(),
+        lambda: duckdb.sql(f"select embedding from '{parts}/*.parquet' order by id").fetchall()[0][
+            0
+        ],
+    ):
+        assert np.array_equal(np.asarray(read(), np.float32), first)
+    query = sorted(folder.iterdir())[0]
+    found = resfeat("search", output, query, "-k", 1, "--json")
+    assert json.loads(found.stdout)[0]["neighbours"][0]["cosine"] > 0.9999
+
+
+def test_what_float16_cannot_hold_is_a_failure_and_not_infinite(
+    folder, checkpoint, resfeat, tmp_path
+):
+    import torch
+
+    tensors = torch.load(checkpoint, weights_only=True)
+    tensors["layer4.1.bn2.bias"] += 1e5
+    torch.save(tensors, tmp_path / "large.pth")
+    output = tmp_path / "out"
+    done = resfeat("extract", folder, "-o", output, "--workers", 0, "--model", "resnet18",
+                   "--weights", tmp_path / "large.pth", "--dtype", "float16")  # fmt: skip
+    assert done.returncode == 3
+    assert set(rows(output, "failures")["reason"].to_pylist()) == {"non_finite"}
+    assert len(rows(output)) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_half_precision_is_compared_first_and_recorded(workers, folder, plain, resfeat, tmp_path):
+    output = tmp_path / "out"
+    done = extracted(resfeat, folder, output, "--precision", "bf16", workers=workers)
+    assert "Note: bf16 against fp32 on 32 of the images: cosine 0.9999" in done.stderr
+    parity = report(output)["parity"]
+    assert set(parity) == {"images", "minimum", "median"}
+    assert 0.9999 < parity["minimum"] <= parity["median"] <= 1
+    assert metadata(output)["parity"] == parity
+    assert json.loads((output / "_resfeat" / "spec.json").read_text())["parity"] == parity
+    assert "parity" not in metadata(plain) and report(plain)["parity"] is None
+    cosines = cosine(vectors(rows(output)), vectors(rows(plain)))
+    assert 0.9999 < cosines.min() < 1
+    assert json.loads(resfeat("status", output, "--json").stdout)["parity"] == parity
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_little_parity_stops_before_anything_is_written(workers, folder, resfeat, tmp_path):
+    output = tmp_path / "out"
+    done = resfeat("extract", folder, "-o", output, "--workers", workers, *CHOICES,
+                   "--precision", "bf16", "--min-parity", 1)  # fmt: skip
+    assert done.returncode == 1
+    assert "under --min-parity 1: use --precision fp32" in done.stderr.splitlines()[-1]
+    assert not output.exists()
+
+
+def test_a_resume_with_other_pixels_is_refused_and_says_which(folder, plain, resfeat):
+    for option, value in (("--crop", 192), ("--resize", 300), ("--interpolation", "bicubic")):
+        done = resfeat("extract", folder, "-o", plain, "--workers", 0, *CHOICES, option, value)
+        assert done.returncode == 2
+        assert f"was made with another {option[2:]}: " in done.stderr
+        assert f"there, {value} now" in done.stderr
+
+
+def test_other_pixels_give_another_fingerprint_and_are_used(folder, plain, resfeat, tmp_path):
+    output = tmp_path / "out"
+    pixels = ["--resize", 64, "--crop", 48, "--interpolation", "nearest"]
+    extracted(resfeat, folder, output, *pixels)
+    told = metadata(output)
+    assert told["fingerprint"] != metadata(plain)["fingerprint"]
+    preprocessing = told["preprocessing"]
+    assert [preprocessing[name] for name in ("resize", "crop", "interpolation")] == [
+        64,
+        48,
+        "nearest",
+    ]
+    query = sorted(folder.iterdir())[0]
+    found = resfeat("search", output, query, "-k", 1, "--json")
+    assert json.loads(found.stdout)[0]["neighbours"][0]["cosine"] > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        (["--layers", "layer9"], "has no layer 'layer9': give some of stem, layer1"),
+        (["--layers", ","], "--layers has an empty name"),
+        (["--model", "cifar_resnet20", "--layers", "layer4"], "has no layer 'layer4'"),
+        (["--precision", "int8"], "--precision int8: give one of fp32, bf16, fp16"),
+        (["--crop", "300"], "a crop of 300 pixels is larger than the resize to 256"),
+        (["--resize", "0"], "--resize 0: give at least 1 pixel"),
+        (["--min-parity", "2"], "--min-parity 2: give a cosine"),
+        (["--model", "torchvision:alexnet", "--pool", "max"], "pools in its own way"),
+        (["--model", "plain18", "--weights", "DEFAULT"], "nobody publishes weights for plain18"),
+    ],
+)  # fmt: skip
+def test_choices_that_cannot_be_are_one_line(choices, told, folder, resfeat, tmp_path):
+    done = resfeat("extract", folder, "-o", tmp_path / "out", "--workers", 0, *CHOICES, *choices)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert told in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_another_library_on_ray(folder, resfeat, tmp_path):
+    choices = ["--model", "torchvision:squeezenet1_1", "--weights", "random:0"]
+    for workers in (0, 1):
+        done = resfeat(
+            "extract", folder, "-o", tmp_path / str(workers), "--workers", workers, *choices
+        )
+        assert done.returncode == 0, done.stderr
+    given, expected = (vectors(rows(tmp_path / str(workers))) for workers in (1, 0))
+    assert given.shape[1] == 512 and np.array_equal(given, expected)
+
+
+def test_notes_of_a_checkpoint_are_said_and_recorded(folder, checkpoint, resfeat, tmp_path):
+    import torch
+
+    tensors = torch.load(checkpoint, weights_only=True)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in tensors.items()}}, tmp_path / "w.pth")
+    command = ["extract", folder, "-o", tmp_path / "out", "--workers", 0, "--model", "resnet18",
+               "--weights", tmp_path / "w.pth"]  # fmt: skip
+    done = resfeat(*command)
+    note = f"weights {tmp_path / 'w.pth'}: took 'state_dict', stripped 'module.' from the names"
+    assert f"Note: {note}" in done.stderr
+    assert report(tmp_path / "out")["notes"] == [note]
+    again = resfeat(*command, "--log-json")
+    assert json.loads(again.stdout.splitlines()[0]) == {"event": "note", "text": note}
+
+
+def test_models_lists_and_shows(resfeat):
+    listed = resfeat("models")
+    assert listed.returncode == 0
+    lines = listed.stdout.splitlines()
+    assert any(line.split()[:4] == ["resnet50", "2,048", "23,508,032", "4.09"] for line in lines)
+    shown = resfeat("models", "resnet50").stdout
+    assert "layer3      1024 x 14 x 14" in shown
+    assert "IMAGENET1K_V2     resize 232, crop 224, bilinear" in shown
+    (row,) = json.loads(resfeat("models", "torchvision:vit_b_16", "--json").stdout)
+    assert (row["dimension"], row["input"], row["default"]) == (768, 224, "IMAGENET1K_V1")
+    (row,) = json.loads(resfeat("models", "timm:resnet10t", "--json").stdout)
+    assert (row["dimension"], row["default"]) == (512, "c3_in1k")
+    some = resfeat("models", "timm:vit_base_patch16_clip_*", "--json")
+    assert len(json.loads(some.stdout)) >= 3
+    missing = resfeat("models", "resnet5*0*0")
+    assert missing.returncode == 2 and "see `resfeat models`" in missing.stderr
