@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from resfeat.errors import UsageError
-
-if TYPE_CHECKING:
-    from resfeat.backbones import Published
-    from resfeat.spec import Preprocessing
 
 EXAMPLES = """\b
 Examples:
@@ -37,14 +33,12 @@ def models(pattern: str, as_json: bool) -> None:
     if not names:
         find(pattern)  # says what is wrong with the name
         raise UsageError(f"no model is called like '{pattern}': see `resfeat models`")
-    one = names == [pattern]
-    rows = [_row(name) for name in names]
     if as_json:
-        click.echo(json.dumps(rows))
-    elif one:
-        _show(rows[0])
+        click.echo(json.dumps([_row(name) for name in names]))
+    elif names == [pattern]:
+        _show(_row(pattern))
     else:
-        _list(rows)
+        _list(names)
         if pattern == "*":
             click.echo(
                 "\nAlso: `resfeat models 'torchvision:*'`, `resfeat models 'timm:*'`, "
@@ -83,19 +77,15 @@ def _row(model: str) -> dict[str, Any]:
         "input": pixels.crop,
         "layers": {tap: list(shape) for tap, shape in taps.items()},
         "preprocessing": vars(pixels),
-        "weights": {each.name: _pixels(each) for each in published.values()},
+        "weights": {each.name: vars(each.preprocessing) for each in published.values()},
         "default": default.name if default else None,
     }
 
 
-def _pixels(published: Published) -> dict[str, Any]:
-    return vars(published.preprocessing)
-
-
-def _list(rows: list[dict[str, Any]]) -> None:
-    width = max(len(row["model"]) for row in rows)
+def _list(names: list[str]) -> None:
+    width = max(map(len, names))
     click.echo(f"{'model':<{width}}  dimension   parameters   GFLOPs  input  weights")
-    for row in rows:
+    for row in map(_row, names):  # a line at a time, since a deep network takes a second or two
         if "cannot" in row:
             click.echo(f"{row['model']:<{width}}  not for resfeat: {row['cannot']}")
             continue
@@ -111,9 +101,9 @@ def _show(row: dict[str, Any]) -> None:
     if "cannot" in row:
         raise UsageError(row["cannot"])
     click.echo(
-        f"{row['model']}: {row['dimension']:,} dimensions, {row['parameters']:,} parameters, "
+        f"{row['model']}: {row['dimension']:,} dimensions, {row['parameters']:,} parameters and "
+        f"{row['gflops']:,.2f} GFLOPs (multiply-adds, one image) without the classifier"
     )
-    click.echo(f"  {row['gflops']:,.2f} GFLOPs for an image, without its classifier")
     click.echo("\nlayer       shape, for --layers (a feature map is pooled to its first number)")
     for tap, shape in row["layers"].items():
         click.echo(f"{tap:<10}  {' x '.join(map(str, shape))}")
@@ -124,8 +114,7 @@ def _show(row: dict[str, Any]) -> None:
         click.echo(f"none published: give a file, or random:SEED; {_words(row['preprocessing'])}")
 
 
-def _words(pixels: Preprocessing | dict[str, Any]) -> str:
-    assert isinstance(pixels, dict)
+def _words(pixels: dict[str, Any]) -> str:
     mean, std = (", ".join(f"{value:g}" for value in pixels[name]) for name in ("mean", "std"))
     return (
         f"resize {pixels['resize']}, crop {pixels['crop']}, {pixels['interpolation']}, "
