@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint slow bench clean
+.PHONY: demo test lint slow bench parity clean
 
 demo: $(VENV)/demo.done ## extract a few hundred real photographs and show the nearest neighbours
 	$(BIN)/python pipelines/demo.py demo
@@ -22,6 +22,9 @@ slow: $(VENV)/dev.done ## the tests that take minutes
 
 bench: $(VENV)/dev.done ## the peers on the same images, printed as ratios
 	$(BIN)/python tests/benchmarks/peers.py
+
+parity: $(VENV)/dev.done ## the tables of the README that compare us with torchvision and with fp32
+	$(BIN)/python tests/benchmarks/parity.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

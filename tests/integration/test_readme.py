@@ -12,6 +12,10 @@ import torch
 from reference import torchvision_model
 from torchvision.models import ResNet50_Weights
 
+from resfeat.backbones.ours import LIKE_TORCHVISION
+from resfeat.parity import LEAST_OTHERWISE
+from resfeat.runtimes import OFFERED, REFERENCE
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -69,6 +73,22 @@ def test_the_python(home):
         told = run([sys.executable, "-c", block], home)
         if "print(report" in block:
             assert told.startswith("16 0 ") and "16 (16, 512)" in told
+
+
+def test_the_parity_tables_are_whole_and_within_the_goals():
+    table = README.partition("<!-- parity -->")[2].partition("<!-- /parity -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    compared = {row[0]: row[1:] for row in rows if row and row[0] in LIKE_TORCHVISION}
+    assert list(compared) == list(LIKE_TORCHVISION)
+    for levels, relative in compared.values():
+        assert int(levels) <= 1 and float(relative) <= 1e-5
+    cosines = {
+        row[0]: float(row[2])
+        for row in rows
+        if len(row) == 4 and "torch, CPU" in row[0] and row[1] != "model"
+    }
+    assert {name.partition(",")[0] for name in cosines} == set(OFFERED["torch"]) - {REFERENCE}
+    assert min(cosines.values()) >= LEAST_OTHERWISE
 
 
 def test_the_files_that_it_links_to_are_there():

@@ -1,0 +1,120 @@
+"""How near our embeddings are to the reference's, on real photographs: the tables of the README.
+
+    python tests/benchmarks/parity.py [--photos 18]
+
+The first table compares every network that torchvision has too with torchvision's own model and
+transforms: pixels, and embeddings from the file to the vector. The second compares every precision
+that a runtime offers on this machine with fp32 on torch. Weights are random, with batch norms that
+do something: published ones cannot be had on a machine without a network, and would only be easier.
+Both tables are written into README.md, between its markers.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.models import get_model_weights
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "tests"), str(ROOT / "pipelines")]
+
+from photos import write_photos  # noqa: E402
+from reference import torchvision_model  # noqa: E402
+
+from resfeat.backbones.ours import LIKE_TORCHVISION, default_pixels  # noqa: E402
+from resfeat.decode import decode  # noqa: E402
+from resfeat.parity import cosine  # noqa: E402
+from resfeat.runtimes import OFFERED, REFERENCE  # noqa: E402
+from resfeat.runtimes.torch import TorchRuntime  # noqa: E402
+from resfeat.spec import Identity  # noqa: E402
+
+HALVES = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d")
+
+
+def network(name):
+    """torchvision's network without its classifier, and our identity and tensors for it."""
+    theirs = torchvision_model(name, seed=0)
+    theirs.fc = torch.nn.Identity()
+    identity = Identity(model=name, weights_digest="", preprocessing=default_pixels(name))
+    return theirs, identity, theirs.state_dict()
+
+
+def pictures(paths, identity):
+    return np.stack([decode(path.read_bytes(), identity.preprocessing).pixels for path in paths])
+
+
+def against_torchvision(name, paths):
+    """Largest differences: of pixels (0..255) and of embeddings, relative to the largest value."""
+    theirs, identity, tensors = network(name)
+    transforms = get_model_weights(name).DEFAULT.transforms()
+    inputs = torch.stack([transforms(Image.open(path).convert("RGB")) for path in paths])
+    pixels = pictures(paths, identity)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (transforms.mean, transforms.std))
+    seen = (inputs * std + mean).mul(255).permute(0, 2, 3, 1).numpy()
+    with torch.inference_mode():
+        expected = torch.cat([theirs(x[None]) for x in inputs]).numpy()
+    given = TorchRuntime(identity, tensors, "cpu").embed(pixels)
+    levels = np.abs(pixels - np.rint(seen)).max()
+    return levels, np.abs(given - expected).max() / np.abs(expected).max()
+
+
+def against_fp32(name, precision, device, paths):
+    """Cosines of one precision on one device to fp32 on the CPU."""
+    _, identity, tensors = network(name)
+    pixels = pictures(paths, identity)
+    expected = TorchRuntime(identity, tensors, "cpu").embed(pixels)
+    runtime = TorchRuntime(replace(identity, precision=precision), tensors, device)
+    return cosine(runtime.embed(pixels), expected)
+
+
+def tables(paths):
+    yield "| model | pixels, largest difference of 255 | embeddings, largest relative difference |"
+    yield "| --- | ---: | ---: |"
+    for name in LIKE_TORCHVISION:
+        levels, relative = against_torchvision(name, paths)
+        yield f"| {name} | {levels:.0f} | {relative:.1e} |"
+    yield ""
+    yield "| against fp32, torch, CPU | model | cosine, least | cosine, median |"
+    yield "| --- | --- | ---: | ---: |"
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for precision in OFFERED["torch"]:
+            if (precision, device) == (REFERENCE, "cpu"):
+                continue
+            for name in HALVES:
+                cosines = against_fp32(name, precision, device, paths)
+                yield (
+                    f"| {precision}, torch, {device.upper()} | {name} | {cosines.min():.7f} "
+                    f"| {np.median(cosines):.7f} |"
+                )
+
+
+@click.command()
+@click.option("--photos", default=18, show_default=True, help="How many photographs to compare on.")
+def main(photos: int) -> None:
+    """Write both tables into README.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photos(Path(folder), photos)
+        lines = []
+        for line in tables(paths):
+            print(line, flush=True)
+            lines.append(line)
+    readme = ROOT / "README.md"
+    marked = re.compile(r"(<!-- parity -->\n).*(<!-- /parity -->)", re.DOTALL)
+    text, found = marked.subn(
+        lambda match: match[1] + "\n".join(lines) + "\n" + match[2], readme.read_text()
+    )
+    assert found == 1, "README.md has lost its markers"
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
