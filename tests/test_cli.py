@@ -97,7 +97,7 @@ def test_an_output_without_permission(one_photo, tmp_path):
         folder.chmod(0o755)
     program = (
         "import os, sys; from resfeat import extraction; from resfeat.backbones import weights\n"
-        "import resfeat.engines.inline, resfeat.backbones.resnet; from resfeat.cli import main\n"
+        "import resfeat.engines.inline, resfeat.backbones.ours; from resfeat.cli import main\n"
         "os.setgid(65534); os.setuid(65534); main(sys.argv[1:])"
     )
     command = ["extract", one_photo, "-o", tmp_path / "locked" / "out", *HERE]
@@ -148,7 +148,7 @@ def test_a_bar_on_a_terminal(one_photo, tmp_path):
     assert b"embedding:" in told and b"1/1" in told and b"failed=0, workers=1" in told
 
 
-def test_status_and_models(one_photo, tmp_path, resfeat):
+def test_status(one_photo, tmp_path, resfeat):
     resfeat("extract", one_photo, "-o", tmp_path / "out", *HERE)
     status = json.loads(resfeat("status", tmp_path / "out", "--json").stdout)
     assert (status["images"], status["embedded"], status["failed"]) == (1, 1, 0)
@@ -160,9 +160,3 @@ def test_status_and_models(one_photo, tmp_path, resfeat):
         assert "spec.json" in (line := one_line(resfeat("status", tmp_path / "out"), 1)) or (
             "another version" in line
         )
-
-    listed = json.loads(resfeat("models", "--json").stdout)
-    assert [(row["model"], row["dimension"]) for row in listed] == [
-        ("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet101", 2048),
-        ("resnet152", 2048)]  # fmt: skip
-    assert "IMAGENET1K_V1, IMAGENET1K_V2 (DEFAULT is IMAGENET1K_V2)" in resfeat("models").stdout

@@ -13,6 +13,7 @@ import pytest
 from datasets import rows, vectors
 
 from resfeat import open_dataset
+from resfeat.backbones.ours import BACKBONES
 from resfeat.parity import cosine
 
 CHOICES = ["--model", "resnet18", "--weights", "random:0"]
@@ -214,10 +215,9 @@ def test_notes_of_a_checkpoint_are_said_and_recorded(folder, checkpoint, resfeat
 
 
 def test_models_lists_and_shows(resfeat):
-    listed = resfeat("models")
-    assert listed.returncode == 0
-    lines = listed.stdout.splitlines()
-    assert any(line.split()[:4] == ["resnet50", "2,048", "23,508,032", "4.09"] for line in lines)
+    listed = resfeat("models").stdout.splitlines()
+    assert any(line.split()[:4] == ["resnet50", "2,048", "23,508,032", "4.09"] for line in listed)
+    assert len(listed) > len(BACKBONES)
     shown = resfeat("models", "resnet50").stdout
     assert "layer3      1024 x 14 x 14" in shown
     assert "IMAGENET1K_V2     resize 232, crop 224, bilinear" in shown
