@@ -20,6 +20,7 @@ from photos import write_photos
 
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError
+from resfeat.spec import FeatureSpec
 
 MODEL = "resnet50"
 QUERIES = 4
@@ -56,7 +57,7 @@ def main(folder: Path, count: int) -> None:
 def weights() -> str:
     """DEFAULT where the pretrained weights can be had, and otherwise random ones, said aloud."""
     try:
-        resolve(MODEL, "DEFAULT")
+        resolve(FeatureSpec(model=MODEL))
     except ResfeatError as error:
         print(f"The pretrained weights cannot be reached from here: {error}.")
         print("Going on with random weights (random:0). They see colours and textures, not things.")

@@ -99,16 +99,16 @@ def strip(
     prefix = _prefix(tensors, expected)
     mine = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
     parts = {name.partition(".")[0] for name in expected}
-    kept, left_out = {}, Counter(
-        name.partition(".")[0] for name in tensors if not name.startswith(prefix)
-    )  # fmt: skip
+    kept: dict[str, Tensor] = {}
+    left_out = [name.partition(".")[0] for name in tensors if not name.startswith(prefix)]
     for name, tensor in mine.items():
+        part = name.partition(".")[0]
         in_head = any(name.startswith(f"{module}.") for module in head)
-        if name in expected or (name.partition(".")[0] in parts and not in_head):
+        if name in expected or (part in parts and not in_head):
             kept[name] = tensor
         elif not in_head:
-            left_out[prefix + name.partition(".")[0]] += 1
-    return kept, prefix, list(left_out)
+            left_out.append(prefix + part)
+    return kept, prefix, list(dict.fromkeys(left_out))
 
 
 def _prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
