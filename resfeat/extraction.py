@@ -71,7 +71,9 @@ def extract(
                 with engines.start(spec.runtime, layout, record, weights, tally.todo) as engine:
                     tally.engine = engine.description
                     if differs(record.identity):
-                        tally.parity = _prove(engine, layout, record, spec, on_note, stopping)
+                        items = sample(layout, record.plan.shards)
+                        tally.parity = engine.parity(items, stopping)
+                        _prove(tally.parity, layout, record, spec, on_note)
                     for result in engine.run(tally.todo, tally.show, stopping):
                         tally.add(result)
         except ResfeatError as raised:
@@ -130,15 +132,13 @@ def _make_plan(
 
 
 def _prove(
-    engine: engines.Engine,
+    parity: Parity,
     layout: Layout,
     record: Record,
     spec: ExtractSpec,
     on_note: Callable[[str], None],
-    stopping: Callable[[], bool],
-) -> Parity:
-    """Compare a sample with the reference, and write down how near it is."""
-    parity = engine.parity(sample(layout, record.plan.shards), stopping)
+) -> None:
+    """Write down how near the run is to the reference, if that is near enough."""
     check(parity, record.identity, spec.min_parity)
     if record.parity is None:
         replace(record, parity=vars(parity)).save(layout)
@@ -146,7 +146,6 @@ def _prove(
         f"{record.identity.precision} against fp32 on {parity.images} of the images: "
         f"cosine {parity.minimum:.6f} at the least, {parity.median:.6f} in the median"
     )
-    return parity
 
 
 def _check_same(

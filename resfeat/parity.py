@@ -71,7 +71,8 @@ def measure(worker: Worker, tensors: dict[str, Tensor], items: Sequence[Item]) -
         )
     reference = TorchRuntime(replace(identity, precision=REFERENCE), tensors, "cpu")
     crop = identity.preprocessing.crop
-    cosines = []
+    bounds = np.cumsum(list(worker.job.dims.values()))[:-1]
+    images, cosines = 0, []
     for start in range(0, len(pictures), size):
         batch = np.zeros((size, crop, crop, 3), np.uint8)
         some = pictures[start : start + size]
@@ -81,15 +82,22 @@ def measure(worker: Worker, tensors: dict[str, Tensor], items: Sequence[Item]) -
             worker.forwards.submit(runtime.embed, batch).result()[: len(some)]
             for runtime in (worker.runtime, reference)
         )
-        bounds = np.cumsum(list(worker.job.dims.values()))[:-1]
-        cosines += [
-            cosine(ours, theirs)
-            for ours, theirs in zip(
-                np.split(given, bounds, axis=1), np.split(expected, bounds, axis=1), strict=True
-            )
-        ]
+        # Where the reference gives nothing, there is nothing to compare.
+        sound = np.isfinite(expected).all(axis=1) & expected.any(axis=1)
+        with np.errstate(over="ignore"):
+            given = given[sound].astype(identity.dtype).astype(np.float32)
+        images += int(sound.sum())
+        layers = zip(
+            np.split(given, bounds, axis=1), np.split(expected[sound], bounds, axis=1), strict=True
+        )
+        cosines += [cosine(ours, theirs) for ours, theirs in layers]
     every = np.concatenate(cosines)
-    return Parity(len(pictures), float(every.min()), float(np.median(every)))
+    if not images:
+        raise ResfeatError(
+            f"fp32 embeddings of {len(pictures)} sampled images are all zero or not finite, so "
+            f"{identity.precision} cannot be compared with them: are these the right weights?"
+        )
+    return Parity(images, float(every.min()), float(np.median(every)))
 
 
 def check(parity: Parity, identity: Identity, least: float | None) -> None:

@@ -18,6 +18,9 @@ from resfeat.errors import UsageError
 # Bumped whenever decode.py would give other pixels for the same file.
 PIXEL_POLICY = "1"
 
+# Of a side that a network is given: far beyond any, and still no way to exhaust the memory.
+MOST_PIXELS = 4096
+
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Pool = Literal["avg", "max", "gem"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -125,8 +128,8 @@ class FeatureSpec:
             if value is not None and value not in get_args(known):
                 raise UsageError(f"--{name} {value}: give one of {', '.join(get_args(known))}")
         for name, pixels in (("resize", self.resize), ("crop", self.crop)):
-            if pixels is not None and pixels < 1:
-                raise UsageError(f"--{name} {pixels}: give at least 1 pixel")
+            if pixels is not None and not 1 <= pixels <= MOST_PIXELS:
+                raise UsageError(f"--{name} {pixels}: give 1 to {MOST_PIXELS} pixels")
 
     @classmethod
     def of(cls, identity: Identity, weights: str) -> FeatureSpec:

@@ -148,6 +148,10 @@ def process_shard(worker: Worker, shard: int) -> ShardResult:
             f"shard {shard} of {worker.layout.root}: {error}; "
             "mend that and give the same command again, it resumes"
         ) from error
+    except MemoryError as error:
+        raise ResfeatError(
+            f"shard {shard} of {worker.layout.root}: {error}; give a smaller --batch-size"
+        ) from error
     finally:
         worker.progress.pop(shard, None)
     return ShardResult(shard, embedded, failed, changed, dict(clock.seconds))

@@ -1,6 +1,8 @@
 """Other libraries' networks: headless, with the preprocessing of their own weights."""
 
 import os
+import re
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 from resfeat.backbones import find, outline, shapes
 from resfeat.backbones import torchvision as of_torchvision
+from resfeat.backbones.ours import IMAGENET
 from resfeat.backbones.torchvision import names
 from resfeat.backbones.weights import resolve
 from resfeat.decode import decode
@@ -46,6 +49,7 @@ CLASSIFIERS = {
     "regnet_y_400mf": ("fc", {}),
     "mobilenet_v3_small": ("classifier.3", {}),
     "squeezenet1_1": ("classifier.1", {}),
+    "mnasnet0_5": ("classifier.1", {}),
 }
 
 
@@ -55,7 +59,9 @@ def test_torchvisions_network_gives_what_its_classifier_is_given(name):
     assert weights.identity.layers == ("pre_logits",) and weights.identity.pool == "own"
     classifier, options = CLASSIFIERS[name]
     theirs = zoo.get_model(name, **options).eval()
-    kept = theirs.load_state_dict(weights.tensors, strict=False)
+    tensors = OrderedDict(weights.tensors)
+    tensors._metadata = theirs.state_dict()._metadata  # some look up their version there
+    kept = theirs.load_state_dict(tensors, strict=False)
     assert all(
         key.startswith(f"{classifier}.") or "num_batches" in key for key in kept.missing_keys
     )
@@ -65,6 +71,9 @@ def test_torchvisions_network_gives_what_its_classifier_is_given(name):
         lambda _, inputs: seen.append(inputs[0].clone())
     )
     batch, x = pixels_and_input(weights.identity)
+    if "transform_input" in options:  # it undoes this, and normalises by halves
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET.mean, IMAGENET.std))
+        x = (x * 0.5 + 0.5 - mean) / std
     with torch.inference_mode():
         theirs(x)
     expected = seen[0] if seen[0].dim() == 2 else seen[0].mean((2, 3))
@@ -100,6 +109,23 @@ def test_published_weights_load_with_the_preprocessing_that_belongs_to_them(tmp_
     with torch.inference_mode():
         expected = theirs.features(x).mean((2, 3))
     assert close(TorchRuntime(weights.identity, weights.tensors, "cpu").embed(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "today", "before"),
+    [
+        ("densenet121", r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2."),
+        ("vit_b_32", r"\.mlp\.(0|3)\.", lambda m: f".mlp.linear_{1 if m[1] == '0' else 2}."),
+    ],
+)
+def test_files_of_older_versions_load(name, today, before, tmp_path):
+    """Published ones among them: torchvision renames their tensors while it loads them."""
+    theirs = zoo.get_model(name)
+    older = {re.sub(today, before, key): tensor for key, tensor in theirs.state_dict().items()}
+    assert set(older) != set(theirs.state_dict())
+    torch.save(older, tmp_path / "older.pth")
+    weights = resolve(FeatureSpec(model=f"torchvision:{name}", weights=str(tmp_path / "older.pth")))
+    assert all(torch.equal(theirs.state_dict()[key], t) for key, t in weights.tensors.items())
 
 
 def hub_cache(folder, name, tensors):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from datasets import rows, vectors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resfeat import ExtractSpec, RuntimeOptions, extract
@@ -52,6 +52,7 @@ def test_too_far_from_the_reference_is_an_error(precision, minimum, least, passe
         check(parity, identity(precision), least)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 60))
 def test_the_sample_is_spread_over_the_plan(tmp_path_factory, items, shard_size):
     layout = Layout(tmp_path_factory.mktemp("plan"))

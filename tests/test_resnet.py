@@ -155,6 +155,15 @@ def test_a_highway_gate_carries_or_transforms():
     assert sum("gate.weight" in key for key in outline("cifar_highway20", 32).state_dict()) == 7
 
 
+def test_a_thousand_random_layers_do_not_overflow():
+    model = build("cifar_resnet1202", 8)
+    initialise(model, 0)
+    with torch.inference_mode():
+        deep = model(torch.randn(2, 3, 8, 8), ["avgpool"])["avgpool"]
+    assert torch.isfinite(deep).all() and deep.std() > 1e-3
+    assert deep.abs().max() < 1e4
+
+
 def test_every_stage_is_reachable_by_name():
     theirs = torchvision_model("resnet18", seed=0)
     ours = build("resnet18", 224)

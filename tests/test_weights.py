@@ -186,7 +186,7 @@ TOLD = {
     "DataParallel": "took 'state_dict', stripped 'module.' from the names",
     "Lightning": "took 'state_dict', stripped 'model.' from the names, left out criterion",
     "timm": "took 'state_dict_ema'",
-    "MoCo": "took 'state_dict', stripped 'module.encoder_q.' from the names, left out module",
+    "MoCo": "stripped 'module.encoder_q.' from the names, left out module.encoder_k, module.queue",
     "MoCo v3": "took 'state_dict', stripped 'module.base_encoder.' from the names",
     "DINO": "took 'teacher', stripped 'backbone.' from the names, left out head",
     "torch.compile": "stripped '_orig_mod.' from the names",
@@ -215,6 +215,36 @@ def test_checkpoints_of_training_scripts_give_the_vectors_of_their_network(
     with torch.inference_mode():
         expected = theirs.eval()(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
     assert np.abs(runtime.embed(pixels) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_copy_that_is_meant_is_taken_even_if_it_lacks_something(checkpoint, tmp_path):
+    tensors = torch.load(checkpoint, weights_only=True)
+    older = {name: t for name, t in tensors.items() if "num_batches_tracked" not in name}
+    other = {f"student.{name}": t * 2 for name, t in tensors.items()}
+    torch.save(other | {f"teacher.{name}": t for name, t in older.items()}, tmp_path / "w.pth")
+    assert (
+        load("resnet18", str(tmp_path / "w.pth")).identity
+        == load("resnet18", str(checkpoint)).identity
+    )
+    del older["layer1.0.conv1.weight"]
+    torch.save(other | {f"teacher.{name}": t for name, t in older.items()}, tmp_path / "w.pth")
+    with pytest.raises(ResfeatError, match=r"resnet18: layer1\.0\.conv1\.weight is missing; give"):
+        load("resnet18", str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("name", ["w.ckpt", "w.pth.tar", "w.bin", "a#b?.pth", "W.PTH", "no-suffix"])
+def test_any_file_is_looked_into(name, checkpoint, tmp_path):
+    (tmp_path / name).write_bytes(checkpoint.read_bytes())
+    given = load("resnet18", str(tmp_path / name)).identity
+    assert given == load("resnet18", str(checkpoint)).identity
+
+
+@pytest.mark.parametrize("address", ["http://[bad/x.pth", "https://localhost:1/a b.pth",
+                                     "https://me:word@localhost/x.pth", "s3://"])  # fmt: skip
+def test_addresses_that_cannot_be_are_one_line(address):
+    with pytest.raises(ResfeatError) as raised:
+        load("resnet18", address)
+    assert "word" not in str(raised.value).replace("password", "") and "\n" not in str(raised.value)
 
 
 def test_a_network_of_timm_fits_ours(tmp_path):
@@ -265,6 +295,8 @@ def test_what_must_not_be_written_down_is_not_in_the_origin():
     for given, kept in (
         ("https://me:word@host/w.pth?signature=x", "https://host/w.pth"),
         ("s3://key:word@bucket/w.pth?region=eu", "s3://bucket/w.pth?region=eu"),
+        ("https://host/w.pth#secret", "https://host/w.pth"),
+        ("gs://anonymous@bucket/w.pth", "gs://anonymous@bucket/w.pth"),
         ("/data/w.pth", "/data/w.pth"),
     ):
         assert public(given) == kept
@@ -335,6 +367,10 @@ def test_what_does_not_fit_is_named(checkpoint, tmp_path):
         (misshapen, r"conv1.weight is \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)"),
         (unknown, "layer1.5.extra.weight is unknown"),
         (broken, "bn1.bias has values that are not finite"),
+        ({**tensors, "layer5.0.conv1.weight": torch.zeros(1)}, "layer5.0.conv1.weight is unknown"),
+        ({**tensors, "bn1.bias": torch.zeros(64, dtype=torch.int8)}, "bn1.bias holds int8 values"),
+        ({**tensors, "bn1.bias": torch.zeros(64, device="meta")}, "without content"),
+        ({**tensors, "bn1.bias": torch.zeros(64, dtype=torch.complex64)}, "holds complex64 values"),
         ({"weights of mine": tensors}, "no state dict that can be recognised"),
         ({1: torch.zeros(1)}, "no state dict that can be recognised"),
         ({**tensors, "bn1.bias": torch.zeros(64).to_sparse()}, "no state dict"),
@@ -346,7 +382,7 @@ def test_what_does_not_fit_is_named(checkpoint, tmp_path):
         load("resnet34", str(checkpoint))
 
 
-@pytest.mark.parametrize("weights", ["random", "random:", "random:x", "random:-1", "V9", "a.bin"])
+@pytest.mark.parametrize("weights", ["random", "random:", "random:x", "random:-1", "V9", "a.onnx"])
 def test_names_that_mean_nothing_are_usage_errors(weights):
     with pytest.raises(UsageError, match="random:"):
         load("resnet18", weights)

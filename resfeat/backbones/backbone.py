@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +21,10 @@ class Backbone(nn.Module):
     taps: tuple[str, ...]
     head: tuple[str, ...]
 
+    def current(self, name: str) -> str:
+        """The name that a parameter has today, given one that older checkpoints have."""
+        return name
+
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
         """The named outputs for pictures float [N, 3, H, W]: feature maps [N, C, h, w], which are
         still to be pooled, or vectors [N, D]."""
@@ -32,10 +39,22 @@ class Adapted(Backbone):
 
     taps = ("pre_logits",)
 
-    def __init__(self, network: nn.Module, head: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        head: tuple[str, ...],
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """renamed: patterns of names in older checkpoints, and what to put in their place."""
         super().__init__()
         self.network = network
         self.head = head
+        self._renamed = renamed
+
+    def current(self, name: str) -> str:
+        for pattern, today in self._renamed.items():
+            name = re.sub(pattern, today, name)
+        return name
 
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
         return {"pre_logits": self.network(x)}
@@ -44,4 +63,7 @@ class Adapted(Backbone):
         return self.network.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return self.network.load_state_dict(state_dict, *args, **kwargs)
+        # Some networks look up there which of their versions the tensors are of.
+        versioned = OrderedDict(state_dict)
+        versioned._metadata = self.network.state_dict()._metadata  # type: ignore[attr-defined]
+        return self.network.load_state_dict(versioned, *args, **kwargs)

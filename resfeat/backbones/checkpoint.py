@@ -14,10 +14,11 @@ import re
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import pyarrow as pa
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from resfeat.errors import ResfeatError, UsageError
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")
 WEB = ("http", "https")
 STORES = ("s3", "gs", "gcs")
 CONNECT_SECONDS = 10
@@ -34,7 +35,8 @@ CONNECT_SECONDS = 10
 # Where training scripts put the network, the copy that is evaluated first: averaged weights before
 # the last ones, DINO's teacher before its student.
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict",
-              "model", "teacher", "student", "network", "net", "backbone", "encoder")  # fmt: skip
+              "model", "module", "ema", "teacher", "student", "network", "net", "backbone",
+              "encoder")  # fmt: skip
 # Of two copies of the network under two prefixes, the one that is used after training: MoCo's
 # query encoder (v1 and v2, v3) before the key encoder that follows it.
 PREFERRED = ("encoder_q", "base_encoder", "teacher", "online_encoder", "ema_model")
@@ -42,16 +44,30 @@ PREFERRED = ("encoder_q", "base_encoder", "teacher", "online_encoder", "ema_mode
 
 def is_checkpoint(weights: str) -> bool:
     """Whether this names a file, here or elsewhere, rather than published weights."""
-    return urlsplit(weights).path.endswith(SUFFIXES)
+    return (
+        "://" in weights
+        or weights.lower().endswith(SUFFIXES)
+        or Path(weights).expanduser().is_file()
+    )
 
 
 def public(source: str) -> str:
     """The source without what must not be written down: a password or a signature in a URI."""
     if "://" not in source:
         return str(Path(source).expanduser().absolute())
-    parts = urlsplit(source)
+    parts = _split(source)
+    user, _, host = parts.netloc.rpartition("@")
+    if user == "anonymous":  # how Google's stores are read without credentials
+        host = parts.netloc
     query = "" if parts.scheme in WEB else parts.query
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+    return urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
+
+
+def _split(uri: str) -> SplitResult:
+    try:
+        return urlsplit(uri)
+    except ValueError as error:
+        raise UsageError(f"weights: an address that cannot be read ({error})") from error
 
 
 def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -89,30 +105,45 @@ def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def strip(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: tuple[str, ...]
+    tensors: Mapping[str, Tensor], expected: Collection[str], head: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], str, list[str]]:
     """The network's tensors under their own names, the prefix that they had, what was left out.
 
-    expected: the network's state dict. head: modules of its classifier. Tensors that cannot belong
-    to a network of this kind are left out; those that could, and do not fit, are kept.
+    expected: the names that the network must have. head: modules of its classifier. Tensors that
+    cannot belong to a network of this kind are left out; others that do not fit are kept.
     """
     prefix = _prefix(tensors, expected)
-    mine = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-    parts = {name.partition(".")[0] for name in expected}
+    # Without their numbers: a fifth stage is a part of a network that has four.
+    parts = {_part(name) for name in expected}
     kept: dict[str, Tensor] = {}
-    left_out = [name.partition(".")[0] for name in tensors if not name.startswith(prefix)]
-    for name, tensor in mine.items():
-        part = name.partition(".")[0]
-        in_head = any(name.startswith(f"{module}.") for module in head)
-        if name in expected or (part in parts and not in_head):
-            kept[name] = tensor
-        elif not in_head:
-            left_out.append(prefix + part)
-    return kept, prefix, list(dict.fromkeys(left_out))
+    left_out: dict[str, None] = {}
+    for name, tensor in tensors.items():
+        own = name[len(prefix) :]
+        if not name.startswith(prefix):
+            left_out[_label(name, prefix)] = None
+        elif own in expected:
+            kept[own] = tensor
+        elif any(own.startswith(f"{module}.") for module in head):
+            continue
+        elif _part(own) in parts:
+            kept[own] = tensor
+        else:
+            left_out[prefix + own.partition(".")[0]] = None
+    return kept, prefix, list(left_out)
 
 
-def _prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What stands before the network's own names: the prefix under which most of them are found."""
+def _part(name: str) -> str:
+    return name.partition(".")[0].rstrip("0123456789")
+
+
+def _label(name: str, prefix: str) -> str:
+    """What to call a tensor beside the network: "queue", or "module.queue" beside "module.net."."""
+    first, _, rest = name.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if prefix.startswith(f"{first}.") else first
+
+
+def _prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> str:
+    """What stands before the network's own names, by where they are found."""
     found: Counter[str] = Counter()
     for name in tensors:
         start = 0
@@ -120,18 +151,18 @@ def _prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> st
             if name[start:] in expected:
                 found[name[:start]] += 1
             start = name.find(".", start) + 1 or -1
-    if not found:
+    # A copy that lacks a few is still a copy, and the one that is meant must not lose to another.
+    copies = {prefix: count for prefix, count in found.items() if count > len(expected) / 2}
+    if not copies:
         return ""
-    most = max(found.values())
-    copies = [prefix for prefix, count in found.items() if count == most]
-    ranks = {prefix: _rank(prefix) for prefix in copies}
-    best = [prefix for prefix in copies if ranks[prefix] == min(ranks.values())]
-    if len(best) > 1:
+    best = min((_rank(prefix), -count) for prefix, count in copies.items())
+    meant = [prefix for prefix, count in copies.items() if (_rank(prefix), -count) == best]
+    if len(meant) > 1:
         raise ResfeatError(
-            f"the weights hold {len(best)} copies of the network, under {', '.join(best)}: save "
+            f"the weights hold {len(meant)} copies of the network, under {', '.join(meant)}: save "
             "the one that is meant"
         )
-    return best[0]
+    return meant[0]
 
 
 def _rank(prefix: str) -> int:
@@ -149,7 +180,8 @@ def _reason(error: Exception) -> str:
 
 
 def _parse(source: str, data: bytes) -> Any:
-    if urlsplit(source).path.endswith(".safetensors"):
+    path = _split(source).path if "://" in source else source
+    if path.lower().endswith(".safetensors"):
         from safetensors.torch import load
 
         return load(data)
@@ -169,9 +201,14 @@ def _impatient(uri: str) -> str:
 
 
 def _fetch(source: str) -> bytes:
-    scheme = urlsplit(source).scheme if "://" in source else ""
+    scheme = _split(source).scheme if "://" in source else ""
     try:
         if scheme in WEB:
+            if "@" in _split(source).netloc:
+                raise UsageError(
+                    f"weights {public(source)}: a password in an address is not sent; give an "
+                    "address that needs none, or a path"
+                )
             with urllib.request.urlopen(source, timeout=CONNECT_SECONDS) as response:
                 return bytes(response.read())
         if scheme in STORES:
@@ -186,7 +223,7 @@ def _fetch(source: str) -> bytes:
         return Path(source).expanduser().read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"weights file {public(source)} does not exist") from error
-    except (OSError, pa.ArrowException, ValueError) as error:
+    except (OSError, HTTPException, pa.ArrowException, ValueError) as error:
         hint = "check its address, your credentials and the network" if scheme else "check it"
         reason = str(error).strip().partition("\n")[0][:200]
         raise ResfeatError(f"cannot read weights {public(source)}: {reason}; {hint}") from error

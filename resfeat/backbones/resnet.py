@@ -87,6 +87,16 @@ class Block(nn.Module):
                 conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
             )
 
+    @property
+    def adds(self) -> bool:
+        """Whether the shortcut is added to what the convolutions give."""
+        return self.kind in ("A", "B", "C")
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The batch norm behind the last convolution."""
+        raise NotImplementedError
+
     def residual(self, x: Tensor) -> Tensor:
         """The block's convolutions, up to the last batch norm."""
         raise NotImplementedError
@@ -112,6 +122,10 @@ class BasicBlock(Block):
         self.conv2 = conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
 
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn2
+
     def residual(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))  # type: ignore[no-any-return]
@@ -133,6 +147,10 @@ class Bottleneck(Block):
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = conv(inner, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn3
 
     def residual(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -205,7 +223,10 @@ class ResNet(Backbone):
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Random weights, drawn as He et al. (2015, eq. 10) do; one seed gives one set of weights."""
+    """Random weights, drawn as He et al. (2015, eq. 10) do; one seed gives one set of weights.
+
+    What each of L blocks adds to its input is scaled by 1/sqrt(L), or a thousand layers overflow.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -214,3 +235,6 @@ def initialise(model: nn.Module, seed: int) -> None:
             )
             if module.bias is not None:  # only gates have one
                 nn.init.constant_(module.bias, GATE_BIAS)
+    blocks = [each for each in model.modules() if isinstance(each, Block) and each.adds]
+    for block in blocks:
+        nn.init.constant_(block.last_norm.weight, len(blocks) ** -0.5)

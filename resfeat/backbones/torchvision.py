@@ -23,9 +23,15 @@ from resfeat.spec import Interpolation, Preprocessing
 
 CONNECT_SECONDS = 10
 CLASSES = 1000
-# Both undo, in front of the first layer, the normalisation that their published weights were not
-# trained with.
-OWN_NORMALISATION = ("googlenet", "inception_v3")
+# Their published weights want values from -1 to 1. torchvision normalises for them as for any other
+# and lets `transform_input` undo it in front of the first layer; here it is not done at all.
+FROM_MINUS_ONE_TO_ONE = ("googlenet", "inception_v3")
+# Names in files of older versions, which torchvision itself renames while it loads them.
+RENAMED = {
+    r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.": r"\1\2.",
+    r"\.mlp\.linear_1\.": ".mlp.0.",
+    r"\.mlp\.linear_2\.": ".mlp.3.",
+}
 
 
 def names() -> list[str]:
@@ -41,15 +47,15 @@ def build(name: str, crop: int) -> Backbone:
     options: dict[str, Any] = {}
     if name.startswith("vit_"):
         options["image_size"] = crop
-    if name in OWN_NORMALISATION:
-        options.update(transform_input=True, aux_logits=False)
+    if name in FROM_MINUS_ONE_TO_ONE:
+        options["aux_logits"] = False
     with warnings.catch_warnings():  # of a change to come in how values are drawn at first
         warnings.simplefilter("ignore", FutureWarning)
         network = zoo.get_model(name, **options)
     # The classifier is the last module that gives a value for each class.
     head = [key for key, module in network.named_modules() if _outputs(module) == CLASSES][-1]
     network.set_submodule(head, nn.Identity())
-    return Adapted(network, (head,))
+    return Adapted(network, (head,), RENAMED)
 
 
 def _outputs(module: nn.Module) -> int | None:
@@ -60,25 +66,25 @@ def _outputs(module: nn.Module) -> int | None:
 
 def published(name: str) -> dict[str, Published]:
     entries = zoo.get_model_weights(name)
-    return {entry.name: _published(entry) for entry in (entries.DEFAULT, *entries)}
+    return {
+        entry.name: Published(entry.name, _preprocessing(name, entry), partial(_read, entry))
+        for entry in (entries.DEFAULT, *entries)
+    }
 
 
 def default_pixels(name: str) -> Preprocessing:
-    return _preprocessing(zoo.get_model_weights(name).DEFAULT)
+    return _preprocessing(name, zoo.get_model_weights(name).DEFAULT)
 
 
-def _published(entry: zoo.WeightsEnum) -> Published:
-    return Published(entry.name, _preprocessing(entry), partial(_read, entry))
-
-
-def _preprocessing(entry: zoo.WeightsEnum) -> Preprocessing:
+def _preprocessing(name: str, entry: zoo.WeightsEnum) -> Preprocessing:
     transforms = entry.transforms()
+    halves = (0.5, 0.5, 0.5) if name in FROM_MINUS_ONE_TO_ONE else None
     return Preprocessing(
         resize=transforms.resize_size[0],
         crop=transforms.crop_size[0],
         interpolation=cast(Interpolation, transforms.interpolation.value),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
+        mean=halves or tuple(transforms.mean),
+        std=halves or tuple(transforms.std),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resfeat.backbones import Published, build, dimensions, find, outline, shapes
 from resfeat.backbones.backbone import Backbone
-from resfeat.backbones.checkpoint import SUFFIXES, is_checkpoint, public, read_tensors, strip
+from resfeat.backbones.checkpoint import is_checkpoint, public, read_tensors, strip
 from resfeat.backbones.resnet import ResNet, initialise
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import FeatureSpec, Identity, Preprocessing
@@ -49,15 +49,16 @@ def resolve(spec: FeatureSpec) -> Weights:
     layers, pool = _taps(spec, pixels.crop)
     notes: tuple[str, ...] = ()
     network = outline(spec.model, pixels.crop)
+    expected = _deciding(network.state_dict())
     if published:
-        origin, read = published.name, published.read()
-        tensors, _, _ = strip(read, network.state_dict(), network.head)
+        origin = published.name
+        tensors, _, _ = strip(_current(published.read(), network), expected, network.head)
     elif spec.weights.startswith("random:"):
         origin, tensors = spec.weights, _random(spec, pixels.crop)
     else:
         origin = public(spec.weights)
-        tensors, notes = _from_checkpoint(spec.weights, network)
-    tensors = _fitting(spec.model, origin, tensors, _deciding(network.state_dict()))
+        tensors, notes = _from_checkpoint(spec.weights, network, expected)
+    tensors = _fitting(spec.model, origin, tensors, expected)
     identity = Identity(
         model=spec.model,
         weights_digest=digest(tensors),
@@ -96,7 +97,7 @@ def _choose(spec: FeatureSpec, published: dict[str, Published]) -> Published | N
         else f"unknown weights '{spec.weights}' for {spec.model}"
     )
     raise UsageError(
-        f"{why}: give {there}a path or URI that ends in {', '.join(SUFFIXES)}, or random:SEED"
+        f"{why}: give {there}the path or address of a .pth or .safetensors file, or random:SEED"
     )
 
 
@@ -130,9 +131,11 @@ def _taps(spec: FeatureSpec, crop: int) -> tuple[tuple[str, ...], str]:
     return layers, (spec.pool or "avg") if maps else "own"
 
 
-def _from_checkpoint(source: str, network: Backbone) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _from_checkpoint(
+    source: str, network: Backbone, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     tensors, opened = read_tensors(source)
-    kept, prefix, left_out = strip(tensors, network.state_dict(), network.head)
+    kept, prefix, left_out = strip(_current(tensors, network), expected, network.head)
     told = [f"took '{'.'.join(opened)}'"] if opened else []
     told += [f"stripped '{prefix}' from the names"] if prefix else []
     told += [f"left out {', '.join(left_out[:5])}"] if left_out else []
@@ -171,6 +174,16 @@ def _fitting(
             "give the --model that they were trained for"
         )
     for name, tensor in tensors.items():
+        fractions = expected[name].is_floating_point()
+        # A quantised or otherwise packed value means nothing without what belongs to it.
+        if (
+            tensor.is_quantized or tensor.is_meta or tensor.is_complex()
+        ) or tensor.is_floating_point() != fractions:
+            raise ResfeatError(
+                f"weights {origin}: {name} holds {str(tensor.dtype).removeprefix('torch.')} values"
+                f"{' without content' if tensor.is_meta else ''}: save it as "
+                f"{'float32' if fractions else 'whole numbers'}"
+            )
         if not torch.isfinite(tensor).all():
             raise ResfeatError(f"weights {origin}: {name} has values that are not finite numbers")
     return {
@@ -178,6 +191,10 @@ def _fitting(
         for name, wanted in expected.items()
         for tensor in (tensors[name],)
     }
+
+
+def _current(tensors: Mapping[str, Tensor], network: Backbone) -> dict[str, Tensor]:
+    return {network.current(name): tensor for name, tensor in tensors.items()}
 
 
 def _deciding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,8 +47,10 @@ def models(pattern: str, as_json: bool) -> None:
 
 
 def _matching(pattern: str) -> list[str]:
-    from resfeat.backbones import family_of
+    from resfeat.backbones import FAMILIES, family_of
 
+    if pattern.rstrip(":") in FAMILIES:
+        pattern = f"{pattern.rstrip(':')}:*"
     prefix, _, name = pattern.rpartition(":")
     family = family_of(pattern)
     if not any(each in name for each in "*?["):

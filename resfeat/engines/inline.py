@@ -57,7 +57,7 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         measured = self._pool.submit(measure, self._worker, self._tensors, items)
         while not wait([measured], timeout=0.5).done:
             if stopping():
-                raise Stopped("stopped while comparing with fp32: nothing was written")
+                raise Stopped("stopped while comparing with fp32")
         return measured.result()
 
     def run(

@@ -175,7 +175,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         deadline = time.monotonic() + START_SECONDS
         while not ray.wait([call], timeout=POLL_SECONDS)[0]:
             if stopping():
-                raise Stopped("stopped while comparing with fp32: nothing was written")
+                raise Stopped("stopped while comparing with fp32")
             if self._local and time.monotonic() > deadline:
                 raise _no_worker()
         try:

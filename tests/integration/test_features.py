@@ -174,7 +174,7 @@ def test_other_pixels_give_another_fingerprint_and_are_used(folder, plain, resfe
         (["--model", "cifar_resnet20", "--layers", "layer4"], "has no layer 'layer4'"),
         (["--precision", "int8"], "--precision int8: give one of fp32, bf16, fp16"),
         (["--crop", "300"], "a crop of 300 pixels is larger than the resize to 256"),
-        (["--resize", "0"], "--resize 0: give at least 1 pixel"),
+        (["--resize", "0"], "--resize 0: give 1 to 4096 pixels"),
         (["--min-parity", "2"], "--min-parity 2: give a cosine"),
         (["--model", "torchvision:alexnet", "--pool", "max"], "pools in its own way"),
         (["--model", "plain18", "--weights", "DEFAULT"], "nobody publishes weights for plain18"),
