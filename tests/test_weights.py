@@ -279,7 +279,8 @@ def test_a_checkpoint_of_another_depth_is_refused_by_its_keys(tmp_path):
         (18, 50, "layer1.0.downsample.0.weight is missing"),
     ):
         torch.save(get_model(f"resnet{depth}").state_dict(), tmp_path / "w.pth")
-        with pytest.raises(ResfeatError, match=f"do not fit resnet{asked}: .*and .* more; give"):
+        told_all = f"do not fit resnet{asked}: .*and .* more; give --model resnet{depth}$"
+        with pytest.raises(ResfeatError, match=told_all):
             load(f"resnet{asked}", str(tmp_path / "w.pth"))
         with pytest.raises(ResfeatError, match=told):
             load(f"resnet{asked}", str(tmp_path / "w.pth"))

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resfeat.backbones import Published, build, dimensions, find, outline, shapes
+from resfeat.backbones import Published, build, dimensions, find, ours, outline, shapes
 from resfeat.backbones.backbone import Backbone
 from resfeat.backbones.checkpoint import is_checkpoint, public, read_tensors, strip
+from resfeat.backbones.ours import LIKE_TORCHVISION
 from resfeat.backbones.resnet import ResNet, initialise
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import FeatureSpec, Identity, Preprocessing
@@ -169,9 +170,10 @@ def _fitting(
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        fits = _model_of(tensors)
         raise ResfeatError(
             f"weights {origin} do not fit {model}: {', '.join(wrong[:3])}{more}; "
-            "give the --model that they were trained for"
+            + (f"give --model {fits}" if fits else "give the --model that they were trained for")
         )
     for name, tensor in tensors.items():
         fractions = expected[name].is_floating_point()
@@ -191,6 +193,16 @@ def _fitting(
         for name, wanted in expected.items()
         for tensor in (tensors[name],)
     }
+
+
+def _model_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The usual network of ours whose tensors these are, if there is one."""
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    for model in LIKE_TORCHVISION:
+        expected = _deciding(outline(model, ours.default_pixels(model).crop).state_dict())
+        if {name: tensor.shape for name, tensor in expected.items()} == given:
+            return model
+    return None
 
 
 def _current(tensors: Mapping[str, Tensor], network: Backbone) -> dict[str, Tensor]:

@@ -10,10 +10,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from datasets import rows, vectors
 
 from resfeat import open_dataset
 from resfeat.backbones.ours import BACKBONES
+from resfeat.cli import main
 from resfeat.parity import cosine
 
 CHOICES = ["--model", "resnet18", "--weights", "random:0"]
@@ -180,9 +182,10 @@ def test_other_pixels_give_another_fingerprint_and_are_used(folder, plain, resfe
         (["--model", "plain18", "--weights", "DEFAULT"], "nobody publishes weights for plain18"),
     ],
 )  # fmt: skip
-def test_choices_that_cannot_be_are_one_line(choices, told, folder, resfeat, tmp_path):
-    done = resfeat("extract", folder, "-o", tmp_path / "out", "--workers", 0, *CHOICES, *choices)
-    assert done.returncode == 2
+def test_choices_that_cannot_be_are_one_line(choices, told, folder, tmp_path):
+    command = ["extract", str(folder), "-o", str(tmp_path / "out"), "--workers", "0"]
+    done = CliRunner().invoke(main, [*command, *CHOICES, *choices])
+    assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
     assert told in line
     assert not (tmp_path / "out").exists()
