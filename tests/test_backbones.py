@@ -188,6 +188,22 @@ def test_a_network_whose_pictures_are_made_otherwise_is_refused():
         resolve(FeatureSpec(model=f"timm:{squashed}", weights="random:0"))
 
 
+def test_weights_of_which_only_some_are_for_squashed_pictures_leave_the_others():
+    mixed = next(
+        name
+        for name in timm.list_models(pretrained=False)
+        if (default := timm.get_pretrained_cfg(name)) and default.tag
+        if default.crop_mode == "center" and default.input_size[1] == default.input_size[2]
+        if any(
+            timm.get_pretrained_cfg(tagged).crop_mode == "squash"
+            for tagged in timm.list_pretrained(f"{name}.*")
+        )
+    )
+    family, name = find(f"timm:{mixed}")
+    tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{name}.*")]
+    assert 1 <= len(family.published(name)) < len(tags)
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [

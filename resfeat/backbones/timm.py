@@ -46,9 +46,11 @@ def published(name: str) -> dict[str, Published]:
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if default is None or default.tag not in tags:
         return {}
-    return {
-        each: _published(architecture, each) for each in ([tag] if tag else [default.tag, *tags])
-    }
+    if tag:
+        return {tag: _published(architecture, tag)}
+    # Where only some of a network's weights want their pictures made otherwise, the rest are here.
+    others = [each for each in tags if _centred(_config(f"{architecture}.{each}"))]
+    return {each: _published(architecture, each) for each in (default.tag, *others)}
 
 
 def _published(architecture: str, tag: str) -> Published:
@@ -62,9 +64,9 @@ def default_pixels(name: str) -> Preprocessing:
 
 
 def _preprocessing(name: str) -> Preprocessing:
-    config: dict[str, Any] = resolve_data_config(pretrained_cfg=vars(timm.get_pretrained_cfg(name)))
+    config = _config(name)
     _, height, width = config["input_size"]
-    if config["crop_mode"] != "center" or height != width:
+    if not _centred(config):
         raise UsageError(
             f"timm:{name} wants pictures of {height} x {width} made by '{config['crop_mode']}'; "
             "resfeat only crops the centre, to a square: choose another model"
@@ -77,6 +79,16 @@ def _preprocessing(name: str) -> Preprocessing:
         mean=config["mean"],
         std=config["std"],
     )
+
+
+def _config(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=vars(timm.get_pretrained_cfg(name)))
+    return config
+
+
+def _centred(config: dict[str, Any]) -> bool:
+    _, height, width = config["input_size"]
+    return bool(config["crop_mode"] == "center" and height == width)
 
 
 def _read(architecture: str, tag: str) -> dict[str, Tensor]:
