@@ -22,7 +22,7 @@ from resfeat.plan import Plan, read_shard
 from resfeat.sink import FAILURES, write_json
 from resfeat.spec import Identity
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Record:
 
     weights: what to give as --weights to find the same weights again. parity: how near to the
     reference a sample of the embeddings was when it was first measured; None for the reference.
+    quantised: the digest of the network that int8 embeddings come from; None for others.
     """
 
     identity: Identity
@@ -41,6 +42,7 @@ class Record:
     created: str
     versions: Mapping[str, str]
     parity: Mapping[str, float] | None = None
+    quantised: str | None = None
 
     def save(self, layout: Layout) -> None:
         content = {

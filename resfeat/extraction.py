@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resfeat import engines
+from resfeat.calibration import calibrate
 from resfeat.dataset import Dataset, Record
 from resfeat.errors import ResfeatError, Stopped, UsageError
 from resfeat.layout import Layout
 from resfeat.lock import run_lock
-from resfeat.parity import Parity, check, differs, sample
+from resfeat.parity import SAMPLE, check, differs
 from resfeat.plan import write_plan
 from resfeat.report import Progress, Report, Tally, versions
-from resfeat.runtimes import check_precision
+from resfeat.runtimes import REFERENCE
+from resfeat.sample import sample
 from resfeat.sink import write_json
 from resfeat.sources.directory import Directories, printable
 from resfeat.sources.item import Item
@@ -55,7 +57,6 @@ def extract(
     layout = Layout(spec.output)
     listing = Directories(spec.sources)
     _check_free(layout, listing)
-    check_precision(spec.precision)
     weights = resolve(spec)
     for note in weights.notes:
         on_note(note)
@@ -68,12 +69,14 @@ def extract(
         error = None
         try:
             if tally.todo:
+                if record.identity.precision == "int8":
+                    record = calibrate(layout, record, weights, on_note)
                 with engines.start(spec.runtime, layout, record, weights, tally.todo) as engine:
                     tally.engine = engine.description
-                    if differs(record.identity):
-                        items = sample(layout, record.plan.shards)
+                    if differs(record.identity, engine.placement):
+                        items = sample(layout, record.plan.shards, SAMPLE)
                         tally.parity = engine.parity(items, stopping)
-                        _prove(tally.parity, layout, record, spec, on_note)
+                        _prove(tally, layout, record, spec, on_note)
                     for result in engine.run(tally.todo, tally.show, stopping):
                         tally.add(result)
         except ResfeatError as raised:
@@ -132,19 +135,25 @@ def _make_plan(
 
 
 def _prove(
-    parity: Parity,
+    tally: Tally,
     layout: Layout,
     record: Record,
     spec: ExtractSpec,
     on_note: Callable[[str], None],
 ) -> None:
     """Write down how near the run is to the reference, if that is near enough."""
+    parity = tally.parity
+    if parity is None:
+        return
     check(parity, record.identity, spec.min_parity)
     if record.parity is None:
         replace(record, parity=vars(parity)).save(layout)
+    if record.identity.precision == REFERENCE:
+        return  # nobody asked for anything else; the report has it
     on_note(
-        f"{record.identity.precision} against fp32 on {parity.images} of the images: "
-        f"cosine {parity.minimum:.6f} at the least, {parity.median:.6f} in the median"
+        f"{record.identity.precision} on {tally.engine['runtime']} against fp32 on torch, "
+        f"{parity.images} of the images: cosine {parity.minimum:.6f} at the least, "
+        f"{parity.median:.6f} in the median"
     )
 
 

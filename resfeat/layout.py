@@ -6,6 +6,7 @@ OUT/
   _resfeat/
     spec.json                     identity, plan and origin of the dataset
     plan/plan-00000.parquet       the frozen listing
+    int8/network.xml, .bin        the network that precision int8 made of the weights
     runs/<run-id>.json            one report a run
     tmp/                          parts being written
     lock                          who is writing now
@@ -30,6 +31,7 @@ class Layout:
         self.private = self.root / "_resfeat"
         self.spec = self.private / "spec.json"
         self.plan = self.private / "plan"
+        self.quantised = self.private / "int8" / "network.xml"
         self.runs = self.private / "runs"
         self.tmp = self.private / "tmp"
         self.lock = self.private / "lock"

@@ -1,32 +1,30 @@
 """Parity: how near the embeddings of a run are to the reference, on the user's own images.
 
-The reference is torch in fp32 on the CPU. Where a run uses anything else, a sample of its images is
+The reference is torch in fp32 on a CPU. Where a run uses anything else, a sample of its images is
 embedded both ways before it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resfeat import plan
-from resfeat.decode import Picture, decode
-from resfeat.errors import Failure, ResfeatError
-from resfeat.layout import Layout
-from resfeat.runtimes import REFERENCE
+from resfeat.errors import ResfeatError
+from resfeat.runtimes import REFERENCE, Runtime
 from resfeat.runtimes.torch import TorchRuntime
-from resfeat.sources.directory import read
+from resfeat.sample import pictures
 from resfeat.sources.item import Item
 from resfeat.spec import Identity
-from resfeat.worker import Worker
+from resfeat.worker import Placement, Worker
 
-# Images that are compared, and how many may fail to decode until there are so many.
+# Images that are compared. In the reference's own precision a runtime does the same arithmetic in
+# another order, and the first few show whether it does.
 SAMPLE = 32
-CANDIDATES = 4 * SAMPLE
+SAMPLE_OF_REFERENCE = 4
 LEAST = {"int8": 0.99}
 LEAST_OTHERWISE = 0.999
 
@@ -40,64 +38,64 @@ class Parity:
     median: float
 
 
-def differs(identity: Identity) -> bool:
-    """Whether a run that makes these embeddings is anything but the reference."""
-    return identity.precision != REFERENCE
+def differs(identity: Identity, placement: Placement) -> bool:
+    """Whether workers placed like this make anything but the reference's embeddings."""
+    here = placement.runtime, placement.device, identity.precision
+    return here != ("torch", "cpu", REFERENCE)
 
 
-def sample(layout: Layout, shards: int) -> list[Item]:
-    """Items spread evenly over the plan, more than are needed since some may be broken."""
-    chosen = sorted({shards * n // CANDIDATES for n in range(CANDIDATES)})
-    each = -(-CANDIDATES // len(chosen))
-    candidates: list[Item] = []
-    for shard in chosen:
-        items = plan.read_shard(layout, shard)
-        candidates += items[:: max(1, len(items) // each)][:each]
-    # In an order that spreads the first ones, too, since only those are used where all are whole.
-    return [item for start in range(4) for item in candidates[start::4]]
+def measure(worker: Worker, tensors: dict[str, Tensor], items: Sequence[Item]) -> Parity | None:
+    """Embed the first images that decode with the worker's model and with the reference.
 
-
-def measure(worker: Worker, tensors: dict[str, Tensor], items: Sequence[Item]) -> Parity:
-    """Embed the first `SAMPLE` images that decode with the worker's model and with the reference.
-
-    Raises ResfeatError where none does.
+    Where none decodes, or the reference has nothing to say of those that do, the reference's own
+    precision goes unmeasured (None), and any other raises ResfeatError.
     """
-    identity, size = worker.job.identity, worker.placement.batch_size
-    pictures = list(_pictures(items, identity))
-    if not pictures:
-        raise ResfeatError(
-            f"none of {len(items)} sampled images can be decoded, so {identity.precision} cannot "
-            "be compared with fp32: are these images? --precision fp32 needs no comparison"
-        )
+    identity = worker.job.identity
+    wanted = SAMPLE_OF_REFERENCE if identity.precision == REFERENCE else SAMPLE
+    chosen = pictures(items, identity, wanted)
+    if not chosen:
+        why = f"none of {len(items)} sampled images can be decoded"
+        return _go_without(identity, why, "are these images?")
     reference = TorchRuntime(replace(identity, precision=REFERENCE), tensors, "cpu")
-    crop = identity.preprocessing.crop
+    with np.errstate(over="ignore"):
+        given = _embed(worker, worker.runtime, chosen).astype(identity.dtype).astype(np.float32)
+    expected = _embed(worker, reference, chosen)
+    # Where the reference gives nothing, there is nothing to compare.
+    sound = np.isfinite(expected).all(axis=1) & expected.any(axis=1)
+    if not sound.any():
+        why = f"fp32 embeddings of {len(chosen)} sampled images are all zero or not finite"
+        return _go_without(identity, why, "are these the right weights?")
     bounds = np.cumsum(list(worker.job.dims.values()))[:-1]
-    images, cosines = 0, []
-    for start in range(0, len(pictures), size):
-        batch = np.zeros((size, crop, crop, 3), np.uint8)
-        some = pictures[start : start + size]
+    layers = zip(
+        np.split(given[sound], bounds, axis=1),
+        np.split(expected[sound], bounds, axis=1),
+        strict=True,
+    )
+    every = np.concatenate([cosine(ours, theirs) for ours, theirs in layers])
+    return Parity(int(sound.sum()), float(every.min()), float(np.median(every)))
+
+
+def _go_without(identity: Identity, why: str, ask: str) -> Parity | None:
+    if identity.precision == REFERENCE:
+        return None
+    raise ResfeatError(
+        f"{why}, so {identity.precision} cannot be compared with fp32: {ask} "
+        "--precision fp32 does without"
+    )
+
+
+def _embed(
+    worker: Worker, runtime: Runtime, chosen: Sequence[NDArray[np.uint8]]
+) -> NDArray[np.float32]:
+    """Embeddings of pictures, in the batches, threads and so number of cores of the run."""
+    size = worker.placement.batch_size
+    batches = []
+    for start in range(0, len(chosen), size):
+        some = chosen[start : start + size]
+        batch = runtime.empty((size, *some[0].shape))
         batch[: len(some)] = some
-        # In the thread, and so with the number of cores, that the run will use.
-        given, expected = (
-            worker.forwards.submit(runtime.embed, batch).result()[: len(some)]
-            for runtime in (worker.runtime, reference)
-        )
-        # Where the reference gives nothing, there is nothing to compare.
-        sound = np.isfinite(expected).all(axis=1) & expected.any(axis=1)
-        with np.errstate(over="ignore"):
-            given = given[sound].astype(identity.dtype).astype(np.float32)
-        images += int(sound.sum())
-        layers = zip(
-            np.split(given, bounds, axis=1), np.split(expected[sound], bounds, axis=1), strict=True
-        )
-        cosines += [cosine(ours, theirs) for ours, theirs in layers]
-    every = np.concatenate(cosines)
-    if not images:
-        raise ResfeatError(
-            f"fp32 embeddings of {len(pictures)} sampled images are all zero or not finite, so "
-            f"{identity.precision} cannot be compared with them: are these the right weights?"
-        )
-    return Parity(images, float(every.min()), float(np.median(every)))
+        batches.append(worker.forwards.submit(runtime.embed, batch))
+    return np.concatenate([batch.result() for batch in batches])[: len(chosen)]
 
 
 def check(parity: Parity, identity: Identity, least: float | None) -> None:
@@ -119,17 +117,3 @@ def cosine(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np
         given = (a * b).sum(axis=1) / lengths
     both_zero = ~a.any(axis=1) & ~b.any(axis=1)
     return np.where(both_zero, 1.0, np.nan_to_num(given, nan=-1.0))
-
-
-def _pictures(items: Sequence[Item], identity: Identity) -> Iterator[NDArray[np.uint8]]:
-    found = 0
-    for item in items:
-        content = read(item.uri)
-        picture = (
-            content if isinstance(content, Failure) else decode(content[0], identity.preprocessing)
-        )
-        if isinstance(picture, Picture):
-            yield picture.pixels
-            found += 1
-        if found == SAMPLE:
-            return

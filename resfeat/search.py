@@ -16,8 +16,6 @@ from resfeat.spec import FeatureSpec
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
 
-QUERY_BATCH = 16
-
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -36,9 +34,9 @@ def embed_queries(
     that is not there or a file that gives no pixels, and ResfeatError where the weights that the
     dataset was made with cannot be found again.
     """
+    from resfeat import runtimes
     from resfeat.backbones.weights import resolve
     from resfeat.decode import decode
-    from resfeat.runtimes.torch import TorchRuntime
     from resfeat.sources.directory import read
 
     identity = dataset.record.identity
@@ -47,7 +45,9 @@ def embed_queries(
     for path in paths:
         content = read(Path(path).absolute().as_uri())
         picture = (
-            content if isinstance(content, Failure) else decode(content[0], identity.preprocessing)
+            content
+            if isinstance(content, Failure)
+            else decode(content[0], identity.preprocessing, identity.decode)
         )
         if isinstance(picture, Failure):
             raise UsageError(f"cannot use {path} as a query: {picture.reason}, {picture.message}")
@@ -58,9 +58,16 @@ def embed_queries(
             f"{dataset.layout.root} was made with other weights than {dataset.record.weights} are "
             "now: bring back the file that it was made with"
         )
-    runtime = TorchRuntime(identity, weights.tensors, "cpu")
-    starts = range(0, len(pictures), QUERY_BATCH)
-    every = np.concatenate([runtime.embed(np.stack(pictures[i : i + QUERY_BATCH])) for i in starts])
+    runtime = runtimes.start(
+        runtimes.choose(None, identity.model, identity.precision, "cpu"),
+        identity,
+        weights.tensors,
+        device="cpu",
+        threads=1,
+        batch_size=1,
+        quantised=dataset.layout.quantised,
+    )
+    every = np.concatenate([runtime.embed(picture[None]) for picture in pictures])
     bounds = np.cumsum(list(weights.dims.values()))[:-1]
     by_layer = dict(zip(weights.dims, np.split(every, bounds, axis=1), strict=True))
     return by_layer[layer or identity.layers[-1]]

@@ -47,10 +47,11 @@ def embeddings_schema(
     *,
     with_label: bool,
     parity: Mapping[str, float] | None = None,
+    quantised: str | None = None,
 ) -> pa.Schema:
     """The columns of `embeddings/`, with the identity as JSON under the metadata key `resfeat`.
 
-    dims: length of each layer's embedding.
+    dims: length of each layer's embedding. parity, quantised: as the record has them.
     """
     value = pa.field("element", pa.type_for_alias(identity.dtype), nullable=False)
     fields = [
@@ -69,6 +70,8 @@ def embeddings_schema(
     described = {"fingerprint": identity.fingerprint, **identity.as_dict()}
     if parity:
         described["parity"] = dict(parity)
+    if quantised:
+        described["quantised"] = quantised
     return pa.schema(fields, metadata={"resfeat": json.dumps(described, sort_keys=True)})
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from resfeat.errors import UsageError
 
 # Bumped whenever decode.py would give other pixels for the same file.
-PIXEL_POLICY = "1"
+PIXEL_POLICY = "2"
 
 # Of a side that a network is given: far beyond any, and still no way to exhaust the memory.
 MOST_PIXELS = 4096
@@ -25,6 +25,8 @@ Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Pool = Literal["avg", "max", "gem"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 DType = Literal["float32", "float16"]
+Decode = Literal["turbo", "pillow"]
+RuntimeName = Literal["torch", "openvino"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Preprocessing:
 class Identity:
     """Everything that decides what an embedding is.
 
+    decode: how pixels came about, see `decode.py`; pixel_policy: the version of that.
     pool: how a feature map became a vector, or "own" for a network that does so in its own way.
     normalize: whether each embedding was scaled to an L2 norm of 1.
     precision: of the forward pass. dtype: of the stored values.
@@ -53,6 +56,7 @@ class Identity:
     model: str
     weights_digest: str
     preprocessing: Preprocessing
+    decode: Decode = "turbo"
     pixel_policy: str = PIXEL_POLICY
     layers: tuple[str, ...] = ("avgpool",)
     pool: str = "avg"
@@ -103,6 +107,7 @@ class FeatureSpec:
     normalize: scale each embedding to an L2 norm of 1.
     precision: of the forward pass. dtype: of the stored values.
     resize, crop, interpolation: in place of those that belong to the weights; pixels.
+    decode: "turbo" is fast, "pillow" gives torchvision's pixels to the last bit.
     """
 
     model: str = "resnet50"
@@ -115,6 +120,7 @@ class FeatureSpec:
     resize: int | None = None
     crop: int | None = None
     interpolation: Interpolation | None = None
+    decode: Decode = "turbo"
 
     def __post_init__(self) -> None:
         if self.layers is not None and (not self.layers or not all(self.layers)):
@@ -124,6 +130,7 @@ class FeatureSpec:
             ("precision", self.precision, Precision),
             ("dtype", self.dtype, DType),
             ("interpolation", self.interpolation, Interpolation),
+            ("decode", self.decode, Decode),
         ):
             if value is not None and value not in get_args(known):
                 raise UsageError(f"--{name} {value}: give one of {', '.join(get_args(known))}")
@@ -146,6 +153,7 @@ class FeatureSpec:
             resize=pixels.resize,
             crop=pixels.crop,
             interpolation=pixels.interpolation,
+            decode=identity.decode,
         )
 
 
@@ -157,6 +165,7 @@ class RuntimeOptions:
     gpus_per_worker: share of a GPU that each worker gets, 0 to 1; 0 keeps to the CPU.
     cpus_per_worker: CPU cores that each worker gets.
     address: a running Ray cluster ("auto", "HOST:PORT", "ray://..."); None starts a local one.
+    runtime: what runs the network, "torch" or "openvino".
     batch_size: images in one forward pass.
     """
 
@@ -164,6 +173,7 @@ class RuntimeOptions:
     gpus_per_worker: float | None = None
     cpus_per_worker: int | None = None
     address: str | None = None
+    runtime: RuntimeName | None = None
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -176,6 +186,10 @@ class RuntimeOptions:
             )
         if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
             raise UsageError(f"--cpus-per-worker {self.cpus_per_worker}: give at least 1")
+        if self.runtime not in (None, *get_args(RuntimeName)):
+            raise UsageError(
+                f"--runtime {self.runtime}: give one of auto, {', '.join(get_args(RuntimeName))}"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: give at least 1")
         if self.workers == 0 and self.address is not None:

@@ -2,9 +2,9 @@
 
     loader threads: read, decode ─→ batch of fixed shape ─→ forward threads: embed ─→ write, commit
 
-Both pools live as long as the worker and are shared by the shards in hand; at most a few batches of
-each shard are under way, so memory grows with neither the shard nor the dataset. This module knows
-nothing of Ray.
+Both pools live as long as the worker and are shared by the shards in hand; a bounded number of
+images of each shard is under way, so memory grows with neither the shard nor the dataset. This
+module knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resfeat import plan
+from resfeat import plan, runtimes
 from resfeat.clock import StageClock
 from resfeat.dataset import Record
 from resfeat.decode import Picture, decode
 from resfeat.errors import Failure, ResfeatError, Stopped
 from resfeat.layout import Layout
-from resfeat.runtimes.torch import TorchRuntime
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema
 from resfeat.sources.directory import path_of, printable, read
 from resfeat.sources.item import Item
-from resfeat.spec import Identity
+from resfeat.spec import Identity, RuntimeName
 
 # Files that are read while all decoders are busy: enough to hide the latency of a disk.
 READ_AHEAD = 4
-# Batches of a shard under way beyond those that are being embedded.
+# Of a shard, beyond the batches that are being embedded: at least this many images, in batches of
+# which there are at least two, are under way. Enough for the unevenness of reading and decoding.
+IMAGES_AHEAD = 64
 BATCHES_AHEAD = 2
 # A worker has two shards in hand: one is decoded and embedded while the other drains and commits.
 SHARDS_IN_HAND = 2
-
-BATCH_SIZE = {"cpu": 16, "cuda": 256}
+# Forward passes at a time on a GPU: the copies of one run while the other is computed.
+PASSES_ON_GPU = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Job:
 class Placement:
     """Where a worker runs and what it may use: "cpu" or "cuda", CPU cores, images in a batch."""
 
+    runtime: RuntimeName
     device: str
     cpus: int
     batch_size: int
@@ -68,12 +70,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a committed shard gave. `seconds` are busy seconds by stage, added up over threads."""
+    """What a committed shard gave.
+
+    fits: images that were embedded at once in the end, fewer than a batch where the device's memory
+    did not hold one. seconds: busy ones by stage, added up over threads.
+    """
 
     shard: int
     embedded: int
     failed: int
     changed: int
+    fits: int
     seconds: Mapping[str, float]
 
 
@@ -83,22 +90,29 @@ class Worker:
     Forward passes run one batch to a thread, each on a single core: with more threads inside a
     forward pass the last bits of an embedding depend on how many there are.
 
-    progress: images done and failed so far, by shard in hand. stopping: set it to have shards in
-    hand raise Stopped soon.
+    progress: images done and failed so far, by shard in hand. fits: images that the device's memory
+    is thought to hold at once. stopping: set it to have shards in hand raise Stopped soon.
     """
 
     def __init__(self, job: Job, placement: Placement, tensors: dict[str, Tensor]) -> None:
         self.job = job
         self.placement = placement
         self.layout = Layout(job.output)
-        self.runtime = TorchRuntime(job.identity, tensors, placement.device)
+        self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
+        self.runtime = runtimes.start(
+            placement.runtime,
+            job.identity,
+            tensors,
+            device=placement.device,
+            threads=self.forward_threads,
+            batch_size=placement.batch_size,
+            quantised=self.layout.quantised,
+        )
+        self.fits = placement.batch_size
         self.progress: dict[int, tuple[int, int]] = {}
         self.stopping = Event()
-        self.forward_threads = 1 if placement.device == "cuda" else placement.cpus
-        self.loaders = ThreadPoolExecutor(placement.cpus + READ_AHEAD, "load")
-        self.forwards = ThreadPoolExecutor(
-            self.forward_threads, "forward", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self.loaders = _threads("load", placement.cpus + READ_AHEAD)
+        self.forwards = _threads("forward", self.forward_threads)
         self.decoding = BoundedSemaphore(placement.cpus)
         self.feeding = Lock()
 
@@ -113,12 +127,18 @@ class Worker:
             self.job.dims,
             with_label=self.job.with_label,
             parity=record.parity,
+            quantised=record.quantised,
         )
 
     def close(self) -> None:
         """Let the threads go; whatever has not begun is dropped."""
         self.forwards.shutdown(wait=False, cancel_futures=True)
         self.loaders.shutdown(wait=False, cancel_futures=True)
+
+
+def _threads(name: str, count: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one core each: there are enough of them."""
+    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def process_shard(worker: Worker, shard: int) -> ShardResult:
@@ -154,7 +174,7 @@ def process_shard(worker: Worker, shard: int) -> ShardResult:
         ) from error
     finally:
         worker.progress.pop(shard, None)
-    return ShardResult(shard, embedded, failed, changed, dict(clock.seconds))
+    return ShardResult(shard, embedded, failed, changed, worker.fits, dict(clock.seconds))
 
 
 @dataclass
@@ -171,12 +191,13 @@ class _Batch:
 def _embedded_batches(worker: Worker, items: Sequence[Item], clock: StageClock) -> Iterator[_Batch]:
     """Finished batches in plan order, with a bounded number of others under way."""
     size = worker.placement.batch_size
+    most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
     under_way: deque[Future[_Batch]] = deque()
     try:
         with worker.feeding:  # the next shard is fed while this one drains, not before
             for start in range(0, len(items), size):
                 under_way.append(_start_batch(worker, items[start : start + size], clock))
-                if len(under_way) >= worker.forward_threads + BATCHES_AHEAD:
+                if len(under_way) >= most:
                     yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
@@ -189,7 +210,7 @@ def _start_batch(worker: Worker, items: Sequence[Item], clock: StageClock) -> Fu
     # Always the full shape, and each image at its own place whatever becomes of the others: the
     # same image gives the same bits in every run.
     crop = worker.job.identity.preprocessing.crop
-    pixels = np.zeros((worker.placement.batch_size, crop, crop, 3), np.uint8)
+    pixels = worker.runtime.empty((worker.placement.batch_size, crop, crop, 3))
     loads = [
         worker.loaders.submit(_load, worker, item, pixels[place], clock)
         for place, item in enumerate(items)
@@ -204,8 +225,9 @@ def _load(worker: Worker, item: Item, place: NDArray[np.uint8], clock: StageCloc
     if isinstance(content, Failure):
         return content
     data, size, mtime = content
+    identity = worker.job.identity
     with worker.decoding, clock("decode"):
-        picture = decode(data, worker.job.identity.preprocessing)
+        picture = decode(data, identity.preprocessing, identity.decode)
         if not isinstance(picture, Picture):
             return picture
         place[:] = picture.pixels
@@ -223,7 +245,7 @@ def _embed(
     with clock("wait"):
         loaded = [load.result() for load in loads]
     with clock("embed"):
-        vectors = worker.runtime.embed(pixels)[: len(items)]
+        vectors = _forward(worker, pixels)[: len(items)]
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite: a failure
             vectors = vectors.astype(worker.job.identity.dtype, copy=False)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
@@ -240,3 +262,19 @@ def _embed(
             batch.changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
     batch.vectors = vectors[kept]
     return batch
+
+
+def _forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Embeddings of a batch, in halves from the first time on that the device's memory does not
+    hold it. Raises MemoryError where it does not hold a single image."""
+    while True:
+        fits = worker.fits
+        try:
+            starts = range(0, len(pixels), fits)
+            return np.concatenate([worker.runtime.embed(pixels[i : i + fits]) for i in starts])
+        except torch.OutOfMemoryError as error:
+            if fits == 1:
+                raise MemoryError(f"the device's memory does not hold one image: {error}") from None
+            # Another thread may have halved it meanwhile.
+            worker.fits = min(worker.fits, fits // 2)
+            torch.cuda.empty_cache()

@@ -174,7 +174,7 @@ def test_pixels_are_those_of_timms_own_transform(name, photos):
     for path in sorted(photos.rglob("*.png"))[::25]:
         with Image.open(path) as image:
             expected = transform(image.convert("RGB")).numpy() * std + mean
-        given = decode(path.read_bytes(), pixels).pixels.transpose(2, 0, 1) / 255
+        given = decode(path.read_bytes(), pixels, "pillow").pixels.transpose(2, 0, 1) / 255
         assert np.abs(given - expected).max() < 1e-3
 
 

@@ -97,7 +97,8 @@ def test_an_output_without_permission(one_photo, tmp_path):
         folder.chmod(0o755)
     program = (
         "import os, sys; from resfeat import extraction; from resfeat.backbones import weights\n"
-        "import resfeat.engines.inline, resfeat.backbones.ours; from resfeat.cli import main\n"
+        "import resfeat.engines.inline, resfeat.backbones.ours, resfeat.runtimes.openvino\n"
+        "import torch._dynamo; from resfeat.cli import main\n"
         "os.setgid(65534); os.setuid(65534); main(sys.argv[1:])"
     )
     command = ["extract", one_photo, "-o", tmp_path / "locked" / "out", *HERE]
@@ -121,7 +122,7 @@ def test_what_is_printed(one_photo, tmp_path, resfeat):
     lines = resfeat("extract", one_photo, "-o", tmp_path / "b", *HERE, "--verbose")
     assert "0 of 1 images (0%)" in lines.stderr
     assert "This run: 1 images" in lines.stdout and "images/s" in lines.stdout
-    assert "Busy seconds" in lines.stdout and "batch_size 16" in lines.stdout
+    assert "Busy seconds" in lines.stdout and "batch_size 2" in lines.stdout
     assert lines.stdout.splitlines()[-1].startswith("Finished: 1 embedded and 0 failed of 1")
 
     as_json = resfeat("extract", one_photo, "-o", tmp_path / "c", *HERE, "--log-json")

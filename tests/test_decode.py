@@ -10,7 +10,8 @@ from PIL import Image, ImageFile
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import functional as F  # noqa: N812
 
-from resfeat.decode import Picture, decode
+from resfeat import decode as module
+from resfeat.decode import Picture
 from resfeat.errors import REASONS, Failure
 from resfeat.sources.directory import read
 from resfeat.spec import Preprocessing
@@ -24,6 +25,17 @@ PREPROCESSING = Preprocessing(
 )
 
 
+@pytest.fixture(params=["turbo", "pillow"], autouse=True)
+def way(request, monkeypatch):
+    """What is promised holds for both ways of decoding, unless a test says otherwise."""
+    monkeypatch.setattr(module, "WAY", request.param, raising=False)
+    return request.param
+
+
+def decode(data, way=None):
+    return module.decode(data, PREPROCESSING, way or module.WAY)
+
+
 def encoded(picture, kind="PNG", **options):
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
@@ -31,7 +43,7 @@ def encoded(picture, kind="PNG", **options):
 
 
 def decoded(picture, kind="PNG", **options) -> Picture:
-    result = decode(encoded(picture, kind, **options), PREPROCESSING)
+    result = decode(encoded(picture, kind, **options))
     assert isinstance(result, Picture), result
     return result
 
@@ -51,10 +63,51 @@ def torchvisions_pixels(image):
 
 def test_pixels_are_torchvisions_to_the_last_bit(photos):
     for path in sorted(photos.rglob("*.*"))[::10]:
-        ours = decode(path.read_bytes(), PREPROCESSING)
+        ours = decode(path.read_bytes(), "pillow")
         with Image.open(path) as image:
             assert np.array_equal(ours.pixels, torchvisions_pixels(image))
             assert (ours.width, ours.height) == image.size
+
+
+def test_turbo_pixels_are_two_levels_away_at_most_where_nothing_is_scaled(photos):
+    for path in sorted(photos.rglob("*.*"))[::10]:
+        turbo, pillow = (decode(path.read_bytes(), way) for way in ("turbo", "pillow"))
+        assert (turbo.width, turbo.height) == (pillow.width, pillow.height)
+        difference = np.abs(turbo.pixels.astype(int) - pillow.pixels)
+        assert difference.max() <= 2 and difference.mean() < 0.03
+
+
+@pytest.mark.parametrize("turn", range(9))
+def test_large_jpegs_are_scaled_while_they_are_decoded(photos, turn, monkeypatch):
+    """Nearly the same pixels, right way up, from half of the rows and columns."""
+    decoded_sizes = []
+
+    def spy(*args, **options):
+        given = decode_jpeg(*args, **options)
+        decoded_sizes.append(given.shape[:2])
+        return given
+
+    decode_jpeg = module.simplejpeg.decode_jpeg
+    monkeypatch.setattr(module.simplejpeg, "decode_jpeg", spy)
+    with Image.open(sorted(photos.rglob("*.png"))[0]) as photo:
+        large = photo.convert("RGB").resize((2000, 1500), Image.Resampling.LANCZOS)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(large, "JPEG", quality=90, exif=exif)
+    turbo, pillow = (decode(data, way) for way in ("turbo", "pillow"))
+    assert decoded_sizes == [(750, 1000)]  # a quarter would be less than 2 x 232 rows
+    expected = (1500, 2000) if turn >= 5 else (2000, 1500)
+    assert (turbo.width, turbo.height) == (pillow.width, pillow.height) == expected
+    difference = np.abs(turbo.pixels.astype(int) - pillow.pixels)
+    assert difference.mean() < 0.5 and difference.max() <= 8
+
+
+def test_what_libjpeg_only_warns_of_is_left_to_pillow(photos):
+    data = encoded(gradient(), "JPEG")
+    junk = data[:-2] + b"junk!" + data[-2:]
+    with pytest.raises(ValueError):
+        module.simplejpeg.decode_jpeg(junk)
+    assert np.array_equal(decode(junk).pixels, decode(data).pixels)
 
 
 def test_only_the_middle_of_a_very_long_picture_is_sampled(photos):
@@ -143,7 +196,7 @@ def test_cmyk_is_converted_as_pillow_does():
 
 def test_pixels_without_a_fixed_range_are_refused():
     for mode in ("F", "I"):
-        failure = decode(encoded(Image.new(mode, (9, 9)), "TIFF"), PREPROCESSING)
+        failure = decode(encoded(Image.new(mode, (9, 9)), "TIFF"))
         assert isinstance(failure, Failure) and failure.reason == "format_not_allowed"
 
 
@@ -166,7 +219,7 @@ def test_broken_files_have_the_reason_that_fits(tmp_path):
     given = {}
     for name in EXPECTED:
         content = read((tmp_path / name).as_uri())
-        failure = content if isinstance(content, Failure) else decode(content[0], PREPROCESSING)
+        failure = content if isinstance(content, Failure) else decode(content[0])
         assert isinstance(failure, Failure), name
         assert failure.reason in REASONS
         given[name] = failure.stage, failure.reason
@@ -176,7 +229,7 @@ def test_broken_files_have_the_reason_that_fits(tmp_path):
 def test_a_host_program_that_loads_truncated_images_changes_nothing(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     half = encoded(gradient(), "JPEG")[:2000]
-    assert decode(half, PREPROCESSING).reason == "truncated"
+    assert decode(half).reason == "truncated"
 
 
 def test_every_prefix_and_any_flipped_byte_is_an_answer_and_not_an_exception():
@@ -191,7 +244,7 @@ def test_every_prefix_and_any_flipped_byte_is_an_answer_and_not_an_exception():
                 flipped[place] ^= 1 << int(chance.integers(8))
             damaged.append(bytes(flipped))
         for data in damaged:
-            result = decode(data, PREPROCESSING)
+            result = decode(data)
             assert isinstance(result, Picture) or result.reason in REASONS
 
 
@@ -206,5 +259,5 @@ def test_a_formats_code_does_not_run_unless_it_is_allowed(monkeypatch):
         b"8BPS" + bytes(30),
         struct.pack("<HHH", 0, 1, 1) + bytes(30),
     ):
-        assert decode(data, PREPROCESSING).reason == "format_not_allowed"
+        assert decode(data).reason == "format_not_allowed"
     assert opened == []

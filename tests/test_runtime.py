@@ -1,30 +1,65 @@
-"""The torch runtime: the same bits in every setting that may change between runs."""
+"""The runtimes: near to each other, and the same bits in every setting that may change."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from resfeat import runtimes
 from resfeat.backbones import build
 from resfeat.backbones.weights import resolve
-from resfeat.runtimes.torch import TorchRuntime, fold_batch_norm
+from resfeat.errors import ResfeatError, UsageError
+from resfeat.parity import cosine
+from resfeat.runtimes.embedder import fold_batch_norm
+from resfeat.runtimes.openvino import OpenVINORuntime, has_bf16, quantise
+from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
+from resfeat.worker import Placement, Worker, _forward
+
+BATCH = 4
 
 
 @pytest.fixture(scope="module")
-def runtime():
-    weights = resolve(FeatureSpec(model="resnet18", weights="random:0"))
+def weights():
+    return resolve(FeatureSpec(model="resnet18", weights="random:0"))
+
+
+@pytest.fixture(scope="module")
+def runtime(weights):
     return TorchRuntime(weights.identity, weights.tensors, "cpu")
 
 
 @pytest.fixture(scope="module")
-def pixels():
-    return np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8)
+def pixels(photos):
+    from resfeat.decode import decode
+
+    identity = resolve(FeatureSpec(model="resnet18", weights="random:0")).identity
+    paths = sorted(photos.rglob("*.jpg"))[:: len(list(photos.rglob("*.jpg"))) // 8][:8]
+    return np.stack(
+        [decode(path.read_bytes(), identity.preprocessing, "turbo").pixels for path in paths]
+    )
 
 
-def test_neighbours_in_the_batch_do_not_matter(runtime, pixels):
-    alone = np.zeros_like(pixels)
-    alone[3] = pixels[3]
-    assert np.array_equal(runtime.embed(pixels)[3], runtime.embed(alone)[3])
+def openvino(weights, precision="fp32", threads=2, network=None):
+    identity = replace(weights.identity, precision=precision)
+    return OpenVINORuntime(identity, weights.tensors, threads, BATCH, network)
+
+
+def embed(runtime, pixels):
+    return np.concatenate(
+        [runtime.embed(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
+    )
+
+
+def test_neighbours_in_the_batch_do_not_matter(runtime, weights, pixels):
+    for each in runtime, openvino(weights):
+        alone = np.zeros_like(pixels[:BATCH])
+        alone[3] = pixels[3]
+        assert np.array_equal(each.embed(pixels[:BATCH])[3], each.embed(alone)[3])
 
 
 def test_folding_leaves_no_batch_norm_and_the_same_embeddings():
@@ -42,12 +77,168 @@ def test_folding_leaves_no_batch_norm_and_the_same_embeddings():
     assert (before - after).abs().max() <= 1e-5 * before.abs().max()
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"model": "resnet50"},
+        {"model": "resnet18", "layers": ("layer2", "avgpool"), "pool": "gem", "normalize": True},
+        {"model": "resnext50_32x4d", "pool": "max"},
+        {"model": "highway18"},
+        {"model": "cifar_resnet20"},  # shortcut A: subsample and pad
+        {"model": "torchvision:squeezenet1_1"},
+    ],
+    ids=lambda choices: choices["model"],
+)
+def test_openvino_in_fp32_differs_from_torch_by_rounding_only(choices):
+    made = resolve(FeatureSpec(weights="random:0", **choices))
+    crop = made.identity.preprocessing.crop
+    chance = np.random.default_rng(0)
+    pictures = chance.integers(0, 256, (BATCH, crop, crop, 3), dtype=np.uint8)
+    expected = TorchRuntime(made.identity, made.tensors, "cpu").embed(pictures)
+    given = openvino(made).embed(pictures)
+    assert given.shape == expected.shape and given.dtype == np.float32
+    assert np.abs(given - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_openvino_gives_the_same_bits_in_any_number_of_threads(weights, pixels):
+    expected = embed(openvino(weights, threads=1), pixels)
+    many = openvino(weights, threads=3)
+    with ThreadPoolExecutor(3) as pool:
+        for given in pool.map(lambda _: embed(many, pixels), range(6)):
+            assert np.array_equal(given, expected)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
+def test_openvino_in_bf16_is_near_to_fp32_and_is_not_fp32(weights, runtime, pixels):
+    cosines = cosine(embed(openvino(weights, "bf16"), pixels), runtime.embed(pixels))
+    assert 0.999 < cosines.min() < 0.9999999
+
+
+def test_int8_is_near_to_fp32_and_the_same_when_it_is_made_again(
+    weights, runtime, pixels, tmp_path
+):
+    given = []
+    for name in "first", "second":
+        network = tmp_path / f"{name}.xml"
+        quantise(weights.identity, weights.tensors, list(pixels), network)
+        given.append(embed(openvino(weights, "int8", network=network), pixels))
+    assert np.array_equal(*given)
+    cosines = cosine(given[0], runtime.embed(pixels))
+    assert 0.99 < cosines.min() < 0.999999
+
+
+def test_nothing_is_told_to_the_makers_of_openvino(tmp_path):
+    """Their telemetry keeps its files in the home folder as soon as openvino is imported."""
+    code = (
+        "import resfeat.runtimes.openvino, nncf, sys;"
+        "assert 'openvino_telemetry.main' not in sys.modules;"
+        "print(type(nncf.telemetry.telemetry).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "MagicMock"), done.stderr
+    assert not (tmp_path / "intel").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "precision", "device", "given"),
+    [
+        (None, "resnet50", "fp32", "cpu", "openvino"),
+        (None, "resnet50", "int8", "cpu", "openvino"),
+        (None, "resnet50", "fp16", "cpu", "torch"),
+        (None, "timm:resnet50", "fp32", "cpu", "torch"),
+        ("openvino", "timm:resnet50", "fp32", "cpu", "openvino"),
+        ("torch", "resnet50", "fp32", "cpu", "torch"),
+        (None, "resnet50", "bf16", "cuda", "torch"),
+    ],
+)
+def test_the_runtime_that_is_chosen(asked, model, precision, device, given):
+    assert runtimes.choose(asked, model, precision, device) == given
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "device", "says"),
+    [
+        ("openvino", "fp16", "cpu", "--runtime openvino has no fp16: give --precision fp32 or"),
+        ("torch", "int8", "cpu", "--runtime torch has no int8: give --runtime openvino"),
+        (None, "int8", "cuda", "--precision int8 is for CPUs.* give --gpus-per-worker 0"),
+        ("openvino", "fp32", "cuda", "--runtime openvino is for CPUs.* give --gpus-per-worker 0"),
+    ],
+)
+def test_what_no_runtime_has_is_refused(asked, precision, device, says):
+    with pytest.raises(UsageError, match=says):
+        runtimes.choose(asked, "resnet50", precision, device)
+
+
+def test_what_this_machine_lacks_is_named_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+    assert runtimes.choose(None, "resnet50", "fp32", "cpu") == "torch"
+    for asked, precision in (("openvino", "fp32"), (None, "int8")):
+        with pytest.raises(UsageError, match=r"not installed: pip install 'resfeat\[int8\]'"):
+            runtimes.choose(asked, "resnet50", precision, "cpu")
+    monkeypatch.undo()
+    monkeypatch.setattr(runtimes, "_has_bf16", lambda: False)
+    assert runtimes.choose(None, "resnet50", "bf16", "cpu") == "torch"
+    with pytest.raises(UsageError, match="needs a CPU with bf16 instructions"):
+        runtimes.choose("openvino", "resnet50", "bf16", "cpu")
+
+
+def test_a_network_that_openvino_cannot_run_is_refused_with_the_way_out(weights, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr("resfeat.runtimes.openvino.openvino.convert_model", fails)
+    with pytest.raises(ResfeatError, match=r"no such operation.*--runtime torch"):
+        openvino(weights)
+
+
+class SmallDevice:
+    """Runs on torch, and has memory for so many images only."""
+
+    def __init__(self, runtime, fits):
+        self.runtime, self.fits, self.sizes = runtime, fits, []
+
+    def embed(self, pixels):
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.fits:
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return self.runtime.embed(pixels)
+
+
+def test_a_batch_that_the_device_does_not_hold_is_halved_and_stays_so(runtime, pixels, tmp_path):
+    worker = Worker.__new__(Worker)  # without its threads and its own model
+    worker.placement = Placement(runtime="torch", device="cpu", cpus=1, batch_size=8)
+    worker.fits = 8
+    worker.runtime = SmallDevice(runtime, 3)
+    expected = runtime.embed(pixels)
+    for _ in range(2):
+        assert np.allclose(_forward(worker, pixels), expected, rtol=1e-4, atol=1e-6)
+    assert worker.fits == 2
+    assert worker.runtime.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    worker.runtime = SmallDevice(runtime, 0)
+    with pytest.raises(MemoryError, match="does not hold one image"):
+        _forward(worker, pixels)
+
+
 @pytest.mark.gpu
-def test_cuda_agrees_with_the_cpu(runtime, pixels):
-    weights = resolve(FeatureSpec(model="resnet18", weights="random:0"))
+def test_cuda_agrees_with_the_cpu(runtime, weights, pixels):
     cuda = TorchRuntime(weights.identity, weights.tensors, "cuda")
     expected, given = runtime.embed(pixels), cuda.embed(pixels)
-    cosines = (expected * given).sum(1) / np.linalg.norm(expected, axis=1)
-    cosines /= np.linalg.norm(given, axis=1)
-    assert cosines.min() > 0.9999
+    assert cosine(given, expected).min() > 0.9999
     assert np.array_equal(given, cuda.embed(pixels))
+
+
+@pytest.mark.gpu
+def test_two_streams_give_the_bits_of_one(weights, pixels):
+    cuda = TorchRuntime(weights.identity, weights.tensors, "cuda")
+    expected = cuda.embed(pixels)
+    batch = cuda.empty(pixels.shape)
+    assert torch.from_numpy(batch).is_pinned()
+    batch[:] = pixels
+    with ThreadPoolExecutor(2) as pool:
+        for given in pool.map(cuda.embed, [batch] * 20):
+            assert np.array_equal(given, expected)

@@ -19,6 +19,7 @@ def test_everything_in_the_identity_changes_the_fingerprint():
         "model": "resnet18",
         "weights_digest": "cd" * 32,
         "preprocessing": replace(PREPROCESSING, resize=256),
+        "decode": "pillow",
         "pixel_policy": "0",
         "layers": ("layer4",),
         "pool": "max",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from resfeat.backbones import Published, torchvision
+from dataclasses import replace
+
+from resfeat.backbones import Published
 from resfeat.backbones.backbone import Backbone
 from resfeat.backbones.resnet import Architecture, ResNet, cifar, imagenet
 from resfeat.spec import Preprocessing
@@ -16,6 +18,8 @@ LIKE_TORCHVISION: dict[str, Architecture] = {
     "resnext101_32x8d": imagenet(101, groups=32, group_width=8),
     "resnext101_64x4d": imagenet(101, groups=64, group_width=4),
 }
+# Of these only first-generation weights are published, which were resized to 256 pixels.
+ONLY_FIRST_WEIGHTS = ("resnet18", "resnet34")
 CIFAR_DEPTHS = (20, 32, 44, 56)
 BACKBONES: dict[str, Architecture] = {
     **LIKE_TORCHVISION,
@@ -61,10 +65,12 @@ def build(name: str, crop: int) -> Backbone:
 
 
 def published(name: str) -> dict[str, Published]:
+    from resfeat.backbones import torchvision  # a second to import, which other weights do without
+
     return torchvision.published(name) if name in LIKE_TORCHVISION else {}
 
 
 def default_pixels(name: str) -> Preprocessing:
-    if name in LIKE_TORCHVISION:
-        return torchvision.default_pixels(name)
+    if name in LIKE_TORCHVISION and name not in ONLY_FIRST_WEIGHTS:
+        return replace(IMAGENET, resize=232)
     return CIFAR if BACKBONES[name].stem == "cifar" else IMAGENET

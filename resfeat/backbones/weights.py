@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resfeat.backbones import Published, build, dimensions, find, ours, outline, shapes
+from resfeat.backbones import Family, Published, build, dimensions, find, ours, outline, shapes
 from resfeat.backbones.backbone import Backbone
 from resfeat.backbones.checkpoint import is_checkpoint, public, read_tensors, strip
 from resfeat.backbones.ours import LIKE_TORCHVISION
@@ -44,7 +44,7 @@ def resolve(spec: FeatureSpec) -> Weights:
     not fit.
     """
     family, name = find(spec.model)
-    published = _choose(spec, family.published(name))
+    published = _choose(spec, family, name)
     pixels = published.preprocessing if published else family.default_pixels(name)
     pixels = _overridden(pixels, spec)
     layers, pool = _taps(spec, pixels.crop)
@@ -64,6 +64,7 @@ def resolve(spec: FeatureSpec) -> Weights:
         model=spec.model,
         weights_digest=digest(tensors),
         preprocessing=pixels,
+        decode=spec.decode,
         layers=layers,
         pool=pool,
         normalize=spec.normalize,
@@ -83,13 +84,19 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _choose(spec: FeatureSpec, published: dict[str, Published]) -> Published | None:
+def _choose(spec: FeatureSpec, family: Family, name: str) -> Published | None:
     """The published weights that are named; None for a file or random weights."""
+    if spec.weights.startswith("random:"):
+        return None
+    # To look up what is published takes a second, and a file is seldom named like it.
+    if not spec.weights.isidentifier() and is_checkpoint(spec.weights):
+        return None
+    published = family.published(name)
     if spec.weights == "DEFAULT" and published:
         return next(iter(published.values()))
     if spec.weights in published:
         return published[spec.weights]
-    if spec.weights.startswith("random:") or is_checkpoint(spec.weights):
+    if is_checkpoint(spec.weights):
         return None
     there = f"one of {', '.join(published)}, " if published else ""
     why = (

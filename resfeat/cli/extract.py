@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -14,7 +14,7 @@ from resfeat.errors import Stopped
 
 if TYPE_CHECKING:
     from resfeat.report import Report
-    from resfeat.spec import DType, Interpolation, Pool, Precision
+    from resfeat.spec import Decode, DType, Interpolation, Pool, Precision, RuntimeName
 
 TOO_MANY_FAILED = 3
 
@@ -115,6 +115,21 @@ class Count(click.ParamType):  # type: ignore[type-arg]
     help="[default: the weights' own]",
 )
 @click.option(
+    "--decode",
+    type=click.Choice(["turbo", "pillow"]),
+    default="turbo",
+    show_default=True,
+    help="turbo: libjpeg-turbo and torch, several times faster; pillow: torchvision's pixels on "
+    "Pillow to the last bit.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "torch", "openvino"]),
+    default="auto",
+    show_default=True,
+    help="What runs the network. auto: OpenVINO on a CPU where it can, else torch.",
+)
+@click.option(
     "--batch-size",
     type=Count(),
     default="auto",
@@ -173,6 +188,8 @@ def extract(
     resize: int | None,
     crop: int | None,
     interpolation: Interpolation | None,
+    decode: Decode,
+    runtime: RuntimeName | Literal["auto"],
     batch_size: int | None,
     workers: int | None,
     gpus_per_worker: float | None,
@@ -204,6 +221,7 @@ def extract(
         resize=resize,
         crop=crop,
         interpolation=interpolation,
+        decode=decode,
         shard_size=shard_size,
         label_from="parent" if label_from else None,
         max_error_rate=max_error_rate,
@@ -212,6 +230,7 @@ def extract(
             gpus_per_worker=gpus_per_worker,
             cpus_per_worker=cpus_per_worker,
             address=address,
+            runtime=None if runtime == "auto" else runtime,
             batch_size=batch_size,
         ),
     )

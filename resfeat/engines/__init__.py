@@ -1,7 +1,8 @@
 """Who runs `process_shard`, and where: in the calling process, or on Ray.
 
-Both engines are context managers with the same three members:
+Both engines are context managers with the same members:
 
+    placement                           where each worker runs, and on what
     description                         what the report says of it: workers, device, batch size, ...
     parity(items, stopping)             compares embeddings of these items with the reference's
     run(shards, on_progress, stopping)  does the shards and gives each one's ShardResult
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from resfeat.worker import Job, ShardResult
+from resfeat.runtimes import BATCH_SIZE, choose
+from resfeat.worker import Job, Placement, ShardResult
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from resfeat.layout import Layout
     from resfeat.parity import Parity
     from resfeat.sources.item import Item
-    from resfeat.spec import RuntimeOptions
+    from resfeat.spec import Identity, RuntimeOptions
 
 # How long shards in hand may take to finish once the run is asked to stop.
 DRAIN_SECONDS = 20.0
@@ -35,11 +37,16 @@ class Engine(Protocol):
     """What `extract` needs of an engine."""
 
     @property
+    def placement(self) -> Placement:
+        """Where each worker runs."""
+        ...
+
+    @property
     def description(self) -> Mapping[str, Any]:
         """Workers, device, cores, batch size and the like, for the report."""
         ...
 
-    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity:
+    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
         """Compare one worker's embeddings of these items with the reference's. Raises Stopped."""
         ...
 
@@ -71,3 +78,15 @@ def start(
     from resfeat.engines.ray import RayEngine
 
     return RayEngine(options, job, weights.tensors, len(shards))
+
+
+def place(options: RuntimeOptions, identity: Identity, device: str, cpus: int) -> Placement:
+    """What a worker on this device with so many cores is to use. Raises UsageError where it has no
+    runtime for what is asked."""
+    runtime = choose(options.runtime, identity.model, identity.precision, device)
+    return Placement(
+        runtime=runtime,
+        device=device,
+        cpus=cpus,
+        batch_size=options.batch_size or BATCH_SIZE[runtime, device],
+    )

@@ -11,21 +11,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from resfeat.engines import DRAIN_SECONDS, OnProgress
+from resfeat.engines import DRAIN_SECONDS, OnProgress, place
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import cpu_count
 from resfeat.parity import Parity, measure
 from resfeat.sources.item import Item
 from resfeat.spec import RuntimeOptions
-from resfeat.worker import (
-    BATCH_SIZE,
-    SHARDS_IN_HAND,
-    Job,
-    Placement,
-    ShardResult,
-    Worker,
-    process_shard,
-)
+from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult, Worker, process_shard
 
 
 class InlineEngine(AbstractContextManager["InlineEngine"]):
@@ -33,13 +25,10 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
 
     def __init__(self, options: RuntimeOptions, job: Job, tensors: dict[str, Tensor]) -> None:
         device = _device(options.gpus_per_worker)
-        placement = Placement(
-            device=device,
-            cpus=options.cpus_per_worker or cpu_count(),
-            batch_size=options.batch_size or BATCH_SIZE[device],
-        )
-        self.description = {"engine": "inline", "workers": 1, **vars(placement)}
-        self._worker = Worker(job, placement, tensors)
+        cpus = options.cpus_per_worker or cpu_count()
+        self.placement = place(options, job.identity, device, cpus)
+        self.description = {"engine": "inline", "workers": 1, **vars(self.placement)}
+        self._worker = Worker(job, self.placement, tensors)
         self._tensors = tensors
         self._pool = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
 
@@ -53,7 +42,7 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         self._pool.shutdown(cancel_futures=True)
         self._worker.close()
 
-    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity:
+    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
         measured = self._pool.submit(measure, self._worker, self._tensors, items)
         while not wait([measured], timeout=0.5).done:
             if stopping():

@@ -36,14 +36,13 @@ from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
 from resfeat import __version__
-from resfeat.engines import DRAIN_SECONDS, OnProgress
+from resfeat.engines import DRAIN_SECONDS, OnProgress, place
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import cpu_count
 from resfeat.parity import Parity, measure
 from resfeat.sources.item import Item
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import (
-    BATCH_SIZE,
     SHARDS_IN_HAND,
     Job,
     Placement,
@@ -82,7 +81,7 @@ class RayWorker:
         return process_shard(self._ready_worker(weights), shard)
 
     @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
-    def parity(self, items: list[Item], weights: list[ray.ObjectRef[Any]]) -> Parity:
+    def parity(self, items: list[Item], weights: list[ray.ObjectRef[Any]]) -> Parity | None:
         return measure(self._ready_worker(weights), _tensors(weights), items)
 
     @ray.method(concurrency_group="control")
@@ -137,12 +136,12 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             size = sum(array.nbytes for array in arrays.values())
             self._starter.submit(_connect, options.address, size).result()
         try:
-            workers, resources, placement = _place(options, shards)
+            workers, resources, self.placement = _place(options, job, shards)
             remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
                 RayWorker
             ).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
             self._weights = ray.put(arrays)
-            self._members = [_Member(remote.remote(job, placement)) for _ in range(workers)]
+            self._members = [_Member(remote.remote(job, self.placement)) for _ in range(workers)]
         except BaseException:
             self._leave()
             raise
@@ -152,7 +151,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             "address": options.address or "local",
             "workers": workers,
             **resources,
-            **vars(placement),
+            **vars(self.placement),
         }
 
     def __exit__(
@@ -170,7 +169,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             ray.shutdown()
         self._starter.shutdown()
 
-    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity:
+    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
         call = self._members[0].actor.parity.remote(list(items), [self._weights])
         deadline = time.monotonic() + START_SECONDS
         while not ray.wait([call], timeout=POLL_SECONDS)[0]:
@@ -179,7 +178,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             if self._local and time.monotonic() > deadline:
                 raise _no_worker()
         try:
-            measured: Parity = ray.get(call)
+            measured: Parity | None = ray.get(call)
             return measured
         except RayTaskError as error:
             raise _as_resfeat(error) from error
@@ -353,7 +352,9 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
-def _place(options: RuntimeOptions, shards: int) -> tuple[int, dict[str, float], Placement]:
+def _place(
+    options: RuntimeOptions, job: Job, shards: int
+) -> tuple[int, dict[str, float], Placement]:
     """How many workers, what each asks of Ray, and what it makes of that."""
     total = ray.cluster_resources()
     gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
@@ -391,11 +392,7 @@ def _place(options: RuntimeOptions, shards: int) -> tuple[int, dict[str, float],
         )
     per_worker = cores or min(cpus / workers, most)
     device = "cuda" if share else "cpu"
-    placement = Placement(
-        device=device,
-        cpus=max(1, int(per_worker)),
-        batch_size=options.batch_size or BATCH_SIZE[device],
-    )
+    placement = place(options, job.identity, device, max(1, int(per_worker)))
     # More workers than cores share them; Ray takes fractions.
     asked = {"num_cpus": float(np.floor(min(per_worker, placement.cpus) * 100) / 100)}
     return workers, asked | {"num_gpus": float(share)}, placement

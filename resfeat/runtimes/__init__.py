@@ -1,19 +1,116 @@
-"""One model on one device: pixels in, embeddings out; and which precisions each runtime offers."""
+"""One model on one device: pixels in, embeddings out; and which of them runs where.
+
+A runtime has two methods, which several threads may call at once:
+
+    empty(shape)   zeros uint8, in which a batch is to be put together
+    embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D]
+
+Its module is only imported where it is used.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
 from resfeat.errors import UsageError
-from resfeat.spec import Precision
+from resfeat.spec import Precision, RuntimeName
 
-# What every embedding is checked against: torch in this precision.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resfeat.spec import Identity
+
+# What every embedding is checked against: torch in this precision, on a CPU.
 REFERENCE: Precision = "fp32"
-OFFERED = {"torch": (REFERENCE, "bf16", "fp16")}
+OFFERED: Mapping[RuntimeName, tuple[Precision, ...]] = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "openvino": ("fp32", "bf16", "int8"),
+}
+
+# Images in one forward pass. On a CPU each core runs one, and it is fastest while feature maps stay
+# in that core's cache.
+BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): 256}
 
 
-def check_precision(precision: str) -> None:
-    """Raise UsageError where no runtime offers the precision."""
-    offered = [each for precisions in OFFERED.values() for each in precisions]
-    if precision not in offered:
+class Runtime(Protocol):
+    """What a worker needs of a runtime."""
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]: ...
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+
+def choose(asked: RuntimeName | None, model: str, precision: Precision, device: str) -> RuntimeName:
+    """The runtime that is asked for, or else the fastest that is known to be right.
+
+    Raises UsageError where this machine has none for it.
+    """
+    if device == "cuda":
+        return _on_cuda(asked, precision)
+    installed = importlib.util.find_spec("openvino") is not None
+    if asked == "openvino" or precision == "int8":
+        if precision not in OFFERED["openvino"]:
+            raise UsageError(
+                f"--runtime openvino has no {precision}: give --precision "
+                f"{' or '.join(OFFERED['openvino'])}, or --runtime torch"
+            )
+        if asked == "torch":
+            raise UsageError("--runtime torch has no int8: give --runtime openvino, or auto")
+        if not installed:
+            raise UsageError(
+                f"{'--precision int8' if precision == 'int8' else '--runtime openvino'} needs "
+                "openvino, which is not installed: pip install 'resfeat[int8]'"
+            )
+        if precision == "bf16" and not _has_bf16():
+            raise UsageError(
+                "--runtime openvino --precision bf16 needs a CPU with bf16 instructions, and this "
+                "one has none: give --precision fp32 or int8"
+            )
+        return "openvino"
+    if asked == "torch" or not installed or precision not in OFFERED["openvino"]:
+        return "torch"
+    # Other libraries' networks have not all been tried, so they have to be asked for.
+    if ":" in model or (precision == "bf16" and not _has_bf16()):
+        return "torch"
+    return "openvino"
+
+
+def _on_cuda(asked: RuntimeName | None, precision: Precision) -> RuntimeName:
+    if asked == "openvino" or precision == "int8":
+        what = "--runtime openvino" if asked == "openvino" else "--precision int8"
         raise UsageError(
-            f"no runtime here offers --precision {precision}: give one of {', '.join(offered)}"
+            f"{what} is for CPUs, and this run would be on a GPU: give --gpus-per-worker 0, or "
+            f"leave out {what}"
         )
+    return "torch"
+
+
+def _has_bf16() -> bool:
+    from resfeat.runtimes.openvino import has_bf16
+
+    return has_bf16()
+
+
+def start(
+    name: RuntimeName,
+    identity: Identity,
+    tensors: Mapping[str, Tensor],
+    *,
+    device: str,
+    threads: int,
+    batch_size: int,
+    quantised: Path,
+) -> Runtime:
+    """Build the model. threads: how many will call it. quantised: where an int8 network lies."""
+    if name == "torch":
+        from resfeat.runtimes.torch import TorchRuntime
+
+        return TorchRuntime(identity, tensors, device)
+    from resfeat.runtimes.openvino import OpenVINORuntime
+
+    return OpenVINORuntime(identity, tensors, threads, batch_size, quantised)

@@ -48,7 +48,12 @@ def network(name):
 
 
 def pictures(paths, identity):
-    return np.stack([decode(path.read_bytes(), identity.preprocessing).pixels for path in paths])
+    return np.stack(
+        [
+            decode(path.read_bytes(), identity.preprocessing, identity.decode).pixels
+            for path in paths
+        ]
+    )
 
 
 def against_torchvision(name, paths):

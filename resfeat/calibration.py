@@ -1,0 +1,78 @@
+"""Calibration: the int8 network of a dataset, made once, on the dataset's own images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resfeat.dataset import Record
+from resfeat.errors import ResfeatError
+from resfeat.layout import Layout
+from resfeat.parity import SAMPLE
+from resfeat.sample import pictures, sample
+from resfeat.sink import publish
+
+if TYPE_CHECKING:
+    from resfeat.backbones.weights import Weights
+
+# More make it slower and, beyond this, hardly better.
+PICTURES = 128
+
+
+def calibrate(
+    layout: Layout, record: Record, weights: Weights, on_note: Callable[[str], None]
+) -> Record:
+    """See to it that the int8 network is there, and is the one that the dataset was begun with.
+
+    Gives the record with the network's digest in it. Raises ResfeatError where no image can be
+    used, or where a network that was lost cannot be made again.
+    """
+    network = layout.quantised
+    if not network.exists() or _digest(network) != record.quantised:
+        seconds, count = _make(layout, record, weights)
+        on_note(f"int8: calibrated on {count} of the images in {seconds:.0f} s")
+    digest = _digest(network)
+    if record.quantised is None:
+        record = replace(record, quantised=digest)
+        record.save(layout)
+    elif record.quantised != digest:
+        raise ResfeatError(
+            f"{network} is gone or changed, and made anew it is another one: bring it back, or "
+            "give a new -o"
+        )
+    return record
+
+
+def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]:
+    from resfeat.runtimes.openvino import quantise
+
+    started = time.monotonic()
+    items = sample(layout, record.plan.shards, SAMPLE + PICTURES)
+    # From the end: those at the beginning are for measuring parity.
+    chosen = pictures(reversed(items), record.identity, PICTURES)
+    if not chosen:
+        raise ResfeatError(
+            f"none of {len(items)} sampled images can be decoded, so int8 cannot be calibrated: "
+            "are these images? --precision fp32 needs no calibration"
+        )
+    made = layout.tmp / layout.quantised.name
+    quantise(record.identity, weights.tensors, chosen, made)
+    layout.quantised.parent.mkdir(exist_ok=True)
+    for suffix in (".bin", ".xml"):
+        publish(made.with_suffix(suffix), layout.quantised.with_suffix(suffix))
+    return time.monotonic() - started, len(chosen)
+
+
+def _digest(network: Path) -> str:
+    """SHA-256 over both files of a network; empty where one is missing."""
+    total = hashlib.sha256()
+    for suffix in (".xml", ".bin"):
+        if not os.path.exists(network.with_suffix(suffix)):
+            return ""
+        total.update(network.with_suffix(suffix).read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,128 @@
+"""The OpenVINO runtime, on x86-64 CPUs: the fastest there, and the only one with int8."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Both libraries report what is done with them to their maker, from the import on, wherever this
+# module is found. Without it they keep quiet.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino
+
+from resfeat.errors import ResfeatError, UsageError
+from resfeat.runtimes.embedder import Embedder
+from resfeat.spec import Identity
+
+# What each precision makes of the layers that it does not quantise.
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+
+
+class OpenVINORuntime:
+    """A network compiled for `threads` cores and batches of one size.
+
+    May be called from as many threads, each of which runs one batch on one core: so the bits do not
+    depend on how many there are.
+
+    quantised: the file of the network that `quantise` made, with precision int8.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        tensors: Mapping[str, Tensor],
+        threads: int,
+        batch_size: int,
+        quantised: Path,
+    ) -> None:
+        core = openvino.Core()
+        if identity.precision == "int8":
+            network = core.read_model(quantised)
+        else:
+            network = _convert(identity, tensors)
+        crop = identity.preprocessing.crop
+        network.reshape([batch_size, crop, crop, 3])
+        settings = {
+            "INFERENCE_PRECISION_HINT": _HINTS[identity.precision],
+            "NUM_STREAMS": threads,
+            "INFERENCE_NUM_THREADS": threads,
+            # Several workers on one machine would be pinned to the same cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._compiled = core.compile_model(network, "CPU", settings)
+        self._own = threading.local()
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Zeros."""
+        return np.zeros(shape, np.uint8)
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embeddings of RGB pixels uint8 [N, H, W, 3], N being the batch size: float32 [N, D], the
+        layers side by side."""
+        if not hasattr(self._own, "request"):
+            self._own.request = self._compiled.create_infer_request()
+        outputs = self._own.request.infer([pixels], share_inputs=True)
+        result: NDArray[np.float32] = outputs[0]
+        return result
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes in bf16; OpenVINO would quietly take fp32 otherwise."""
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def quantise(
+    identity: Identity,
+    tensors: Mapping[str, Tensor],
+    pictures: Sequence[NDArray[np.uint8]],
+    network: Path,
+) -> None:
+    """Write an int8 network to `network` (.xml, and .bin beside it), by post-training quantisation:
+    its ranges are those that these pictures, uint8 [H, W, 3], give."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # there is no CUDA here
+    try:
+        import nncf
+    except ImportError as error:
+        raise UsageError(
+            "--precision int8 needs nncf, which is not installed: pip install 'resfeat[int8]'"
+        ) from error
+    nncf.set_log_level(logging.ERROR)
+    with redirect_stdout(io.StringIO()):  # it draws bars there
+        quantised = nncf.quantize(
+            _convert(identity, tensors),
+            nncf.Dataset([picture[None] for picture in pictures]),
+            subset_size=len(pictures),
+            preset=nncf.QuantizationPreset.MIXED,
+        )
+    openvino.save_model(quantised, network, compress_to_fp16=False)
+
+
+def _convert(identity: Identity, tensors: Mapping[str, Tensor]) -> Any:
+    crop = identity.preprocessing.crop
+    example = torch.zeros(1, crop, crop, 3, dtype=torch.uint8)
+    embedder = Embedder(identity, tensors).eval()
+    try:
+        # It looks for --verbose among the words of our command, and then talks.
+        with torch.inference_mode(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(embedder, example, check_trace=False)  # type: ignore[no-untyped-call]
+            return openvino.convert_model(traced, example_input=example)
+    # Tracing and conversion fail in many ways, of which the user can mend none.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise ResfeatError(
+            f"OpenVINO cannot run {identity.model} ({reason}): give --runtime torch"
+        ) from error

@@ -1,0 +1,46 @@
+"""A sample of a dataset's own images, spread evenly over its plan."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resfeat import plan
+from resfeat.decode import Picture, decode
+from resfeat.errors import Failure
+from resfeat.layout import Layout
+from resfeat.sources.directory import read
+from resfeat.sources.item import Item
+from resfeat.spec import Identity
+
+# Items that are drawn for each picture that is wanted, since some may give none.
+CANDIDATES = 4
+
+
+def sample(layout: Layout, shards: int, wanted: int) -> list[Item]:
+    """Items for about `wanted` pictures, in an order that spreads the first ones, too."""
+    count = CANDIDATES * wanted
+    chosen = sorted({shards * n // count for n in range(count)})
+    each = -(-count // len(chosen))
+    candidates: list[Item] = []
+    for shard in chosen:
+        items = plan.read_shard(layout, shard)
+        candidates += items[:: max(1, len(items) // each)][:each]
+    return [item for start in range(CANDIDATES) for item in candidates[start::CANDIDATES]]
+
+
+def pictures(items: Iterable[Item], identity: Identity, wanted: int) -> list[NDArray[np.uint8]]:
+    """The first `wanted` pictures, uint8 [crop, crop, 3], of the items that give one."""
+    return list(itertools.islice(_pixels(items, identity), wanted))
+
+
+def _pixels(items: Iterable[Item], identity: Identity) -> Iterator[NDArray[np.uint8]]:
+    for item in items:
+        content = read(item.uri)
+        if not isinstance(content, Failure):
+            picture = decode(content[0], identity.preprocessing, identity.decode)
+            if isinstance(picture, Picture):
+                yield picture.pixels
