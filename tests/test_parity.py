@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from resfeat import ExtractSpec, RuntimeOptions, extract
 from resfeat.errors import ResfeatError
 from resfeat.layout import Layout
-from resfeat.parity import CANDIDATES, SAMPLE, Parity, check, cosine, sample
+from resfeat.parity import SAMPLE, SAMPLE_OF_REFERENCE, Parity, check, cosine
 from resfeat.plan import write_plan
+from resfeat.sample import CANDIDATES, sample
 from resfeat.sources.item import Item
 from resfeat.spec import Identity, Preprocessing
 
@@ -59,34 +60,36 @@ def test_the_sample_is_spread_over_the_plan(tmp_path_factory, items, shard_size)
     layout.plan.mkdir(parents=True)
     listing = (Item(f"{n:05d}", f"file:///{n}", 1, 1) for n in range(items))
     plan = write_plan(layout, listing, shard_size)
-    numbers = [int(item.id) for item in sample(layout, plan.shards)]
+    numbers = [int(item.id) for item in sample(layout, plan.shards, SAMPLE)]
     assert len(set(numbers)) == len(numbers) >= min(items, SAMPLE)
-    assert len(numbers) <= 2 * CANDIDATES
+    assert len(numbers) <= 2 * CANDIDATES * SAMPLE
     if items >= 2 * SAMPLE:
         # The first ones, which are used where all are whole, come from both halves.
         assert min(numbers[:SAMPLE]) < items / 2 <= max(numbers[:SAMPLE])
 
 
 def test_what_is_measured_is_what_the_run_then_gives(photos, tmp_path):
-    """The parity of bf16, against two whole runs."""
+    """The parity of each runtime and precision, against a whole run of the reference."""
 
-    def run(precision):
+    def run(precision, runtime):
         spec = ExtractSpec(
             sources=(str(photos / "coffee"),),
-            output=str(tmp_path / precision),
+            output=str(tmp_path / f"{precision}-{runtime}"),
             model="resnet18",
             weights="random:0",
             precision=precision,
-            runtime=RuntimeOptions(workers=0),
+            runtime=RuntimeOptions(workers=0, runtime=runtime),
         )
         report = extract(spec)
-        return report, vectors(rows(tmp_path / precision))
+        return report, vectors(rows(tmp_path / f"{precision}-{runtime}"))
 
-    exact, expected = run("fp32")
-    half, given = run("bf16")
+    exact, expected = run("fp32", "torch")
     assert exact.parity is None
-    cosines = cosine(given, expected)
-    assert cosines.min() <= half.parity.minimum < 1
-    assert half.parity.images == SAMPLE
-    assert half.parity.minimum <= half.parity.median <= 1
-    assert cosines.min() > 0.9999
+    for precision, runtime in ("bf16", "torch"), ("fp32", "openvino"), ("int8", "openvino"):
+        report, given = run(precision, runtime)
+        parity = report.parity
+        cosines = cosine(given, expected)
+        assert cosines.min() <= parity.minimum <= parity.median <= 1 + 1e-6
+        assert parity.images == (SAMPLE_OF_REFERENCE if precision == "fp32" else SAMPLE)
+        assert cosines.min() > {"fp32": 0.999999, "bf16": 0.9999, "int8": 0.99}[precision]
+        assert (parity.minimum < 0.99999) == (precision == "int8")
