@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -21,6 +20,10 @@ from resfeat.layout import Layout
 from resfeat.plan import Plan, read_shard
 from resfeat.sink import FAILURES, write_json
 from resfeat.spec import Identity
+
+# pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 FORMAT = 2
 
@@ -96,11 +99,15 @@ class Dataset:
     @property
     def embeddings(self) -> ds.Dataset:
         """The embedded images, as a `pyarrow.dataset`."""
+        import pyarrow.dataset as ds
+
         return ds.dataset(str(self.layout.embeddings), format="parquet")
 
     @property
     def failures(self) -> ds.Dataset:
         """The images that gave no embedding, as a `pyarrow.dataset`."""
+        import pyarrow.dataset as ds
+
         if not self.layout.with_failures():
             return ds.dataset(FAILURES.empty_table())
         return ds.dataset(str(self.layout.failures), schema=FAILURES, format="parquet")
@@ -148,6 +155,9 @@ class Dataset:
 
     def uris(self, ids: list[str]) -> dict[str, str]:
         """Where the images with these ids were when they were listed."""
+        import pyarrow.compute as pc
+        import pyarrow.dataset as ds
+
         wanted = pc.field("id").isin(ids)
         found = ds.dataset(str(self.layout.plan), format="parquet").to_table(filter=wanted)
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))

@@ -58,25 +58,25 @@ def extract(
     listing = Directories(spec.sources)
     _check_free(layout, listing)
     weights = resolve(spec)
-    for note in weights.notes:
-        on_note(note)
     with _output(layout):
         record = Record.load(layout)
         if new := record is None:
             record = _make_plan(layout, spec, listing, weights, on_progress, stopping)
         _check_same(layout, record, spec, listing, weights)
-        tally = Tally(record.plan, layout.committed(), on_progress, started, weights.notes)
+        tally = Tally(record.plan, layout.committed(), on_progress, started, on_note)
+        for note in weights.notes:
+            tally.note(note)
         error = None
         try:
             if tally.todo:
                 if record.identity.precision == "int8":
-                    record = calibrate(layout, record, weights, on_note)
+                    record = calibrate(layout, record, weights, tally.note)
                 with engines.start(spec.runtime, layout, record, weights, tally.todo) as engine:
                     tally.engine = engine.description
                     if differs(record.identity, engine.placement):
                         items = sample(layout, record.plan.shards, SAMPLE)
                         tally.parity = engine.parity(items, stopping)
-                        _prove(tally, layout, record, spec, on_note)
+                        _prove(tally, layout, record, spec)
                     for result in engine.run(tally.todo, tally.show, stopping):
                         tally.add(result)
         except ResfeatError as raised:
@@ -139,7 +139,6 @@ def _prove(
     layout: Layout,
     record: Record,
     spec: ExtractSpec,
-    on_note: Callable[[str], None],
 ) -> None:
     """Write down how near the run is to the reference, if that is near enough."""
     parity = tally.parity
@@ -150,7 +149,7 @@ def _prove(
         replace(record, parity=vars(parity)).save(layout)
     if record.identity.precision == REFERENCE:
         return  # nobody asked for anything else; the report has it
-    on_note(
+    tally.note(
         f"{record.identity.precision} on {tally.engine['runtime']} against fp32 on torch, "
         f"{parity.images} of the images: cosine {parity.minimum:.6f} at the least, "
         f"{parity.median:.6f} in the median"

@@ -7,12 +7,13 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from resfeat import __version__
+from resfeat import __version__, verdict
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import hardware
@@ -20,28 +21,28 @@ from resfeat.parity import Parity
 from resfeat.plan import Plan
 from resfeat.worker import ShardResult
 
-LIBRARIES = ("torch", "torchvision", "pillow", "pyarrow", "ray")
-
-# The device counts as kept waiting when its share of waiting for pixels is above this.
-WAITING = 0.2
+LIBRARIES = (
+    "torch", "torchvision", "openvino", "nncf", "pillow", "simplejpeg", "pyarrow", "ray"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one run did, and where the dataset stands after it.
 
-    items, embedded, failed, reasons: the whole dataset. images, images_failed: this run alone, in
-    shards that it committed. changed: files that were not as listed any more when they were read.
-    start_seconds: from the call until the first worker is live. seconds: from then to the end.
-    stages: busy seconds by stage, added up over threads and workers; `wait` is the time that the
-    model waited for pixels. skipped: files that were passed over in listing, by extension. notes:
-    what a user should know of how the weights were read. parity: how near a sample was to the
-    reference; None for the reference itself.
+    precision: of the dataset's forward passes. items, embedded, failed, reasons: the whole dataset.
+    images, images_failed: this run alone, in shards that it committed. changed: files that were not
+    as listed any more when they were read. start_seconds: from the call until the first worker is
+    live. seconds: from then to the end. stages: busy seconds by stage, added up over threads and
+    workers; `wait` is the time that the model waited for pixels. skipped: files that were passed
+    over in listing, by extension. notes: what a user should know of how the weights were read.
+    parity: how near a sample was to the reference; None for the reference itself.
     """
 
     run_id: str
     status: Literal["finished", "interrupted", "failed"]
     output: str
+    precision: str
     items: int
     embedded: int
     failed: int
@@ -73,13 +74,24 @@ class Report:
     @property
     def bottleneck(self) -> str | None:
         """The stage that decided the speed: read, decode, embed or write. None if nothing ran."""
-        busy = {stage: self.stages.get(stage, 0.0) for stage in ("read", "decode", "write")}
-        embed, wait = self.stages.get("embed", 0.0), self.stages.get("wait", 0.0)
-        if not embed:
+        return verdict.bottleneck(self.stages, self.engine.get("cpus", 1))
+
+    @property
+    def waited(self) -> float:
+        """Share of its time, 0 to 1, that the model waited for pixels."""
+        return verdict.waited(self.stages)
+
+    @property
+    def verdict(self) -> str | None:
+        """A sentence on what limited the run. None if nothing ran."""
+        if not self.engine:
             return None
-        if wait <= WAITING * (wait + embed):
-            return "embed"
-        return max(busy, key=lambda stage: busy[stage])
+        return verdict.verdict(
+            self.stages,
+            device=self.engine["device"],
+            cpus=self.engine["cpus"],
+            precision=self.precision,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The report as it is written to `_resfeat/runs/`."""
@@ -87,6 +99,8 @@ class Report:
             **asdict(self),
             "images_per_second": round(self.images_per_second, 2),
             "bottleneck": self.bottleneck,
+            "waited": round(self.waited, 4),
+            "verdict": self.verdict,
             "hardware": hardware(),
             "versions": versions(),
         }
@@ -109,8 +123,8 @@ class Tally:
     """Adds up a run as its shards are committed.
 
     todo: numbers of the shards that the dataset still lacks, ascending. started: when the run was
-    asked for, by `time.monotonic`. engine, parity: to be set to what the engine says of itself, and
-    to what was measured.
+    asked for, by `time.monotonic`. on_note: is told what `note` is. engine, parity: to be set to
+    what the engine says of itself, and to what was measured.
     """
 
     def __init__(
@@ -119,7 +133,7 @@ class Tally:
         committed: Sequence[int],
         on_progress: Callable[[Progress], None],
         started: float,
-        notes: Sequence[str],
+        on_note: Callable[[str], None],
     ) -> None:
         there = set(committed) & set(range(plan.shards))
         self.todo = [shard for shard in range(plan.shards) if shard not in there]
@@ -130,9 +144,16 @@ class Tally:
         self._first_worker: float | None = None
         self._counts: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
-        self._notes = notes
+        self._on_note = on_note
+        self._notes: list[str] = []
+        self._full_batches = True
         self.engine: Mapping[str, Any] = {}
         self.parity: Parity | None = None
+
+    def note(self, text: str) -> None:
+        """Tell the user something of this run, now and in its report."""
+        self._notes.append(text)
+        self._on_note(text)
 
     def add(self, result: ShardResult) -> None:
         """A shard was committed."""
@@ -141,6 +162,13 @@ class Tally:
         self._counts["images_failed"] += result.failed
         self._counts["changed"] += result.changed
         self._stages.update(result.seconds)
+        batch_size = self.engine["batch_size"]
+        if result.fits < batch_size and self._full_batches:
+            self._full_batches = False
+            self.note(
+                f"the device's memory held {result.fits} images at once and not the {batch_size} "
+                f"of a batch: --batch-size {result.fits} saves finding that out"
+            )
 
     def show(self, done: int, failed: int, workers: int) -> None:
         """Pass on where the run stands, given what the shards in hand have done so far.
@@ -176,6 +204,7 @@ class Tally:
             run_id=new_run_id(),
             status=_status(error),
             output=str(dataset.layout.root),
+            precision=dataset.record.identity.precision,
             items=self._plan.items,
             embedded=embedded,
             failed=failed,
@@ -207,4 +236,7 @@ def new_run_id() -> str:
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that an embedding or a run depends on."""
     ours = {"python": platform.python_version(), "resfeat": __version__}
-    return ours | {name: version(name) for name in LIBRARIES}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):  # some are extras
+            ours[name] = version(name)
+    return ours

@@ -244,8 +244,13 @@ def _embed(
 ) -> _Batch:
     with clock("wait"):
         loaded = [load.result() for load in loads]
+    problem = Failure("embed", "non_finite", "the model gave a value that is not finite")
     with clock("embed"):
-        vectors = _forward(worker, pixels)[: len(items)]
+        try:
+            vectors = _forward(worker, pixels)[: len(items)]
+        except torch.OutOfMemoryError as error:
+            problem = Failure("embed", "out_of_memory", str(error).partition("\n")[0][:300])
+            vectors = np.full((len(items), sum(worker.job.dims.values())), np.nan, np.float32)
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite: a failure
             vectors = vectors.astype(worker.job.identity.dtype, copy=False)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
@@ -253,7 +258,7 @@ def _embed(
     kept = []
     for place, (item, outcome) in enumerate(zip(items, loaded, strict=True)):
         if isinstance(outcome, Row) and not finite[place]:
-            outcome = Failure("embed", "non_finite", "the model gave a value that is not finite")
+            outcome = problem
         if isinstance(outcome, Failure):
             batch.failures.append(FailedItem(item.id, item.uri, outcome))
         else:
@@ -266,15 +271,15 @@ def _embed(
 
 def _forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Embeddings of a batch, in halves from the first time on that the device's memory does not
-    hold it. Raises MemoryError where it does not hold a single image."""
+    hold it. Raises torch.OutOfMemoryError where it does not hold a single image."""
     while True:
         fits = worker.fits
         try:
             starts = range(0, len(pixels), fits)
             return np.concatenate([worker.runtime.embed(pixels[i : i + fits]) for i in starts])
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError:
             if fits == 1:
-                raise MemoryError(f"the device's memory does not hold one image: {error}") from None
+                raise
             # Another thread may have halved it meanwhile.
             worker.fits = min(worker.fits, fits // 2)
             torch.cuda.empty_cache()

@@ -5,7 +5,8 @@ import torch
 from reference import torchvision_model
 from torchvision.models import get_model_weights
 
-from resfeat.backbones import build, gflops, outline, shapes
+from resfeat.backbones import build, gflops, ours, outline, shapes, torchvision
+from resfeat.backbones.backbone import Backbone
 from resfeat.backbones.ours import BACKBONES, LIKE_TORCHVISION
 from resfeat.backbones.pooling import pool
 from resfeat.backbones.resnet import BasicBlock, cifar, initialise
@@ -28,6 +29,20 @@ def layers_on_the_path(name):
         isinstance(module, torch.nn.Conv2d) and not any(word in key for word in shortcuts)
         for key, module in outline(name, 32 if name.startswith("cifar") else 224).named_modules()
     )
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_shapes_that_are_worked_out_are_those_that_the_network_gives(name):
+    if "1202" in name:
+        pytest.skip("the same as 110 layers, and half a minute")
+    network = outline(name, 64)
+    for crop in (32, 61, 224):
+        assert network.shapes(crop) == Backbone.shapes(network, crop)
+
+
+@pytest.mark.parametrize("name", LIKE_TORCHVISION)
+def test_the_pixels_of_our_networks_are_torchvisions_default(name):
+    assert ours.default_pixels(name) == torchvision.default_pixels(name)
 
 
 @pytest.mark.parametrize("name", LIKE_TORCHVISION)

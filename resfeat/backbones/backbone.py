@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,6 +25,13 @@ class Backbone(nn.Module):
     def current(self, name: str) -> str:
         """The name that a parameter has today, given one that older checkpoints have."""
         return name
+
+    def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
+        """What each tap gives for one picture of crop x crop pixels: (C, h, w) for a feature map,
+        (D,) for a vector. Of a network without values, on torch's meta device."""
+        with torch.inference_mode():
+            outputs = self(torch.empty(1, 3, crop, crop, device="meta"), self.taps)
+        return {tap: tuple(output.shape[1:]) for tap, output in outputs.items()}
 
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
         """The named outputs for pictures float [N, 3, H, W]: feature maps [N, C, h, w], which are

@@ -176,6 +176,11 @@ def conv(
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
 
 
+def _halved(side: int) -> int:
+    """A side after a stride of 2, with the padding that keeps it at a stride of 1."""
+    return (side + 1) // 2
+
+
 class ResNet(Backbone):
     """A ResNet up to its last feature map; `taps` names the maps that it can give.
 
@@ -207,6 +212,18 @@ class ResNet(Backbone):
             self.stages.append(f"layer{number}")
             setattr(self, self.stages[-1], nn.Sequential(*blocks))
         self.taps = ("stem", *self.stages, "avgpool")
+
+    def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
+        # Worked out, since running the network without values costs seconds of imports.
+        inputs, side = self.conv1.out_channels, crop
+        if isinstance(self.maxpool, nn.MaxPool2d):
+            side = _halved(_halved(side))
+        given: dict[str, tuple[int, ...]] = {"stem": (inputs, side, side)}
+        for number, stage in enumerate(self.stages):
+            side = _halved(side) if number else side
+            channels = getattr(self, stage)[-1].last_norm.num_features
+            given[stage] = (channels, side, side)
+        return given | {"avgpool": given[self.stages[-1]]}
 
     def feature_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Run the network on `x`, float [N, 3, H, W], and give each tap's map [N, C, h, w]."""

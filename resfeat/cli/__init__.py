@@ -9,7 +9,7 @@ import click
 from resfeat import __version__
 from resfeat.errors import ResfeatError
 
-COMMANDS = ("extract", "status", "search", "models")
+COMMANDS = ("extract", "status", "search", "models", "bench")
 
 
 class Group(click.Group):

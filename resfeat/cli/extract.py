@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from resfeat.cli import options
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import Stopped
 
 if TYPE_CHECKING:
     from resfeat.report import Report
-    from resfeat.spec import Decode, DType, Interpolation, Pool, Precision, RuntimeName
 
 TOO_MANY_FAILED = 3
 
@@ -42,22 +42,6 @@ Run it again to go on, whatever ended it.
 """
 
 
-class Count(click.ParamType):  # type: ignore[type-arg]
-    """A number, or "auto", which is None."""
-
-    name = "auto|N"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, context: click.Context | None
-    ) -> int | None:
-        if value in (None, "auto"):
-            return None
-        try:
-            return int(str(value))
-        except ValueError:
-            self.fail(f"'{value}' is neither a number nor auto", param, context)
-
-
 @click.command(epilog=EXAMPLES)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @click.option(
@@ -67,88 +51,20 @@ class Count(click.ParamType):  # type: ignore[type-arg]
     required=True,
     help="Folder of the dataset; resumed if it exists.",
 )
-@click.option("--model", default="resnet50", show_default=True, help="See `resfeat models`.")
-@click.option(
-    "--weights",
-    default="DEFAULT",
-    show_default=True,
-    help="DEFAULT or another published name; a .pth, .pt or .safetensors file, or its s3://, gs:// "
-    "or https:// address; or random:SEED.",
-)
-@click.option(
-    "--layers",
-    metavar="NAME,...",
-    help="Taps of the model, one column each; see `resfeat models MODEL`.  [default: the last]",
-)
-@click.option(
-    "--pool",
-    type=click.Choice(["avg", "max", "gem"]),
-    help="How a feature map becomes a vector.  [default: avg, or the model's own way]",
-)
-@click.option("--normalize", is_flag=True, help="Scale each embedding to unit length (L2).")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of the stored values.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
-    default="fp32",
-    show_default=True,
-    help="Of the forward pass.",
-)
 @click.option(
     "--min-parity",
     type=float,
     help="Least cosine to fp32 on a sample of the images.  [default: 0.999, with int8 0.99]",
 )
-@click.option("--resize", type=int, help="Short side in pixels.  [default: the weights' own]")
-@click.option(
-    "--crop", type=int, help="Side of the centre crop in pixels.  [default: the weights' own]"
-)
-@click.option(
-    "--interpolation",
-    type=click.Choice(["nearest", "bilinear", "bicubic"]),
-    help="[default: the weights' own]",
-)
-@click.option(
-    "--decode",
-    type=click.Choice(["turbo", "pillow"]),
-    default="turbo",
-    show_default=True,
-    help="turbo: libjpeg-turbo and torch, several times faster; pillow: torchvision's pixels on "
-    "Pillow to the last bit.",
-)
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "torch", "openvino"]),
-    default="auto",
-    show_default=True,
-    help="What runs the network. auto: OpenVINO on a CPU where it can, else torch.",
-)
-@click.option(
-    "--batch-size",
-    type=Count(),
-    default="auto",
-    show_default=True,
-    help="Images in one forward pass.",
-)
+@options.features
+@options.placement
 @click.option(
     "--workers",
-    type=Count(),
+    type=options.Count(),
     default="auto",
     show_default=True,
     help="Ray workers; 0 runs in this process, without Ray.",
 )
-@click.option(
-    "--gpus-per-worker",
-    type=float,
-    help="Share of a GPU for each, 0 to 1.  [default: 1 if there are any]",
-)
-@click.option("--cpus-per-worker", type=int, help="CPU cores for each.  [default: shared out]")
 @click.option("--address", help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT.")
 @click.option(
     "--shard-size",
@@ -175,30 +91,9 @@ class Count(click.ParamType):  # type: ignore[type-arg]
 @click.pass_context
 def extract(
     context: click.Context,
-    sources: tuple[str, ...],
-    output: str,
-    model: str,
-    weights: str,
-    layers: str | None,
-    pool: Pool | None,
-    normalize: bool,
-    dtype: DType,
-    precision: Precision,
-    min_parity: float | None,
-    resize: int | None,
-    crop: int | None,
-    interpolation: Interpolation | None,
-    decode: Decode,
-    runtime: RuntimeName | Literal["auto"],
-    batch_size: int | None,
-    workers: int | None,
-    gpus_per_worker: float | None,
-    cpus_per_worker: int | None,
-    address: str | None,
-    shard_size: int | None,
-    label_from: str | None,
-    max_error_rate: float,
+    /,
     talk: str | None,
+    **choices: Any,
 ) -> None:
     """Embed all images below SRC... and write Parquet to OUT.
 
@@ -207,33 +102,8 @@ def extract(
     """
     from resfeat.spec import ExtractSpec, RuntimeOptions
 
-    spec = ExtractSpec(
-        sources=sources,
-        output=output,
-        model=model,
-        weights=weights,
-        layers=tuple(name.strip() for name in layers.split(",")) if layers is not None else None,
-        pool=pool,
-        normalize=normalize,
-        dtype=dtype,
-        precision=precision,
-        min_parity=min_parity,
-        resize=resize,
-        crop=crop,
-        interpolation=interpolation,
-        decode=decode,
-        shard_size=shard_size,
-        label_from="parent" if label_from else None,
-        max_error_rate=max_error_rate,
-        runtime=RuntimeOptions(
-            workers=workers,
-            gpus_per_worker=gpus_per_worker,
-            cpus_per_worker=cpus_per_worker,
-            address=address,
-            runtime=None if runtime == "auto" else runtime,
-            batch_size=batch_size,
-        ),
-    )
+    runtime = RuntimeOptions(**options.pick(choices, RuntimeOptions))
+    spec = ExtractSpec(**options.pick(choices, ExtractSpec), runtime=runtime)
     with StopSignals() as signals, _display(talk) as display:
         from resfeat.extraction import extract as run
 
@@ -253,7 +123,7 @@ def extract(
     if report.error_rate > spec.max_error_rate:
         click.echo(
             f"Error: {report.error_rate:.1%} of the images failed, more than --max-error-rate "
-            f"{max_error_rate:.1%}; see {report.output}/failures",
+            f"{spec.max_error_rate:.1%}; see {report.output}/failures",
             err=True,
         )
         context.exit(TOO_MANY_FAILED)
@@ -275,7 +145,7 @@ def _tell(report: Report, *, verbose: bool) -> None:
         click.echo(
             f"This run: {report.images:,} images in {report.seconds:,.1f} s, "
             f"{report.images_per_second:,.1f} images/s after {report.start_seconds:.1f} s of "
-            f"start-up; limited by: {report.bottleneck}"
+            f"start-up; {report.verdict}"
         )
     else:
         click.echo("This run: nothing was left to do")

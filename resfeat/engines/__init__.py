@@ -65,12 +65,7 @@ def start(
     shards: Sequence[int],
 ) -> AbstractContextManager[Engine]:
     """The engine that the options ask for, ready to run these shards."""
-    job = Job(
-        output=str(layout.root),
-        identity=record.identity,
-        dims=weights.dims,
-        with_label=record.label_from is not None,
-    )
+    job = as_job(layout, record, weights)
     if options.workers == 0:
         from resfeat.engines.inline import InlineEngine
 
@@ -78,6 +73,16 @@ def start(
     from resfeat.engines.ray import RayEngine
 
     return RayEngine(options, job, weights.tensors, len(shards))
+
+
+def as_job(layout: Layout, record: Record, weights: Weights) -> Job:
+    """What all workers of a run are told."""
+    return Job(
+        output=str(layout.root),
+        identity=record.identity,
+        dims=weights.dims,
+        with_label=record.label_from is not None,
+    )
 
 
 def place(options: RuntimeOptions, identity: Identity, device: str, cpus: int) -> Placement:

@@ -28,7 +28,7 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         cpus = options.cpus_per_worker or cpu_count()
         self.placement = place(options, job.identity, device, cpus)
         self.description = {"engine": "inline", "workers": 1, **vars(self.placement)}
-        self._worker = Worker(job, self.placement, tensors)
+        self.worker = Worker(job, self.placement, tensors)
         self._tensors = tensors
         self._pool = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
 
@@ -38,12 +38,12 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._worker.stopping.set()
+        self.worker.stopping.set()
         self._pool.shutdown(cancel_futures=True)
-        self._worker.close()
+        self.worker.close()
 
     def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
-        measured = self._pool.submit(measure, self._worker, self._tensors, items)
+        measured = self._pool.submit(measure, self.worker, self._tensors, items)
         while not wait([measured], timeout=0.5).done:
             if stopping():
                 raise Stopped("stopped while comparing with fp32")
@@ -60,17 +60,17 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
             if stopping() and give_up is None:
                 waiting, give_up = iter(()), time.monotonic() + DRAIN_SECONDS
             while len(in_hand) < SHARDS_IN_HAND and (shard := next(waiting, None)) is not None:
-                in_hand.add(self._pool.submit(process_shard, self._worker, shard))
+                in_hand.add(self._pool.submit(process_shard, self.worker, shard))
             if not in_hand:
                 break
             done, in_hand = wait(in_hand, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
                 left -= 1
-            counts = list(self._worker.progress.values())
+            counts = list(self.worker.progress.values())
             on_progress(sum(n for n, _ in counts), sum(failed for _, failed in counts), 1)
             if give_up is not None and time.monotonic() > give_up:
-                self._worker.stopping.set()
+                self.worker.stopping.set()
         if left:
             raise Stopped("stopped as asked")
 

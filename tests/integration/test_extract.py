@@ -92,6 +92,7 @@ def test_a_part_says_what_its_embeddings_are(inline, checkpoint):
     told = json.loads(pq.read_schema(part).metadata[b"resfeat"])
     spec = json.loads((inline / "_resfeat" / "spec.json").read_text())
     assert told.pop("fingerprint") == spec["fingerprint"]
+    assert told.pop("parity") == spec["parity"]
     assert told == spec["identity"]
     assert spec["weights"] == str(checkpoint)
 

@@ -1,0 +1,242 @@
+"""How fast each stage is on this machine, alone and together, on the user's own images."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+
+import numpy as np
+
+from resfeat import verdict
+from resfeat.backbones.weights import Weights, resolve
+from resfeat.calibration import calibrate
+from resfeat.dataset import Record
+from resfeat.decode import Picture, decode
+from resfeat.engines import as_job
+from resfeat.engines.inline import InlineEngine
+from resfeat.errors import Failure, UsageError
+from resfeat.layout import Layout
+from resfeat.plan import write_plan
+from resfeat.report import versions
+from resfeat.sink import Part, Row
+from resfeat.sources.directory import Directories, read
+from resfeat.sources.item import Item
+from resfeat.spec import FeatureSpec, RuntimeOptions
+from resfeat.worker import READ_AHEAD, Placement, ShardResult, Worker
+
+# Each stage alone is repeated for at least this long.
+SECONDS = 3.0
+# A shard of the whole job: small enough that several follow each other.
+SHARD = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Images a second of each stage alone, on all the threads that it has, and of the whole job.
+
+    images: in the sample. megapixels, kilobytes: of an image, in the mean. waited: share of its
+    time, 0 to 1, that the model waited in the whole job. sentence: what limits it.
+    """
+
+    images: int
+    failed: int
+    megapixels: float
+    kilobytes: float
+    placement: Placement
+    precision: str
+    read: float
+    decode: float
+    forward: float
+    write: float
+    whole: float
+    waited: float
+    sentence: str
+
+
+def bench(
+    sources: Sequence[str],
+    features: FeatureSpec,
+    options: RuntimeOptions,
+    images: int,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Bench:
+    """Measure on about so many of the images below the sources; one worker, in this process.
+
+    Raises UsageError where none of them can be used, and whatever `extract` raises for the choices.
+    """
+    items = _spread(Directories(sources), images)
+    on_step("building the model")
+    weights = resolve(features)
+    with _dataset(items, weights, on_step) as (layout, record):
+        job = as_job(layout, record, weights)
+        with InlineEngine(replace(options, workers=0), job, weights.tensors) as engine:
+            worker = engine.worker
+            on_step("reading")
+            contents, read_rate = _read(worker, items)
+            on_step("decoding")
+            pictures, decode_rate = _decode(worker, contents)
+            on_step("the forward pass")
+            forward_rate = _forward(worker, pictures)
+            on_step("writing")
+            write_rate = _write(worker, layout, items)
+            on_step("the whole job")
+            started = time.perf_counter()
+            results = list(
+                engine.run(range(record.plan.shards), lambda *counts: None, lambda: False)
+            )
+            whole = len(items) / (time.perf_counter() - started)
+    rates = {"read": read_rate, "decode": decode_rate, "embed": forward_rate, "write": write_rate}
+    return Bench(
+        images=len(items),
+        failed=len(items) - len(pictures),
+        megapixels=float(np.mean([each.width * each.height for each in pictures])) / 1e6,
+        kilobytes=float(np.mean([len(each) for each in contents])) / 1e3,
+        placement=worker.placement,
+        precision=features.precision,
+        read=read_rate,
+        decode=decode_rate,
+        forward=forward_rate,
+        write=write_rate,
+        whole=whole,
+        waited=_waited(results),
+        sentence=_sentence(rates, whole, worker.placement, features.precision),
+    )
+
+
+def _spread(listing: Iterable[Item], wanted: int) -> list[Item]:
+    """At least `wanted` items of any listing that has them, evenly spread, and under twice that."""
+    kept: list[Item] = []
+    every = 1
+    for number, item in enumerate(listing):
+        if number % every == 0:
+            kept.append(item)
+        if len(kept) == 2 * wanted:
+            kept, every = kept[::2], 2 * every
+    if not kept:
+        raise UsageError("no images there: name a folder that holds some")
+    return kept
+
+
+@contextmanager
+def _dataset(
+    items: Sequence[Item], weights: Weights, on_step: Callable[[str], None]
+) -> Iterator[tuple[Layout, Record]]:
+    """A dataset of these items that is about to be extracted, and is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="resfeat-bench-") as folder:
+        layout = Layout(folder)
+        for each in (layout.embeddings, layout.plan, layout.tmp):
+            each.mkdir(parents=True)
+        record = Record(
+            identity=weights.identity,
+            weights=weights.origin,
+            sources=(),
+            label_from=None,
+            plan=write_plan(layout, items, SHARD),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            versions=versions(),
+        )
+        record.save(layout)
+        if record.identity.precision == "int8":
+            on_step("calibrating int8")
+            record = calibrate(layout, record, weights, lambda note: None)
+        yield layout, record
+
+
+def _rate(count: int, once: Callable[[], object]) -> float:
+    """Images a second, where one call does so many: the mean over `SECONDS` after a first call."""
+    once()
+    calls, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < SECONDS:
+        once()
+        calls += 1
+    return count * calls / spent
+
+
+def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
+    """The bytes of the files that can be read, and how fast that was, once: what was read before
+    comes from memory, as it does in a job that follows another."""
+    with ThreadPoolExecutor(worker.placement.cpus + READ_AHEAD) as pool:
+        started = time.perf_counter()
+        contents = list(pool.map(lambda item: read(item.uri), items))
+        rate = len(items) / (time.perf_counter() - started)
+    whole = [content[0] for content in contents if not isinstance(content, Failure)]
+    if not whole:
+        raise UsageError(f"none of {len(items)} sampled files can be read: are these images?")
+    return whole, rate
+
+
+def _decode(worker: Worker, contents: Sequence[bytes]) -> tuple[list[Picture], float]:
+    identity = worker.job.identity
+    given: list[Picture | Failure] = []
+
+    def once() -> None:
+        given[:] = pool.map(
+            lambda data: decode(data, identity.preprocessing, identity.decode), contents
+        )
+
+    with ThreadPoolExecutor(worker.placement.cpus) as pool:
+        rate = _rate(len(contents), once)
+    pictures = [each for each in given if isinstance(each, Picture)]
+    if not pictures:
+        raise UsageError(f"none of {len(contents)} sampled files can be decoded: are these images?")
+    return pictures, rate
+
+
+def _forward(worker: Worker, pictures: Sequence[Picture]) -> float:
+    size = worker.placement.batch_size
+    batch = worker.runtime.empty((size, *pictures[0].pixels.shape))
+    for place in range(size):
+        batch[place] = pictures[place % len(pictures)].pixels
+    passes = 2 * worker.forward_threads
+
+    def once() -> None:
+        for future in [worker.forwards.submit(worker.runtime.embed, batch) for _ in range(passes)]:
+            future.result()
+
+    return _rate(size * passes, once)
+
+
+def _write(worker: Worker, layout: Layout, items: Sequence[Item]) -> float:
+    some = items[:SHARD]
+    rows = [Row(item.id, 1, 1, item.size, item.mtime) for item in some]
+    chance = np.random.default_rng(0)
+    shape = len(some), sum(worker.job.dims.values())
+    vectors = chance.random(shape, np.float32).astype(worker.job.identity.dtype)
+
+    def once() -> None:
+        with Part(layout, 0, worker.schema) as part:
+            part.add(rows, vectors)
+            part.commit(item.id for item in some)
+
+    return _rate(len(some), once)
+
+
+def _waited(results: Sequence[ShardResult]) -> float:
+    stages = ("wait", "embed")
+    return verdict.waited({s: sum(each.seconds.get(s, 0.0) for each in results) for s in stages})
+
+
+def _sentence(rates: dict[str, float], whole: float, placement: Placement, precision: str) -> str:
+    """What limits the job: the slowest stage, or, where all share the same cores, the one that
+    takes most of them."""
+    slowest = min(rates, key=lambda stage: rates[stage])
+    others = {stage: rate for stage, rate in rates.items() if stage != slowest}
+    second = min(others, key=lambda stage: others[stage])
+    names = {"embed": "the model", "read": "reading", "decode": "decoding", "write": "writing"}
+    where = {
+        "embed": f"on {placement.runtime}, "
+        + ("a GPU" if placement.device == "cuda" else f"{placement.cpus} CPU cores"),
+        "decode": f"on {placement.cpus} CPU cores",
+        "read": "from these files",
+        "write": "to the folder for temporary files",
+    }
+    return (
+        f"The limit is {names[slowest]}: {rates[slowest]:,.0f} images/s {where[slowest]}, and "
+        f"{names[second]} could do {rates[second]:,.0f}; all together reach {whole:,.0f}. "
+        f"Faster with {verdict.helps(slowest, placement.device, precision)}."
+    )

@@ -1,0 +1,83 @@
+"""resfeat bench"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from resfeat.cli import options
+
+if TYPE_CHECKING:
+    from resfeat.bench import Bench
+
+EXAMPLES = """\b
+Examples:
+  resfeat bench photos
+      How fast this machine reads, decodes, embeds and writes these images in fp32.
+  resfeat bench photos --precision int8
+      The same in int8.
+  resfeat bench photos --model resnet18 --cpus-per-worker 4 --json
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.option(
+    "--images",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="To measure on.",
+)
+@options.features
+@options.placement
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def bench(context: click.Context, /, images: int, as_json: bool, **choices: Any) -> None:
+    """Measure each stage on a sample of the images below SRC..., and say what limits the job.
+
+    Nothing is kept. Random weights are as fast as any, so they are what is taken unless --weights
+    names others. One worker is measured, in this process.
+    """
+    from resfeat.bench import bench as run
+    from resfeat.spec import FeatureSpec, RuntimeOptions
+
+    if context.get_parameter_source("weights") is ParameterSource.DEFAULT:
+        choices["weights"] = "random:0"
+    measured = run(
+        choices["sources"],
+        FeatureSpec(**options.pick(choices, FeatureSpec)),
+        RuntimeOptions(**options.pick(choices, RuntimeOptions)),
+        images,
+        on_step=lambda step: click.echo(f"{step} ...", err=True),
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(measured)))
+    else:
+        _tell(measured)
+
+
+def _tell(measured: Bench) -> None:
+    place = measured.placement
+    device = "a GPU and " if place.device == "cuda" else ""
+    click.echo(
+        f"{measured.images:,} images of {measured.megapixels:.1f} megapixels and "
+        f"{measured.kilobytes:,.0f} kB in the mean, {measured.failed:,} of them broken; "
+        f"{measured.precision} on {place.runtime}, {device}{place.cpus} CPU cores, batches of "
+        f"{place.batch_size}"
+    )
+    rows = {
+        "read": measured.read,
+        "decode": measured.decode,
+        "forward": measured.forward,
+        "write": measured.write,
+        "all of it": measured.whole,
+    }
+    click.echo(f"\n{'':<10}{'images/s':>12}{'ms an image':>14}")
+    for name, rate in rows.items():
+        click.echo(f"{name:<10}{rate:>12,.1f}{1000 / rate:>14,.2f}")
+    click.echo(f"\nThe model waited {measured.waited:.0%} of its time. {measured.sentence}")

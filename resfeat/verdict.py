@@ -1,0 +1,59 @@
+"""What limits a run, and what would help, from the seconds that its stages were busy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from resfeat.worker import READ_AHEAD, SHARDS_IN_HAND
+
+# The model counts as kept waiting when its share of waiting for pixels is above this.
+WAITING = 0.2
+
+HELPS = {
+    "read": "faster storage, or workers nearer to the images",
+    "decode": "more CPU cores for each worker (--cpus-per-worker)",
+    "write": "a faster disk for the output",
+}
+
+
+def waited(stages: Mapping[str, float]) -> float:
+    """Share of its time, 0 to 1, that the model waited for pixels."""
+    wait, embed = stages.get("wait", 0.0), stages.get("embed", 0.0)
+    return wait / (wait + embed) if wait + embed else 0.0
+
+
+def bottleneck(stages: Mapping[str, float], cpus: int) -> str | None:
+    """The stage that decided the speed: read, decode, embed or write. None if nothing ran.
+
+    stages: busy seconds, added up over threads. cpus: of each worker.
+    """
+    if not stages.get("embed"):
+        return None
+    if waited(stages) <= WAITING:
+        return "embed"
+    # The one whose threads were the busiest.
+    threads = {"read": cpus + READ_AHEAD, "decode": cpus, "write": SHARDS_IN_HAND}
+    return max(threads, key=lambda stage: stages.get(stage, 0.0) / threads[stage])
+
+
+def helps(stage: str, device: str, precision: str) -> str:
+    """What would make this stage faster."""
+    if stage != "embed":
+        return HELPS[stage]
+    others = {
+        ("cpu", "fp32"): "more CPU cores, a GPU, or --precision bf16 or int8",
+        ("cpu", "bf16"): "more CPU cores, a GPU, or --precision int8",
+        ("cuda", "fp32"): "more GPUs, or --precision bf16 or fp16",
+    }
+    return others.get((device, precision), "more GPUs" if device == "cuda" else "more CPU cores")
+
+
+def verdict(stages: Mapping[str, float], *, device: str, cpus: int, precision: str) -> str | None:
+    """A sentence on what limited a run. None if nothing ran."""
+    stage = bottleneck(stages, cpus)
+    if stage is None:
+        return None
+    return (
+        f"limited by: {stage} (the model waited {waited(stages):.0%} of its time); "
+        f"faster with {helps(stage, device, precision)}"
+    )
