@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint slow bench parity clean
+.PHONY: demo test lint slow bench scale parity clean
 
 demo: $(VENV)/demo.done ## extract a few hundred real photographs and show the nearest neighbours
 	$(BIN)/python pipelines/demo.py demo
@@ -21,7 +21,10 @@ slow: $(VENV)/dev.done ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/dev.done ## the peers on the same images, printed as ratios
-	$(BIN)/python tests/benchmarks/peers.py
+	$(BIN)/python tests/benchmarks/bench.py
+
+scale: $(VENV)/dev.done ## one driver and millions of invented images
+	$(BIN)/python tests/benchmarks/scale.py
 
 parity: $(VENV)/dev.done ## the tables of the README that compare us with torchvision and with fp32
 	$(BIN)/python tests/benchmarks/parity.py

@@ -33,10 +33,10 @@ class Report:
     precision: of the dataset's forward passes. items, embedded, failed, reasons: the whole dataset.
     images, images_failed: this run alone, in shards that it committed. changed: files that were not
     as listed any more when they were read. start_seconds: from the call until the first worker is
-    live. seconds: from then to the end. stages: busy seconds by stage, added up over threads and
-    workers; `wait` is the time that the model waited for pixels. skipped: files that were passed
-    over in listing, by extension. notes: what a user should know of how the weights were read.
-    parity: how near a sample was to the reference; None for the reference itself.
+    live. seconds: from then to the last commit. stages: busy seconds by stage, added up over
+    threads and workers; `wait` is the time that the model waited for pixels. skipped: files that
+    were passed over in listing, by extension. notes: what a user should know of how the weights
+    were read. parity: how near a sample was to the reference; None for the reference itself.
     """
 
     run_id: str
@@ -63,7 +63,7 @@ class Report:
 
     @property
     def images_per_second(self) -> float:
-        """Images of this run by the time from the first live worker to the end."""
+        """Images of this run by the time from the first live worker to the last commit."""
         return self.images / self.seconds if self.seconds else 0.0
 
     @property
@@ -142,6 +142,7 @@ class Tally:
         self._on_progress = on_progress
         self._started = started
         self._first_worker: float | None = None
+        self._last_commit: float | None = None
         self._counts: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
         self._on_note = on_note
@@ -157,6 +158,7 @@ class Tally:
 
     def add(self, result: ShardResult) -> None:
         """A shard was committed."""
+        self._last_commit = time.monotonic()
         self._counts["shards"] += 1
         self._counts["images"] += result.embedded + result.failed
         self._counts["images_failed"] += result.failed
@@ -190,8 +192,9 @@ class Tally:
         self, dataset: Dataset, skipped: Mapping[str, int], error: ResfeatError | None
     ) -> Report:
         """The run as it ended, and the dataset as it stands, counted from its files."""
-        now = time.monotonic()
-        begun = self._first_worker or now
+        # What an engine takes to leave is no part of its speed.
+        ended = self._last_commit or time.monotonic()
+        begun = self._first_worker or ended
         embedded, reasons = dataset.embedded(), dataset.reasons()
         failed = sum(reasons.values())
         if error is None and embedded + failed != self._plan.items:
@@ -211,7 +214,7 @@ class Tally:
             reasons=reasons,
             shards_left=len(self.todo) - self._counts["shards"],
             start_seconds=round(begun - self._started, 3),
-            seconds=round(now - begun, 3),
+            seconds=round(ended - begun, 3),
             stages={stage: round(busy, 3) for stage, busy in self._stages.items()},
             engine=self.engine,
             skipped=dict(skipped),

@@ -102,8 +102,8 @@ def extract(
     """
     from resfeat.spec import ExtractSpec, RuntimeOptions
 
-    runtime = RuntimeOptions(**options.pick(choices, RuntimeOptions))
-    spec = ExtractSpec(**options.pick(choices, ExtractSpec), runtime=runtime)
+    choices["runtime"] = RuntimeOptions(**options.pick(choices, RuntimeOptions))
+    spec = ExtractSpec(**options.pick(choices, ExtractSpec))
     with StopSignals() as signals, _display(talk) as display:
         from resfeat.extraction import extract as run
 

@@ -11,7 +11,8 @@ import pytest
 @pytest.fixture(scope="session")
 def choices(checkpoint) -> list[str]:
     """What decides the embeddings in these tests."""
-    return ["--model", "resnet18", "--weights", str(checkpoint), "--label-from", "parent"]
+    features = ["--model", "resnet18", "--weights", str(checkpoint)]
+    return [*features, "--decode", "pillow", "--label-from", "parent"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,87 @@
+"""int8: calibrated once, and the same network in every run of a dataset."""
+
+import json
+import shutil
+
+import pytest
+from datasets import rows
+
+CHOICES = ("--model", "resnet18", "--weights", "random:0", "--precision", "int8")
+
+
+@pytest.fixture(scope="module")
+def whole(photos, resfeat, tmp_path_factory):
+    """The photographs in int8, in one undisturbed run. Not to be changed."""
+    output = tmp_path_factory.mktemp("int8") / "out"
+    done = resfeat("extract", photos, "-o", output, "--workers", 0, *CHOICES)
+    assert done.returncode == 0, done.stderr
+    assert "Note: int8: calibrated on 128 of the images in " in done.stderr
+    return output
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+    """The same with two parts missing."""
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    for part in sorted((output / "embeddings").iterdir())[1:3]:
+        part.unlink()
+    return output
+
+
+def parts(output):
+    return {path.name: path.read_bytes() for path in sorted((output / "embeddings").iterdir())}
+
+
+def test_files_and_report_say_what_network_it_was(whole):
+    spec = json.loads((whole / "_resfeat" / "spec.json").read_text())
+    assert 0.99 < spec["parity"]["minimum"] < 0.99999
+    told = json.loads(rows(whole).schema.metadata[b"resfeat"])
+    assert told["quantised"] == spec["quantised"]
+    (report,) = (whole / "_resfeat" / "runs").iterdir()
+    engine = json.loads(report.read_text())["engine"]
+    assert (engine["runtime"], engine["device"]) == ("openvino", "cpu")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resume_takes_the_network_that_is_there(workers, half, whole, photos, resfeat):
+    done = resfeat("extract", photos, "-o", half, "--workers", workers, *CHOICES)
+    assert done.returncode == 0, done.stderr
+    assert "calibrated" not in done.stderr
+    assert parts(half) == parts(whole)
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_network_that_is_lost_is_made_again_the_same(damage, half, whole, photos, resfeat):
+    network = half / "_resfeat" / "int8" / "network.bin"
+    if damage == "gone":
+        network.unlink()
+    else:
+        network.write_bytes(network.read_bytes()[:-1] + b"?")
+    done = resfeat("extract", photos, "-o", half, "--workers", 0, *CHOICES)
+    assert done.returncode == 0, done.stderr
+    assert "calibrated on 128" in done.stderr
+    assert parts(half) == parts(whole)
+
+
+def test_another_network_is_not_mixed_in(half, photos, resfeat):
+    shutil.rmtree(half / "_resfeat" / "int8")
+    spec = half / "_resfeat" / "spec.json"
+    content = json.loads(spec.read_text())
+    spec.write_text(json.dumps({**content, "quantised": "0" * 64}))
+    before = parts(half)
+    done = resfeat("extract", photos, "-o", half, "--workers", 0, *CHOICES)
+    assert done.returncode == 1
+    assert "network.xml is gone or changed" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert parts(half) == before
+
+
+def test_queries_are_embedded_by_the_same_network(whole, photos, resfeat):
+    query = sorted(photos.rglob("*.jpg"))[0]
+    done = resfeat("search", whole, query, "-k", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    nearest = found["neighbours"][0]
+    assert nearest["id"] == str(query.relative_to(photos))
+    assert nearest["cosine"] > 0.9999

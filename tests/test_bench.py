@@ -1,0 +1,70 @@
+"""resfeat bench: it measures what is there, and refuses what cannot be measured."""
+
+import itertools
+import json
+import re
+
+import pytest
+from broken import write_broken
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resfeat import bench as module
+from resfeat.cli import main
+from resfeat.sources.item import Item
+
+MODEL = ("--model", "cifar_resnet20", "--images", "40")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.2)
+
+
+def test_every_stage_is_measured_and_the_slowest_named(photos, collection):
+    done = CliRunner().invoke(main, ["bench", str(collection), *MODEL, "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert 40 <= told["images"] < 80
+    assert 0 <= told["failed"] < 12
+    assert min(told[stage] for stage in ("read", "decode", "forward", "write", "whole")) > 0
+    slowest = min(("read", "decode", "forward", "write"), key=lambda stage: told[stage])
+    name = {"read": "reading", "decode": "decoding", "forward": "the model", "write": "writing"}
+    assert told["sentence"].startswith(f"The limit is {name[slowest]}: {told[slowest]:,.0f} images")
+    assert 0 <= told["waited"] <= 1
+
+
+def test_the_table(photos):
+    done = CliRunner().invoke(main, ["bench", str(photos), *MODEL, "--runtime", "torch"])
+    assert done.exit_code == 0, done.output
+    rows = re.findall(
+        r"^(read|decode|forward|write|all of it) +[\d,.]+ +[\d,.]+$", done.stdout, re.M
+    )
+    assert rows == ["read", "decode", "forward", "write", "all of it"]
+    assert "fp32 on torch" in done.stdout and "The limit is" in done.stdout
+
+
+def test_what_cannot_be_measured_is_one_line(tmp_path):
+    for folder in ("none", "broken"):
+        (tmp_path / folder).mkdir()
+    write_broken(tmp_path / "broken")
+    for folder, says in (
+        ("nowhere", "does not exist"),
+        ("none", "no images there"),
+        ("broken", "can be decoded: are these images?"),
+    ):
+        done = CliRunner().invoke(main, ["bench", str(tmp_path / folder), *MODEL])
+        assert done.exit_code == 2
+        assert says in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+@given(st.integers(1, 500), st.integers(1, 60))
+def test_the_sample_is_spread_over_any_listing(count, wanted):
+    chosen = module._spread((Item(str(n), "", 0, 0) for n in range(count)), wanted)
+    numbers = [int(item.id) for item in chosen]
+    assert min(count, wanted) <= len(numbers) < 2 * wanted or len(numbers) == count == 1
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
+    assert len(steps) <= 1 and numbers[0] == 0
+    assert count - numbers[-1] <= max(steps, default=1)

@@ -1,0 +1,40 @@
+"""What is named as the limit, from made-up busy seconds."""
+
+import pytest
+
+from resfeat import verdict
+
+
+@pytest.mark.parametrize(
+    ("stages", "limit"),
+    [
+        ({}, None),
+        ({"read": 1.0}, None),
+        ({"embed": 10.0, "wait": 0.1, "decode": 9.0}, "embed"),
+        ({"embed": 10.0, "wait": 30.0, "decode": 60.0, "read": 5.0, "write": 1.0}, "decode"),
+        # Twelve threads read and eight decode: reading's 70 s are less of what it has.
+        ({"embed": 10.0, "wait": 30.0, "decode": 60.0, "read": 70.0}, "decode"),
+        ({"embed": 10.0, "wait": 30.0, "decode": 20.0, "read": 200.0}, "read"),
+        ({"embed": 10.0, "wait": 30.0, "decode": 20.0, "write": 39.0}, "write"),
+    ],
+)
+def test_the_limit(stages, limit):
+    assert verdict.bottleneck(stages, cpus=8) == limit
+
+
+def test_the_share_that_the_model_waited():
+    assert verdict.waited({}) == 0
+    assert verdict.waited({"wait": 1.0, "embed": 3.0}) == 0.25
+
+
+def test_the_sentence_names_the_limit_and_what_helps():
+    waiting = {"embed": 10.0, "wait": 30.0, "decode": 60.0}
+    told = verdict.verdict(waiting, device="cuda", cpus=8, precision="bf16")
+    assert told.startswith("limited by: decode (the model waited 75% of its time)")
+    assert "--cpus-per-worker" in told
+    busy = {"embed": 10.0, "wait": 0.0}
+    assert "a GPU" in verdict.verdict(busy, device="cpu", cpus=8, precision="fp32")
+    assert "int8" in verdict.verdict(busy, device="cpu", cpus=8, precision="fp32")
+    assert "int8" not in verdict.verdict(busy, device="cpu", cpus=8, precision="int8")
+    assert "bf16" in verdict.verdict(busy, device="cuda", cpus=8, precision="fp32")
+    assert verdict.verdict({}, device="cpu", cpus=8, precision="fp32") is None
