@@ -29,14 +29,16 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "pipelines")]
 from photos import write_photos  # noqa: E402
 from reference import torchvision_model  # noqa: E402
 
+from resfeat import runtimes  # noqa: E402
 from resfeat.backbones.ours import LIKE_TORCHVISION, default_pixels  # noqa: E402
+from resfeat.calibration import PICTURES  # noqa: E402
 from resfeat.decode import decode  # noqa: E402
 from resfeat.parity import cosine  # noqa: E402
 from resfeat.runtimes import OFFERED, REFERENCE  # noqa: E402
 from resfeat.runtimes.torch import TorchRuntime  # noqa: E402
 from resfeat.spec import Identity  # noqa: E402
 
-HALVES = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d")
+SOME = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d")
 
 
 def network(name):
@@ -47,13 +49,9 @@ def network(name):
     return theirs, identity, theirs.state_dict()
 
 
-def pictures(paths, identity):
-    return np.stack(
-        [
-            decode(path.read_bytes(), identity.preprocessing, identity.decode).pixels
-            for path in paths
-        ]
-    )
+def pictures(paths, identity, way="pillow"):
+    pixels = identity.preprocessing
+    return np.stack([decode(path.read_bytes(), pixels, way).pixels for path in paths])
 
 
 def against_torchvision(name, paths):
@@ -71,16 +69,51 @@ def against_torchvision(name, paths):
     return levels, np.abs(given - expected).max() / np.abs(expected).max()
 
 
-def against_fp32(name, precision, device, paths):
-    """Cosines of one precision on one device to fp32 on the CPU."""
+def against_fp32(name, runtime, precision, device, paths, others):
+    """Cosines of one precision of one runtime to fp32 on torch; int8 is calibrated on others."""
     _, identity, tensors = network(name)
     pixels = pictures(paths, identity)
     expected = TorchRuntime(identity, tensors, "cpu").embed(pixels)
-    runtime = TorchRuntime(replace(identity, precision=precision), tensors, device)
-    return cosine(runtime.embed(pixels), expected)
+    identity = replace(identity, precision=precision)
+    with tempfile.TemporaryDirectory() as folder:
+        quantised = Path(folder, "network.xml")
+        if precision == "int8":
+            from resfeat.runtimes.openvino import quantise
+
+            quantise(identity, tensors, list(pictures(others, identity)), quantised)
+        started = runtimes.start(
+            runtime,
+            identity,
+            tensors,
+            device=device,
+            threads=1,
+            batch_size=len(pixels),
+            quantised=quantised,
+        )
+        return cosine(started.embed(pixels), expected)
 
 
-def tables(paths):
+def turbo_against_pillow(paths):
+    """Largest and mean difference of pixels (0..255), and the cosines that they lead to."""
+    _, identity, tensors = network("resnet50")
+    pillow, turbo = (pictures(paths, identity, way) for way in ("pillow", "turbo"))
+    runtime = TorchRuntime(identity, tensors, "cpu")
+    difference = np.abs(turbo.astype(int) - pillow)
+    return difference.max(), difference.mean(), cosine(runtime.embed(turbo), runtime.embed(pillow))
+
+
+def as_jpegs(paths, folder, size):
+    """The photographs as JPEGs of one size."""
+    folder.mkdir()
+    written = []
+    for path in paths:
+        written.append(folder / f"{path.stem}.jpg")
+        with Image.open(path) as photo:
+            photo.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(written[-1])
+    return written
+
+
+def tables(paths, others, folder):
     yield "| model | pixels, largest difference of 255 | embeddings, largest relative difference |"
     yield "| --- | ---: | ---: |"
     for name in LIKE_TORCHVISION:
@@ -89,27 +122,41 @@ def tables(paths):
     yield ""
     yield "| against fp32, torch, CPU | model | cosine, least | cosine, median |"
     yield "| --- | --- | ---: | ---: |"
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
-        for precision in OFFERED["torch"]:
-            if (precision, device) == (REFERENCE, "cpu"):
+    places = [("torch", "cpu"), ("openvino", "cpu")]
+    places += [("torch", "cuda")] if torch.cuda.is_available() else []
+    for runtime, device in places:
+        for precision in OFFERED[runtime]:
+            if (runtime, device, precision) == ("torch", "cpu", REFERENCE):
                 continue
-            for name in HALVES:
-                cosines = against_fp32(name, precision, device, paths)
+            for name in SOME:
+                cosines = against_fp32(name, runtime, precision, device, paths, others)
                 yield (
-                    f"| {precision}, torch, {device.upper()} | {name} | {cosines.min():.7f} "
+                    f"| {precision}, {runtime}, {device.upper()} | {name} | {cosines.min():.7f} "
                     f"| {np.median(cosines):.7f} |"
                 )
+    yield ""
+    yield (
+        "| `--decode turbo` against `pillow` | pixels, largest | pixels, mean "
+        "| resnet50, cosine, least | median |"
+    )
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for size in (500, 375), (1600, 1200), (4000, 3000):
+        named = "{} x {}".format(*size)
+        largest, mean, cosines = turbo_against_pillow(as_jpegs(paths, folder / named, size))
+        yield (
+            f"| JPEGs of {named} | {largest} | {mean:.3f} | {cosines.min():.7f} "
+            f"| {np.median(cosines):.7f} |"
+        )
 
 
 @click.command()
 @click.option("--photos", default=18, show_default=True, help="How many photographs to compare on.")
 def main(photos: int) -> None:
-    """Write both tables into README.md."""
+    """Write the tables into README.md."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_photos(Path(folder), photos)
+        every = write_photos(Path(folder), photos + PICTURES)
         lines = []
-        for line in tables(paths):
+        for line in tables(every[:photos], every[photos:], Path(folder)):
             print(line, flush=True)
             lines.append(line)
     readme = ROOT / "README.md"

@@ -13,7 +13,7 @@ from reference import torchvision_model
 from torchvision.models import ResNet50_Weights
 
 from resfeat.backbones.ours import LIKE_TORCHVISION
-from resfeat.parity import LEAST_OTHERWISE
+from resfeat.parity import LEAST, LEAST_OTHERWISE
 from resfeat.runtimes import OFFERED, REFERENCE
 
 ROOT = Path(__file__).parents[2]
@@ -82,13 +82,15 @@ def test_the_parity_tables_are_whole_and_within_the_goals():
     assert list(compared) == list(LIKE_TORCHVISION)
     for levels, relative in compared.values():
         assert int(levels) <= 1 and float(relative) <= 1e-5
-    cosines = {
-        row[0]: float(row[2])
-        for row in rows
-        if len(row) == 4 and "torch, CPU" in row[0] and row[1] != "model"
-    }
-    assert {name.partition(",")[0] for name in cosines} == set(OFFERED["torch"]) - {REFERENCE}
-    assert min(cosines.values()) >= LEAST_OTHERWISE
+    cosines = {tuple(row[0].split(", ")): float(row[2]) for row in rows if ", CPU" in row[0][-5:]}
+    assert set(cosines) >= {
+        (precision, runtime, "CPU")
+        for runtime, precisions in OFFERED.items()
+        for precision in precisions
+    } - {(REFERENCE, "torch", "CPU")}
+    for (precision, *_), least in cosines.items():
+        assert least >= LEAST.get(precision, LEAST_OTHERWISE)
+    assert sum("JPEGs of" in row[0] for row in rows if row) == 3
 
 
 def test_the_files_that_it_links_to_are_there():
