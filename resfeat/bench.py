@@ -20,6 +20,7 @@ from resfeat.decode import Picture, decode
 from resfeat.engines import as_job
 from resfeat.engines.inline import InlineEngine
 from resfeat.errors import Failure, UsageError
+from resfeat.job import READ_AHEAD, Placement, ShardResult
 from resfeat.layout import Layout
 from resfeat.plan import write_plan
 from resfeat.report import versions
@@ -27,7 +28,7 @@ from resfeat.sink import Part, Row
 from resfeat.sources.directory import Directories, read
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import READ_AHEAD, Placement, ShardResult, Worker
+from resfeat.worker import Worker
 
 # Each stage alone is repeated for at least this long.
 SECONDS = 3.0

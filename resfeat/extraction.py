@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resfeat import engines
-from resfeat.calibration import calibrate
 from resfeat.dataset import Dataset, Record
 from resfeat.errors import ResfeatError, Stopped, UsageError
 from resfeat.layout import Layout
 from resfeat.lock import run_lock
-from resfeat.parity import SAMPLE, check, differs
 from resfeat.plan import write_plan
 from resfeat.report import Progress, Report, Tally, versions
 from resfeat.runtimes import REFERENCE
-from resfeat.sample import sample
 from resfeat.sink import write_json
 from resfeat.sources.directory import Directories, printable
 from resfeat.sources.item import Item
@@ -29,6 +26,7 @@ from resfeat.spec import ExtractSpec, Identity
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
+    from resfeat.engines.cluster import Cluster
 
 LISTED_BETWEEN_CALLS = 10_000
 
@@ -51,12 +49,31 @@ def extract(
     there was a plan, and ResfeatError where the run cannot begin or go on. What is committed by
     then stays, and the same call resumes.
     """
-    from resfeat.backbones.weights import resolve
-
     started = time.monotonic()
     layout = Layout(spec.output)
     listing = Directories(spec.sources)
     _check_free(layout, listing)
+    with engines.prepare(spec.runtime) as cluster:
+        if cluster and _is_unfinished(layout):
+            cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
+        return _run(spec, layout, listing, cluster, started, on_note, on_progress, stopping)
+
+
+def _run(
+    spec: ExtractSpec,
+    layout: Layout,
+    listing: Directories,
+    cluster: Cluster | None,
+    started: float,
+    on_note: Callable[[str], None],
+    on_progress: Callable[[Progress], None],
+    stopping: Callable[[], bool],
+) -> Report:
+    from resfeat.backbones.weights import resolve
+    from resfeat.calibration import calibrate
+    from resfeat.parity import SAMPLE, differs
+    from resfeat.sample import sample
+
     weights = resolve(spec)
     with _output(layout):
         record = Record.load(layout)
@@ -71,7 +88,9 @@ def extract(
             if tally.todo:
                 if record.identity.precision == "int8":
                     record = calibrate(layout, record, weights, tally.note)
-                with engines.start(spec.runtime, layout, record, weights, tally.todo) as engine:
+                with engines.start(
+                    spec.runtime, layout, record, weights, tally.todo, cluster
+                ) as engine:
                     tally.engine = engine.description
                     if differs(record.identity, engine.placement):
                         items = sample(layout, record.plan.shards, SAMPLE)
@@ -91,6 +110,11 @@ def extract(
     if report.status == "failed":
         raise ResfeatError(report.error) from error
     return report
+
+
+def _is_unfinished(layout: Layout) -> bool:
+    record = Record.load(layout)
+    return record is None or len(layout.committed()) < record.plan.shards
 
 
 def _make_plan(
@@ -141,6 +165,8 @@ def _prove(
     spec: ExtractSpec,
 ) -> None:
     """Write down how near the run is to the reference, if that is near enough."""
+    from resfeat.parity import check
+
     parity = tally.parity
     if parity is None:
         return

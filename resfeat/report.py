@@ -11,15 +11,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resfeat import __version__, verdict
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
+from resfeat.job import ShardResult
 from resfeat.machine import hardware
-from resfeat.parity import Parity
 from resfeat.plan import Plan
-from resfeat.worker import ShardResult
+
+if TYPE_CHECKING:
+    from resfeat.parity import Parity
 
 LIBRARIES = (
     "torch", "torchvision", "openvino", "nncf", "pillow", "simplejpeg", "pyarrow", "ray"

@@ -10,7 +10,7 @@ module knows nothing of Ray.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,61 +27,18 @@ from resfeat.clock import StageClock
 from resfeat.dataset import Record
 from resfeat.decode import Picture, decode
 from resfeat.errors import Failure, ResfeatError, Stopped
+from resfeat.job import READ_AHEAD, Job, Placement, ShardResult
 from resfeat.layout import Layout
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema
 from resfeat.sources.directory import path_of, printable, read
 from resfeat.sources.item import Item
-from resfeat.spec import Identity, RuntimeName
 
-# Files that are read while all decoders are busy: enough to hide the latency of a disk.
-READ_AHEAD = 4
 # Of a shard, beyond the batches that are being embedded: at least this many images, in batches of
 # which there are at least two, are under way. Enough for the unevenness of reading and decoding.
 IMAGES_AHEAD = 64
 BATCHES_AHEAD = 2
-# A worker has two shards in hand: one is decoded and embedded while the other drains and commits.
-SHARDS_IN_HAND = 2
 # Forward passes at a time on a GPU: the copies of one run while the other is computed.
 PASSES_ON_GPU = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be done, the same for every worker of a run. Small: the weights travel apart.
-
-    dims: length of each layer's embedding.
-    """
-
-    output: str
-    identity: Identity
-    dims: Mapping[str, int]
-    with_label: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where a worker runs and what it may use: "cpu" or "cuda", CPU cores, images in a batch."""
-
-    runtime: RuntimeName
-    device: str
-    cpus: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What a committed shard gave.
-
-    fits: images that were embedded at once in the end, fewer than a batch where the device's memory
-    did not hold one. seconds: busy ones by stage, added up over threads.
-    """
-
-    shard: int
-    embedded: int
-    failed: int
-    changed: int
-    fits: int
-    seconds: Mapping[str, float]
 
 
 class Worker:

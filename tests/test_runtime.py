@@ -13,12 +13,13 @@ from resfeat import runtimes
 from resfeat.backbones import build
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
+from resfeat.job import Placement
 from resfeat.parity import cosine
 from resfeat.runtimes.embedder import fold_batch_norm
 from resfeat.runtimes.openvino import OpenVINORuntime, has_bf16, quantise
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
-from resfeat.worker import Placement, Worker, _forward
+from resfeat.worker import Worker, _forward
 
 BATCH = 4
 

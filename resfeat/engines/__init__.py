@@ -13,11 +13,12 @@ Both engines are context managers with the same members:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+from resfeat.engines.cluster import Cluster
+from resfeat.job import Job, Placement, ShardResult
 from resfeat.runtimes import BATCH_SIZE, choose
-from resfeat.worker import Job, Placement, ShardResult
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -57,22 +58,30 @@ class Engine(Protocol):
         ...
 
 
+def prepare(options: RuntimeOptions) -> AbstractContextManager[Cluster | None]:
+    """Ray, if the options ask for it: to be begun early, and left at the end."""
+    if options.workers == 0:
+        return nullcontext()
+    return Cluster(options.address)
+
+
 def start(
     options: RuntimeOptions,
     layout: Layout,
     record: Record,
     weights: Weights,
     shards: Sequence[int],
+    cluster: Cluster | None,
 ) -> AbstractContextManager[Engine]:
-    """The engine that the options ask for, ready to run these shards."""
+    """The engine that the options ask for, ready to run these shards; on Ray, if there is one."""
     job = as_job(layout, record, weights)
-    if options.workers == 0:
+    if cluster is None:
         from resfeat.engines.inline import InlineEngine
 
         return InlineEngine(options, job, weights.tensors)
     from resfeat.engines.ray import RayEngine
 
-    return RayEngine(options, job, weights.tensors, len(shards))
+    return RayEngine(options, job, weights.tensors, len(shards), cluster)
 
 
 def as_job(layout: Layout, record: Record, weights: Weights) -> Job:

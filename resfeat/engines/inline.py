@@ -13,11 +13,12 @@ from torch import Tensor
 
 from resfeat.engines import DRAIN_SECONDS, OnProgress, place
 from resfeat.errors import ResfeatError, Stopped
+from resfeat.job import SHARDS_IN_HAND, Job, ShardResult
 from resfeat.machine import cpu_count
 from resfeat.parity import Parity, measure
 from resfeat.sources.item import Item
 from resfeat.spec import RuntimeOptions
-from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult, Worker, process_shard
+from resfeat.worker import Worker, process_shard
 
 
 class InlineEngine(AbstractContextManager["InlineEngine"]):

@@ -1,4 +1,4 @@
-"""On Ray: a pool of actors, made once a run. The only module that knows Ray.
+"""On Ray: a pool of actors, made once a run. Only this and `cluster.py` know Ray.
 
 Each actor builds its model once, from weights that the driver resolved and put in Ray's object
 store. The driver keeps a bounded number of shards in the hands of each live actor; when an actor
@@ -8,25 +8,15 @@ find no room stay pending, which is what makes Ray's autoscaler add nodes.
 
 from __future__ import annotations
 
-import logging
-import os
 import platform
-import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-# Ray reads these on import. It would print its own words about dead workers to standard output, and
-# its C++ part would take SIGTERM away from us and abort.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
-os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 import numpy as np
 import ray
@@ -37,26 +27,19 @@ from torch import Tensor
 
 from resfeat import __version__
 from resfeat.engines import DRAIN_SECONDS, OnProgress, place
+from resfeat.engines.cluster import Cluster, last_line
 from resfeat.errors import ResfeatError, Stopped
-from resfeat.machine import cpu_count
+from resfeat.job import SHARDS_IN_HAND, Job, Placement, ShardResult
 from resfeat.parity import Parity, measure
 from resfeat.sources.item import Item
 from resfeat.spec import RuntimeOptions
-from resfeat.worker import (
-    SHARDS_IN_HAND,
-    Job,
-    Placement,
-    ShardResult,
-    Worker,
-    process_shard,
-)
+from resfeat.worker import Worker, process_shard
 
 # A shard whose worker died this often is taken to be what kills it.
 ATTEMPTS = 3
 # One CPU worker gets no more cores than this by default; larger machines get more workers.
 CPUS_PER_WORKER = 8
 POLL_SECONDS = 0.5
-CONNECT_SECONDS = 5.0
 # On a cluster a worker may wait for a machine to be added; here there is nothing to wait for.
 START_SECONDS = 180.0
 
@@ -124,27 +107,22 @@ class RayEngine(AbstractContextManager["RayEngine"]):
     """A pool of Ray actors, on a cluster that is running or on one that is started for the run."""
 
     def __init__(
-        self, options: RuntimeOptions, job: Job, tensors: dict[str, Tensor], shards: int
+        self,
+        options: RuntimeOptions,
+        job: Job,
+        tensors: dict[str, Tensor],
+        shards: int,
+        cluster: Cluster,
     ) -> None:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         self._local = options.address is None
-        self._joined = ray.is_initialized()  # by the program that calls us: theirs to shut down
-        # In the main thread Ray would put a Python handler of SIGTERM in place of ours, which can
-        # lose the signal. The processes that it starts die with the thread that started them.
-        self._starter = ThreadPoolExecutor(1, "ray-init")
-        if not self._joined:
-            size = sum(array.nbytes for array in arrays.values())
-            self._starter.submit(_connect, options.address, size).result()
-        try:
-            workers, resources, self.placement = _place(options, job, shards)
-            remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
-                RayWorker
-            ).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
-            self._weights = ray.put(arrays)
-            self._members = [_Member(remote.remote(job, self.placement)) for _ in range(workers)]
-        except BaseException:
-            self._leave()
-            raise
+        cluster.ready()
+        workers, resources, self.placement = _place(options, job, shards)
+        remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
+            RayWorker
+        ).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
+        self._weights = ray.put(arrays)
+        self._members = [_Member(remote.remote(job, self.placement)) for _ in range(workers)]
         self.description = {
             "engine": "ray",
             "ray": ray.__version__,
@@ -162,12 +140,6 @@ class RayEngine(AbstractContextManager["RayEngine"]):
     ) -> None:
         for member in self._members:
             ray.kill(member.actor)
-        self._leave()
-
-    def _leave(self) -> None:
-        if not self._joined:
-            ray.shutdown()
-        self._starter.shutdown()
 
     def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
         call = self._members[0].actor.parity.remote(list(items), [self._weights])
@@ -183,7 +155,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         except RayTaskError as error:
             raise _as_resfeat(error) from error
         except RayError as error:
-            raise ResfeatError(f"a worker could not start: {_last_line(error)}") from error
+            raise ResfeatError(f"a worker could not start: {last_line(error)}") from error
 
     def run(
         self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
@@ -299,13 +271,13 @@ class _Pool:
     def _died(self, member: _Member, error: RayError) -> None:
         """Put a dead actor's shards back and wait for the one that Ray starts in its place."""
         if not member.in_hand:
-            raise ResfeatError(f"a worker could not start: {_last_line(error)}") from error
+            raise ResfeatError(f"a worker could not start: {last_line(error)}") from error
         # Of its shards the oldest is the likelier reason, and all of them are done again.
         culprit = member.in_hand[0]
         self.deaths[culprit] += 1
         if self.deaths[culprit] >= ATTEMPTS:
             raise ResfeatError(
-                f"{ATTEMPTS} workers died while doing shard {culprit}: {_last_line(error)}; "
+                f"{ATTEMPTS} workers died while doing shard {culprit}: {last_line(error)}; "
                 "give each more memory (fewer --workers), or look at that shard in _resfeat/plan"
             ) from error
         for shard in member.in_hand:
@@ -315,41 +287,6 @@ class _Pool:
         member.live = False
         self._calls = {call: owner for call, owner in self._calls.items() if owner[0] is not member}
         self._await_start(member)
-
-
-def _connect(address: str | None, weights_bytes: int) -> None:
-    """Join the cluster at `address`, or start one on this machine for the length of the run."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
-        if address:
-            _check_reachable(address)
-            ray.init(address=address, **quiet)
-        else:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(
-                address="local",
-                num_cpus=cpu_count(),
-                include_dashboard=False,
-                # The store holds the weights and nothing else.
-                object_store_memory=2 * weights_bytes + 100 * 1024**2,
-                **quiet,
-            )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"join Ray at {address}" if address else "start Ray"
-        hint = "check --address" if address else "--workers 0 does without it"
-        raise ResfeatError(f"cannot {where}: {_last_line(error)}; {hint}") from error
-
-
-def _check_reachable(address: str) -> None:
-    """Fail within seconds where nobody listens; Ray itself goes on trying for many minutes."""
-    if address == "auto":
-        named = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-        address = os.environ.get("RAY_ADDRESS") or (named.read_text() if named.exists() else "")
-    host, _, port = address.strip().removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _place(
@@ -410,9 +347,4 @@ def _as_resfeat(error: RayTaskError) -> Exception:
     cause = error.cause if isinstance(error.cause, Exception) else None
     if isinstance(cause, ResfeatError):
         return type(cause)(str(cause))
-    return ResfeatError(f"a worker failed: {_last_line(cause or error)}")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return ResfeatError(f"a worker failed: {last_line(cause or error)}")

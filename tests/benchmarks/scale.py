@@ -25,15 +25,15 @@ import numpy as np
 from resfeat import __version__, plan
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Dataset, Record
+from resfeat.engines import prepare, start
 from resfeat.engines import ray as engine
-from resfeat.engines import start
+from resfeat.job import ShardResult
 from resfeat.layout import Layout
 from resfeat.machine import hardware
 from resfeat.report import Tally, versions
 from resfeat.sink import Part, Row, embeddings_schema
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import ShardResult
 
 HERE = Path(__file__).parent
 # Short vectors: what is measured is the driver, and not how fast a disk takes the values.
@@ -88,7 +88,10 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
     tally = Tally(planned, (), lambda progress: None, time.monotonic(), lambda note: None)
     engine.RayWorker = Idle  # type: ignore[misc]
     options = RuntimeOptions(workers=2)
-    with start(options, layout, record, weights, tally.todo) as running:
+    with (
+        prepare(options) as cluster,
+        start(options, layout, record, weights, tally.todo, cluster) as running,
+    ):
         tally.engine = running.description
         for result in running.run(tally.todo, tally.show, lambda: False):
             tally.add(result)

@@ -1,0 +1,107 @@
+"""Ray itself: joining a cluster, or starting one for a run, beside whatever is done meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from resfeat.errors import ResfeatError
+from resfeat.machine import cpu_count
+
+# Ray reads these on import. It would print its own words about dead workers to standard output, and
+# its C++ part would take SIGTERM away from us and abort.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+
+# Of the object store, which holds the weights and nothing else; it takes only what it is given, and
+# what does not fit goes to the disk.
+STORE_BYTES = 2 * 1024**3
+CONNECT_SECONDS = 5.0
+
+
+class Cluster(AbstractContextManager["Cluster"]):
+    """Ray for the length of a run. It takes seconds to start, so `begin` returns at once.
+
+    In the main thread Ray would put a Python handler of SIGTERM in place of ours, which can lose
+    the signal. Its processes die with the thread that started them, so that one is kept.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address
+        self._starter = ThreadPoolExecutor(1, "ray-init")
+        self._connected: Future[bool] | None = None
+
+    def begin(self) -> Future[bool]:
+        """Start to connect, if that has not been done."""
+        if self._connected is None:
+            self._connected = self._starter.submit(_connect, self._address)
+        return self._connected
+
+    def ready(self) -> None:
+        """Wait until Ray can be used. Raises ResfeatError where it cannot."""
+        self.begin().result()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with suppress(ResfeatError):  # it was raised by `ready`, or something else has gone first
+            if self._connected and self._connected.result():
+                import ray
+
+                ray.shutdown()
+        self._starter.shutdown()
+
+
+def _connect(address: str | None) -> bool:
+    """Join the cluster at `address`, or start one on this machine; False where the program that
+    calls us has already done so."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        if address:
+            _check_reachable(address)
+            ray.init(address=address, **quiet)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(
+                address="local",
+                num_cpus=cpu_count(),
+                include_dashboard=False,
+                object_store_memory=STORE_BYTES,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"join Ray at {address}" if address else "start Ray"
+        hint = "check --address" if address else "--workers 0 does without it"
+        raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
+    return True
+
+
+def _check_reachable(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself goes on trying for many minutes."""
+    if address == "auto":
+        named = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        address = os.environ.get("RAY_ADDRESS") or (named.read_text() if named.exists() else "")
+    host, _, port = address.strip().removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
+
+def last_line(error: BaseException) -> str:
+    """The last of what an error says: Ray puts the reason there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
