@@ -75,7 +75,9 @@ def bench(
     weights = resolve(features)
     with _dataset(items, weights, on_step) as (layout, record):
         job = as_job(layout, record, weights)
-        with InlineEngine(replace(options, workers=0), job, weights.tensors) as engine:
+        with InlineEngine(
+            replace(options, workers=0), job, weights.tensors, layout.quantised
+        ) as engine:
             worker = engine.worker
             on_step("reading")
             contents, read_rate = _read(worker, items)

@@ -71,7 +71,7 @@ def _run(
 ) -> Report:
     from resfeat.backbones.weights import resolve
     from resfeat.calibration import calibrate
-    from resfeat.parity import SAMPLE, differs
+    from resfeat.parity import SAMPLE, compare, differs, reference
     from resfeat.sample import sample
 
     weights = resolve(spec)
@@ -88,14 +88,16 @@ def _run(
             if tally.todo:
                 if record.identity.precision == "int8":
                     record = calibrate(layout, record, weights, tally.note)
+                items = sample(layout, record.plan.shards, SAMPLE)
+                expected = reference(record.identity, weights.tensors, items)
                 with engines.start(
                     spec.runtime, layout, record, weights, tally.todo, cluster
                 ) as engine:
                     tally.engine = engine.description
-                    if differs(record.identity, engine.placement):
-                        items = sample(layout, record.plan.shards, SAMPLE)
-                        tally.parity = engine.parity(items, stopping)
-                        _prove(tally, layout, record, spec)
+                    if expected and differs(record.identity, engine.placement):
+                        given = engine.embed(expected.pictures, stopping)
+                        tally.parity = compare(given, expected, record.identity, weights.dims)
+                        _prove(tally, layout, record, spec.min_parity)
                     for result in engine.run(tally.todo, tally.show, stopping):
                         tally.add(result)
         except ResfeatError as raised:
@@ -158,19 +160,13 @@ def _make_plan(
     return record
 
 
-def _prove(
-    tally: Tally,
-    layout: Layout,
-    record: Record,
-    spec: ExtractSpec,
-) -> None:
+def _prove(tally: Tally, layout: Layout, record: Record, least: float | None) -> None:
     """Write down how near the run is to the reference, if that is near enough."""
     from resfeat.parity import check
 
     parity = tally.parity
-    if parity is None:
-        return
-    check(parity, record.identity, spec.min_parity)
+    assert parity is not None
+    check(parity, record.identity, least)
     if record.parity is None:
         replace(record, parity=vars(parity)).save(layout)
     if record.identity.precision == REFERENCE:

@@ -6,7 +6,7 @@ embedded both ways before it starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from resfeat.errors import ResfeatError
 from resfeat.job import Placement
-from resfeat.runtimes import REFERENCE, Runtime
+from resfeat.runtimes import REFERENCE
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.sample import pictures
 from resfeat.sources.item import Item
 from resfeat.spec import Identity
-from resfeat.worker import Worker
 
 # Images that are compared. In the reference's own precision a runtime does the same arithmetic in
 # another order, and the first few show whether it does.
 SAMPLE = 32
 SAMPLE_OF_REFERENCE = 4
+BATCH = 8  # of the reference
 LEAST = {"int8": 0.99}
 LEAST_OTHERWISE = 0.999
 
@@ -45,58 +45,64 @@ def differs(identity: Identity, placement: Placement) -> bool:
     return here != ("torch", "cpu", REFERENCE)
 
 
-def measure(worker: Worker, tensors: dict[str, Tensor], items: Sequence[Item]) -> Parity | None:
-    """Embed the first images that decode with the worker's model and with the reference.
+@dataclass(frozen=True)
+class Reference:
+    """Pictures, uint8 [H, W, 3] each, and their embeddings [N, D] by torch in fp32 on a CPU."""
 
-    Where none decodes, or the reference has nothing to say of those that do, the reference's own
+    pictures: Sequence[NDArray[np.uint8]]
+    embeddings: NDArray[np.float32]
+
+
+def reference(
+    identity: Identity, tensors: Mapping[str, Tensor], items: Sequence[Item]
+) -> Reference | None:
+    """Embed the first images that decode as the reference does.
+
+    Where none does, or the reference has nothing to say of those that do, the reference's own
     precision goes unmeasured (None), and any other raises ResfeatError.
     """
-    identity = worker.job.identity
     wanted = SAMPLE_OF_REFERENCE if identity.precision == REFERENCE else SAMPLE
     chosen = pictures(items, identity, wanted)
     if not chosen:
         why = f"none of {len(items)} sampled images can be decoded"
         return _go_without(identity, why, "are these images?")
-    reference = TorchRuntime(replace(identity, precision=REFERENCE), tensors, "cpu")
-    with np.errstate(over="ignore"):
-        given = _embed(worker, worker.runtime, chosen).astype(identity.dtype).astype(np.float32)
-    expected = _embed(worker, reference, chosen)
+    runtime = TorchRuntime(replace(identity, precision=REFERENCE), tensors, "cpu")
+    expected = np.concatenate(
+        [runtime.embed(np.stack(chosen[i : i + BATCH])) for i in range(0, len(chosen), BATCH)]
+    )
     # Where the reference gives nothing, there is nothing to compare.
     sound = np.isfinite(expected).all(axis=1) & expected.any(axis=1)
     if not sound.any():
         why = f"fp32 embeddings of {len(chosen)} sampled images are all zero or not finite"
         return _go_without(identity, why, "are these the right weights?")
-    bounds = np.cumsum(list(worker.job.dims.values()))[:-1]
+    kept = [picture for picture, one in zip(chosen, sound, strict=True) if one]
+    return Reference(kept, expected[sound])
+
+
+def compare(
+    given: NDArray[np.float32], expected: Reference, identity: Identity, dims: Mapping[str, int]
+) -> Parity:
+    """How near embeddings [N, D], once they are stored as the identity has it, are to the
+    reference's. dims: the length of each layer."""
+    with np.errstate(over="ignore"):
+        stored = given.astype(identity.dtype).astype(np.float32)
+    bounds = np.cumsum(list(dims.values()))[:-1]
     layers = zip(
-        np.split(given[sound], bounds, axis=1),
-        np.split(expected[sound], bounds, axis=1),
+        np.split(stored, bounds, axis=1),
+        np.split(expected.embeddings, bounds, axis=1),
         strict=True,
     )
     every = np.concatenate([cosine(ours, theirs) for ours, theirs in layers])
-    return Parity(int(sound.sum()), float(every.min()), float(np.median(every)))
+    return Parity(len(given), float(every.min()), float(np.median(every)))
 
 
-def _go_without(identity: Identity, why: str, ask: str) -> Parity | None:
+def _go_without(identity: Identity, why: str, ask: str) -> Reference | None:
     if identity.precision == REFERENCE:
         return None
     raise ResfeatError(
         f"{why}, so {identity.precision} cannot be compared with fp32: {ask} "
         "--precision fp32 does without"
     )
-
-
-def _embed(
-    worker: Worker, runtime: Runtime, chosen: Sequence[NDArray[np.uint8]]
-) -> NDArray[np.float32]:
-    """Embeddings of pictures, in the batches, threads and so number of cores of the run."""
-    size = worker.placement.batch_size
-    batches = []
-    for start in range(0, len(chosen), size):
-        some = chosen[start : start + size]
-        batch = runtime.empty((size, *some[0].shape))
-        batch[: len(some)] = some
-        batches.append(worker.forwards.submit(runtime.embed, batch))
-    return np.concatenate([batch.result() for batch in batches])[: len(chosen)]
 
 
 def check(parity: Parity, identity: Identity, least: float | None) -> None:

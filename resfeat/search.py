@@ -58,15 +58,9 @@ def embed_queries(
             f"{dataset.layout.root} was made with other weights than {dataset.record.weights} are "
             "now: bring back the file that it was made with"
         )
-    runtime = runtimes.start(
-        runtimes.choose(None, identity.model, identity.precision, "cpu"),
-        identity,
-        weights.tensors,
-        device="cpu",
-        threads=1,
-        batch_size=1,
-        quantised=dataset.layout.quantised,
-    )
+    name = runtimes.choose(None, identity.model, identity.precision, "cpu")
+    network = runtimes.prepare(name, identity, weights.tensors, dataset.layout.quantised)
+    runtime = runtimes.start(name, identity, network, device="cpu", threads=1, batch_size=1)
     every = np.concatenate([runtime.embed(picture[None]) for picture in pictures])
     bounds = np.cumsum(list(weights.dims.values()))[:-1]
     by_layer = dict(zip(weights.dims, np.split(every, bounds, axis=1), strict=True))

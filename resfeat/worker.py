@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from resfeat import plan, runtimes
 from resfeat.clock import StageClock
@@ -29,6 +28,7 @@ from resfeat.decode import Picture, decode
 from resfeat.errors import Failure, ResfeatError, Stopped
 from resfeat.job import READ_AHEAD, Job, Placement, ShardResult
 from resfeat.layout import Layout
+from resfeat.runtimes import Network
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema
 from resfeat.sources.directory import path_of, printable, read
 from resfeat.sources.item import Item
@@ -51,7 +51,7 @@ class Worker:
     is thought to hold at once. stopping: set it to have shards in hand raise Stopped soon.
     """
 
-    def __init__(self, job: Job, placement: Placement, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, job: Job, placement: Placement, network: Network) -> None:
         self.job = job
         self.placement = placement
         self.layout = Layout(job.output)
@@ -59,11 +59,10 @@ class Worker:
         self.runtime = runtimes.start(
             placement.runtime,
             job.identity,
-            tensors,
+            network,
             device=placement.device,
             threads=self.forward_threads,
             batch_size=placement.batch_size,
-            quantised=self.layout.quantised,
         )
         self.fits = placement.batch_size
         self.progress: dict[int, tuple[int, int]] = {}
@@ -86,6 +85,17 @@ class Worker:
             parity=record.parity,
             quantised=record.quantised,
         )
+
+    def embed(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Embeddings [N, D] of pictures uint8 [H, W, 3], in batches and threads as in a run."""
+        size = self.placement.batch_size
+        batches = []
+        for start in range(0, len(pictures), size):
+            some = pictures[start : start + size]
+            batch = self.runtime.empty((size, *some[0].shape))
+            batch[: len(some)] = some
+            batches.append(self.forwards.submit(_forward, self, batch))
+        return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
 
     def close(self) -> None:
         """Let the threads go; whatever has not begun is dropped."""

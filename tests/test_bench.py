@@ -66,5 +66,6 @@ def test_the_sample_is_spread_over_any_listing(count, wanted):
     numbers = [int(item.id) for item in chosen]
     assert min(count, wanted) <= len(numbers) < 2 * wanted or len(numbers) == count == 1
     steps = {b - a for a, b in itertools.pairwise(numbers)}
-    assert len(steps) <= 1 and numbers[0] == 0
-    assert count - numbers[-1] <= max(steps, default=1)
+    assert numbers[0] == 0 and len(steps) <= 1
+    for step in steps:
+        assert count - numbers[-1] <= step

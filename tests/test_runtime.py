@@ -16,7 +16,7 @@ from resfeat.errors import ResfeatError, UsageError
 from resfeat.job import Placement
 from resfeat.parity import cosine
 from resfeat.runtimes.embedder import fold_batch_norm
-from resfeat.runtimes.openvino import OpenVINORuntime, has_bf16, quantise
+from resfeat.runtimes.openvino import OpenVINORuntime, convert, has_bf16, load, quantise
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
 from resfeat.worker import Worker, _forward
@@ -45,9 +45,10 @@ def pixels(photos):
     )
 
 
-def openvino(weights, precision="fp32", threads=2, network=None):
+def openvino(weights, precision="fp32", threads=2, quantised=None):
     identity = replace(weights.identity, precision=precision)
-    return OpenVINORuntime(identity, weights.tensors, threads, BATCH, network)
+    network = load(quantised) if quantised else convert(identity, weights.tensors)
+    return OpenVINORuntime(identity, network, threads, BATCH)
 
 
 def embed(runtime, pixels):
@@ -122,7 +123,7 @@ def test_int8_is_near_to_fp32_and_the_same_when_it_is_made_again(
     for name in "first", "second":
         network = tmp_path / f"{name}.xml"
         quantise(weights.identity, weights.tensors, list(pixels), network)
-        given.append(embed(openvino(weights, "int8", network=network), pixels))
+        given.append(embed(openvino(weights, "int8", quantised=network), pixels))
     assert np.array_equal(*given)
     cosines = cosine(given[0], runtime.embed(pixels))
     assert 0.99 < cosines.min() < 0.999999

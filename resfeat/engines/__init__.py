@@ -4,7 +4,7 @@ Both engines are context managers with the same members:
 
     placement                           where each worker runs, and on what
     description                         what the report says of it: workers, device, batch size, ...
-    parity(items, stopping)             compares embeddings of these items with the reference's
+    embed(pictures, stopping)           embeddings of a few pictures, by one worker
     run(shards, on_progress, stopping)  does the shards and gives each one's ShardResult
 
 `on_progress(done, failed, workers)` is told of the shards in hand about twice a second.
@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from resfeat.engines.cluster import Cluster
 from resfeat.job import Job, Placement, ShardResult
 from resfeat.runtimes import BATCH_SIZE, choose
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
     from resfeat.dataset import Record
     from resfeat.layout import Layout
-    from resfeat.parity import Parity
-    from resfeat.sources.item import Item
     from resfeat.spec import Identity, RuntimeOptions
 
 # How long shards in hand may take to finish once the run is asked to stop.
@@ -47,8 +48,10 @@ class Engine(Protocol):
         """Workers, device, cores, batch size and the like, for the report."""
         ...
 
-    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
-        """Compare one worker's embeddings of these items with the reference's. Raises Stopped."""
+    def embed(
+        self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]
+    ) -> NDArray[np.float32]:
+        """Embeddings [N, D] of pictures uint8 [H, W, 3], by one worker. Raises Stopped."""
         ...
 
     def run(
@@ -78,10 +81,10 @@ def start(
     if cluster is None:
         from resfeat.engines.inline import InlineEngine
 
-        return InlineEngine(options, job, weights.tensors)
+        return InlineEngine(options, job, weights.tensors, layout.quantised)
     from resfeat.engines.ray import RayEngine
 
-    return RayEngine(options, job, weights.tensors, len(shards), cluster)
+    return RayEngine(options, job, weights.tensors, layout.quantised, len(shards), cluster)
 
 
 def as_job(layout: Layout, record: Record, weights: Weights) -> Job:

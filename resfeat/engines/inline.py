@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from resfeat import runtimes
 from resfeat.engines import DRAIN_SECONDS, OnProgress, place
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.job import SHARDS_IN_HAND, Job, ShardResult
 from resfeat.machine import cpu_count
-from resfeat.parity import Parity, measure
-from resfeat.sources.item import Item
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import Worker, process_shard
 
@@ -24,13 +26,15 @@ from resfeat.worker import Worker, process_shard
 class InlineEngine(AbstractContextManager["InlineEngine"]):
     """One worker, in this process."""
 
-    def __init__(self, options: RuntimeOptions, job: Job, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, options: RuntimeOptions, job: Job, tensors: Mapping[str, Tensor], quantised: Path
+    ) -> None:
         device = _device(options.gpus_per_worker)
         cpus = options.cpus_per_worker or cpu_count()
         self.placement = place(options, job.identity, device, cpus)
         self.description = {"engine": "inline", "workers": 1, **vars(self.placement)}
-        self.worker = Worker(job, self.placement, tensors)
-        self._tensors = tensors
+        network = runtimes.prepare(self.placement.runtime, job.identity, tensors, quantised)
+        self.worker = Worker(job, self.placement, network)
         self._pool = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
 
     def __exit__(
@@ -43,12 +47,14 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         self._pool.shutdown(cancel_futures=True)
         self.worker.close()
 
-    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
-        measured = self._pool.submit(measure, self.worker, self._tensors, items)
-        while not wait([measured], timeout=0.5).done:
+    def embed(
+        self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]
+    ) -> NDArray[np.float32]:
+        given = self._pool.submit(self.worker.embed, pictures)
+        while not wait([given], timeout=0.5).done:
             if stopping():
                 raise Stopped("stopped while comparing with fp32")
-        return measured.result()
+        return given.result()
 
     def run(
         self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]

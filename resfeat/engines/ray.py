@@ -1,6 +1,6 @@
 """On Ray: a pool of actors, made once a run. Only this and `cluster.py` know Ray.
 
-Each actor builds its model once, from weights that the driver resolved and put in Ray's object
+Each actor builds its model once, from the network that the driver prepared and put in Ray's object
 store. The driver keeps a bounded number of shards in the hands of each live actor; when an actor
 dies, Ray starts another in its place and the shards go back to the front of the queue. Actors that
 find no room stay pending, which is what makes Ray's autoscaler add nodes.
@@ -12,9 +12,10 @@ import platform
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -25,13 +26,12 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
-from resfeat import __version__
+from resfeat import __version__, runtimes
 from resfeat.engines import DRAIN_SECONDS, OnProgress, place
 from resfeat.engines.cluster import Cluster, last_line
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.job import SHARDS_IN_HAND, Job, Placement, ShardResult
-from resfeat.parity import Parity, measure
-from resfeat.sources.item import Item
+from resfeat.runtimes import Network
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import Worker, process_shard
 
@@ -54,44 +54,40 @@ class RayWorker:
         self._building = threading.Lock()
 
     @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
-    def start(self, weights: list[ray.ObjectRef[Any]]) -> str:
+    def start(self, network: list[ray.ObjectRef[Any]]) -> str:
         """Build the model; gives the version of resfeat here."""
-        self._ready_worker(weights)
+        self._ready_worker(network)
         return __version__
 
     @ray.method(concurrency_group="shards")
-    def process(self, shard: int, weights: list[ray.ObjectRef[Any]]) -> ShardResult:
-        return process_shard(self._ready_worker(weights), shard)
+    def process(self, shard: int, network: list[ray.ObjectRef[Any]]) -> ShardResult:
+        return process_shard(self._ready_worker(network), shard)
 
     @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
-    def parity(self, items: list[Item], weights: list[ray.ObjectRef[Any]]) -> Parity | None:
-        return measure(self._ready_worker(weights), _tensors(weights), items)
+    def embed(
+        self, pictures: list[NDArray[np.uint8]], network: list[ray.ObjectRef[Any]]
+    ) -> NDArray[np.float32]:
+        return self._ready_worker(network).embed(pictures)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> dict[int, tuple[int, int]]:
         """Images done and failed so far, by shard in hand."""
         return dict(self._worker.progress) if self._worker else {}
 
-    def _ready_worker(self, weights: list[ray.ObjectRef[Any]]) -> Worker:
+    def _ready_worker(self, network: list[ray.ObjectRef[Any]]) -> Worker:
         """The worker, built on first use: Ray restarts an actor without telling us."""
         with self._building:
             if self._worker is None:
-                self._worker = self._build(_tensors(weights))
+                self._worker = self._build(ray.get(network[0]))
             return self._worker
 
-    def _build(self, tensors: dict[str, Tensor]) -> Worker:
+    def _build(self, network: Network) -> Worker:
         if self._placement.device == "cuda" and not torch.cuda.is_available():
             raise ResfeatError(
                 "Ray gave this worker a GPU and torch cannot use it: install a CUDA build of torch "
                 f"on {platform.node()}, or give --gpus-per-worker 0"
             )
-        return Worker(self._job, self._placement, tensors)
-
-
-def _tensors(weights: list[ray.ObjectRef[Any]]) -> dict[str, Tensor]:
-    # Copies, since what comes out of the object store is read-only and shared.
-    arrays: dict[str, NDArray[Any]] = ray.get(weights[0])
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        return Worker(self._job, self._placement, network)
 
 
 @dataclass(eq=False)
@@ -110,19 +106,22 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         self,
         options: RuntimeOptions,
         job: Job,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        quantised: Path,
         shards: int,
         cluster: Cluster,
     ) -> None:
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         self._local = options.address is None
         cluster.ready()
         workers, resources, self.placement = _place(options, job, shards)
         remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
             RayWorker
         ).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
-        self._weights = ray.put(arrays)
         self._members = [_Member(remote.remote(job, self.placement)) for _ in range(workers)]
+        # While they start.
+        self._network = ray.put(
+            runtimes.prepare(self.placement.runtime, job.identity, tensors, quantised)
+        )
         self.description = {
             "engine": "ray",
             "ray": ray.__version__,
@@ -141,8 +140,10 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         for member in self._members:
             ray.kill(member.actor)
 
-    def parity(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Parity | None:
-        call = self._members[0].actor.parity.remote(list(items), [self._weights])
+    def embed(
+        self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]
+    ) -> NDArray[np.float32]:
+        call = self._members[0].actor.embed.remote(list(pictures), [self._network])
         deadline = time.monotonic() + START_SECONDS
         while not ray.wait([call], timeout=POLL_SECONDS)[0]:
             if stopping():
@@ -150,8 +151,8 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             if self._local and time.monotonic() > deadline:
                 raise _no_worker()
         try:
-            measured: Parity | None = ray.get(call)
-            return measured
+            given: NDArray[np.float32] = ray.get(call)
+            return given
         except RayTaskError as error:
             raise _as_resfeat(error) from error
         except RayError as error:
@@ -160,7 +161,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
     def run(
         self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
     ) -> Iterator[ShardResult]:
-        pool = _Pool(self._members, self._weights, shards)
+        pool = _Pool(self._members, self._network, shards)
         give_up: float | None = None
         deadline = time.monotonic() + START_SECONDS
         while pool.busy:
@@ -185,12 +186,12 @@ class _Pool:
     """Which shard is in whose hands."""
 
     def __init__(
-        self, members: Sequence[_Member], weights: ray.ObjectRef[Any], shards: Sequence[int]
+        self, members: Sequence[_Member], network: ray.ObjectRef[Any], shards: Sequence[int]
     ) -> None:
         self.waiting = deque(shards)
         self.left = len(shards)
         self._members = members
-        self._weights = weights
+        self._network = network
         self.deaths: Counter[int] = Counter()
         # Every call under way: whose it is, and the shard, or None for `start`.
         self._calls: dict[ray.ObjectRef[Any], tuple[_Member, int | None]] = {}
@@ -216,7 +217,7 @@ class _Pool:
                 if self.waiting and member.live and len(member.in_hand) <= room:
                     shard = self.waiting.popleft()
                     member.in_hand.append(shard)
-                    call = member.actor.process.remote(shard, [self._weights])
+                    call = member.actor.process.remote(shard, [self._network])
                     self._calls[call] = member, shard
 
     def collect(self) -> Iterator[ShardResult]:
@@ -258,7 +259,7 @@ class _Pool:
         return sum(n for n, _ in counts), sum(failed for _, failed in counts), len(live)
 
     def _await_start(self, member: _Member) -> None:
-        self._calls[member.actor.start.remote([self._weights])] = member, None
+        self._calls[member.actor.start.remote([self._network])] = member, None
 
     def _ready(self, member: _Member, version: str) -> None:
         if version != __version__:

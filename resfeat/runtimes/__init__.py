@@ -1,6 +1,7 @@
 """One model on one device: pixels in, embeddings out; and which of them runs where.
 
-A runtime has two methods, which several threads may call at once:
+A network is prepared once, where the weights are, and started in every worker. A runtime that was
+started has two methods, which several threads may call at once:
 
     empty(shape)   zeros uint8, in which a batch is to be put together
     embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D]
@@ -13,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,10 @@ OFFERED: Mapping[RuntimeName, tuple[Precision, ...]] = {
 # Images in one forward pass. On a CPU each core runs one, and it is fastest while feature maps stay
 # in that core's cache.
 BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): 256}
+
+
+# What travels to the workers: named arrays, as `prepare` makes them for a runtime.
+Network = Mapping[str, NDArray[Any]]
 
 
 class Runtime(Protocol):
@@ -96,21 +101,35 @@ def _has_bf16() -> bool:
     return has_bf16()
 
 
+def prepare(
+    name: RuntimeName, identity: Identity, tensors: Mapping[str, Tensor], quantised: Path
+) -> Network:
+    """The network as this runtime takes it. quantised: where an int8 network lies."""
+    if name == "torch":
+        return {key: tensor.numpy() for key, tensor in tensors.items()}
+    from resfeat.runtimes.openvino import convert, load
+
+    return load(quantised) if identity.precision == "int8" else convert(identity, tensors)
+
+
 def start(
     name: RuntimeName,
     identity: Identity,
-    tensors: Mapping[str, Tensor],
+    network: Network,
     *,
     device: str,
     threads: int,
     batch_size: int,
-    quantised: Path,
 ) -> Runtime:
-    """Build the model. threads: how many will call it. quantised: where an int8 network lies."""
+    """Build the model. threads: how many will call it."""
     if name == "torch":
+        import torch
+
         from resfeat.runtimes.torch import TorchRuntime
 
+        # Copies, since what came through Ray's object store is read-only and shared.
+        tensors = {key: torch.from_numpy(array.copy()) for key, array in network.items()}
         return TorchRuntime(identity, tensors, device)
     from resfeat.runtimes.openvino import OpenVINORuntime
 
-    return OpenVINORuntime(identity, tensors, threads, batch_size, quantised)
+    return OpenVINORuntime(identity, network, threads, batch_size)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino
 
 from resfeat.errors import ResfeatError, UsageError
+from resfeat.runtimes import Network
 from resfeat.runtimes.embedder import Embedder
 from resfeat.spec import Identity
 
@@ -37,24 +39,14 @@ class OpenVINORuntime:
     May be called from as many threads, each of which runs one batch on one core: so the bits do not
     depend on how many there are.
 
-    quantised: the file of the network that `quantise` made, with precision int8.
+    network: what `convert` or `load` gave.
     """
 
-    def __init__(
-        self,
-        identity: Identity,
-        tensors: Mapping[str, Tensor],
-        threads: int,
-        batch_size: int,
-        quantised: Path,
-    ) -> None:
+    def __init__(self, identity: Identity, network: Network, threads: int, batch_size: int) -> None:
         core = openvino.Core()
-        if identity.precision == "int8":
-            network = core.read_model(quantised)
-        else:
-            network = _convert(identity, tensors)
+        model = core.read_model(network["xml"].tobytes(), openvino.Tensor(network["bin"]))
         crop = identity.preprocessing.crop
-        network.reshape([batch_size, crop, crop, 3])
+        model.reshape([batch_size, crop, crop, 3])
         settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[identity.precision],
             "NUM_STREAMS": threads,
@@ -62,7 +54,7 @@ class OpenVINORuntime:
             # Several workers on one machine would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        self._compiled = core.compile_model(network, "CPU", settings)
+        self._compiled = core.compile_model(model, "CPU", settings)
         self._own = threading.local()
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -84,6 +76,22 @@ def has_bf16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def convert(identity: Identity, tensors: Mapping[str, Tensor]) -> Network:
+    """The network in OpenVINO's form. Raises ResfeatError where it cannot be brought into it."""
+    with TemporaryDirectory(prefix="resfeat-") as folder:
+        path = Path(folder, "network.xml")
+        openvino.save_model(_traced(identity, tensors), path, compress_to_fp16=False)
+        return load(path)
+
+
+def load(path: Path) -> Network:
+    """A network that was saved at `path` (.xml, and .bin beside it)."""
+    return {
+        "xml": np.fromfile(path, np.uint8),
+        "bin": np.fromfile(path.with_suffix(".bin"), np.uint8),
+    }
+
+
 def quantise(
     identity: Identity,
     tensors: Mapping[str, Tensor],
@@ -102,7 +110,7 @@ def quantise(
     nncf.set_log_level(logging.ERROR)
     with redirect_stdout(io.StringIO()):  # it draws bars there
         quantised = nncf.quantize(
-            _convert(identity, tensors),
+            _traced(identity, tensors),
             nncf.Dataset([picture[None] for picture in pictures]),
             subset_size=len(pictures),
             preset=nncf.QuantizationPreset.MIXED,
@@ -110,7 +118,7 @@ def quantise(
     openvino.save_model(quantised, network, compress_to_fp16=False)
 
 
-def _convert(identity: Identity, tensors: Mapping[str, Tensor]) -> Any:
+def _traced(identity: Identity, tensors: Mapping[str, Tensor]) -> Any:
     crop = identity.preprocessing.crop
     example = torch.zeros(1, crop, crop, 3, dtype=torch.uint8)
     embedder = Embedder(identity, tensors).eval()

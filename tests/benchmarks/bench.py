@@ -169,14 +169,15 @@ def forward(output: Path, checkpoint: Path) -> float:
     identity = record.identity
     engine = json.loads(next(layout.runs.glob("*.json")).read_text())["engine"]
     threads, batch_size = engine["cpus"], engine["batch_size"]
+    tensors = resolve(FeatureSpec.of(identity, str(checkpoint))).tensors
+    network = runtimes.prepare(engine["runtime"], identity, tensors, layout.quantised)
     runtime = runtimes.start(
         engine["runtime"],
         identity,
-        resolve(FeatureSpec.of(identity, str(checkpoint))).tensors,
+        network,
         device="cpu",
         threads=threads,
         batch_size=batch_size,
-        quantised=layout.quantised,
     )
     chosen = pictures(sample(layout, record.plan.shards, batch_size), identity, batch_size)
     pixels = np.stack(list(itertools.islice(itertools.cycle(chosen), batch_size)))

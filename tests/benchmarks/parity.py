@@ -81,14 +81,9 @@ def against_fp32(name, runtime, precision, device, paths, others):
             from resfeat.runtimes.openvino import quantise
 
             quantise(identity, tensors, list(pictures(others, identity)), quantised)
+        prepared = runtimes.prepare(runtime, identity, tensors, quantised)
         started = runtimes.start(
-            runtime,
-            identity,
-            tensors,
-            device=device,
-            threads=1,
-            batch_size=len(pixels),
-            quantised=quantised,
+            runtime, identity, prepared, device=device, threads=1, batch_size=len(pixels)
         )
         return cosine(started.embed(pixels), expected)
 
