@@ -24,11 +24,12 @@ from resfeat.job import READ_AHEAD, Placement, ShardResult
 from resfeat.layout import Layout
 from resfeat.plan import write_plan
 from resfeat.report import versions
+from resfeat.runtimes import check
 from resfeat.sink import Part, Row
 from resfeat.sources.directory import Directories, read
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import Worker
+from resfeat.worker import Worker, forward
 
 # Each stage alone is repeated for at least this long.
 SECONDS = 3.0
@@ -70,6 +71,7 @@ def bench(
 
     Raises UsageError where none of them can be used, and whatever `extract` raises for the choices.
     """
+    check(options, features.model, features.precision)
     items = _spread(Directories(sources), images)
     on_step("building the model")
     weights = resolve(features)
@@ -99,7 +101,7 @@ def bench(
         failed=len(items) - len(pictures),
         megapixels=float(np.mean([each.width * each.height for each in pictures])) / 1e6,
         kilobytes=float(np.mean([len(each) for each in contents])) / 1e3,
-        placement=worker.placement,
+        placement=replace(worker.placement, batch_size=worker.fits),
         precision=features.precision,
         read=read_rate,
         decode=decode_rate,
@@ -198,7 +200,7 @@ def _forward(worker: Worker, pictures: Sequence[Picture]) -> float:
     passes = 2 * worker.forward_threads
 
     def once() -> None:
-        for future in [worker.forwards.submit(worker.runtime.embed, batch) for _ in range(passes)]:
+        for future in [worker.forwards.submit(forward, worker, batch) for _ in range(passes)]:
             future.result()
 
     return _rate(size * passes, once)

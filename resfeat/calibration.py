@@ -33,7 +33,7 @@ def calibrate(
     used, or where a network that was lost cannot be made again.
     """
     network = layout.quantised
-    if not network.exists() or _digest(network) != record.quantised:
+    if record.quantised is None or not is_intact(layout, record):
         seconds, count = _make(layout, record, weights)
         on_note(f"int8: calibrated on {count} of the images in {seconds:.0f} s")
     digest = _digest(network)
@@ -46,6 +46,11 @@ def calibrate(
             "give a new -o"
         )
     return record
+
+
+def is_intact(layout: Layout, record: Record) -> bool:
+    """Whether the int8 network is there, and the one that the dataset was made with."""
+    return _digest(layout.quantised) == record.quantised
 
 
 def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]:

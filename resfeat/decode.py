@@ -51,7 +51,7 @@ _WHITE = (255, 255, 255, 255)
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _ORIENTATION = 0x0112
 # How to show what EXIF says is stored otherwise: axes swapped first, then rows, columns reversed.
-_TURNS = {
+_TURNS: Mapping[Any, tuple[bool, int, int]] = {
     2: (False, 1, -1),
     3: (False, -1, -1),
     4: (False, -1, 1),
@@ -123,7 +123,7 @@ def _decode_jpeg(data: bytes, image: Image.Image, preprocessing: Preprocessing) 
     """A plain JPEG by libjpeg-turbo; None for any other, and for one with anything wrong in it,
     which Pillow is to judge."""
     width, height = image.size
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     if not _is_resized_by_torch(width, height, preprocessing):
         return None
@@ -135,10 +135,11 @@ def _decode_jpeg(data: bytes, image: Image.Image, preprocessing: Preprocessing) 
         )
     except ValueError:  # of what libjpeg only warns of, too
         return None
-    turned = _turn(stored, image.getexif().get(_ORIENTATION))
-    if turned is not stored and turned.shape != stored.shape:
-        width, height = height, width
-    return Picture(_resize_with_torch(turned, width, height, preprocessing), width, height)
+    swapped, rows, columns = _TURNS.get(image.getexif().get(_ORIENTATION), (False, 1, 1))
+    if swapped:
+        stored, width, height = stored.swapaxes(0, 1), height, width
+    upright = np.ascontiguousarray(stored[::rows, ::columns])
+    return Picture(_resize_with_torch(upright, width, height, preprocessing), width, height)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -181,14 +182,6 @@ def _sixteen_bit(image: Image.Image, tags: Mapping[int, Any]) -> NDArray[np.uint
     if "transparency" in image.info:  # a PNG's one clear value
         grey[wide == image.info["transparency"]] = 255
     return grey
-
-
-def _turn(stored: NDArray[np.uint8], orientation: object) -> NDArray[np.uint8]:
-    if orientation not in _TURNS:
-        return stored
-    swapped, rows, columns = _TURNS[orientation]
-    upright = stored.swapaxes(0, 1) if swapped else stored
-    return np.ascontiguousarray(upright[::rows, ::columns])
 
 
 def _resized(width: int, height: int, short: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from resfeat.lock import run_lock
 from resfeat.plan import write_plan
 from resfeat.report import Progress, Report, Tally, versions
 from resfeat.runtimes import REFERENCE
+from resfeat.runtimes import check as check_runtime
 from resfeat.sink import write_json
 from resfeat.sources.directory import Directories, printable
 from resfeat.sources.item import Item
@@ -53,6 +54,7 @@ def extract(
     layout = Layout(spec.output)
     listing = Directories(spec.sources)
     _check_free(layout, listing)
+    check_runtime(spec.runtime, spec.model, spec.precision)
     with engines.prepare(spec.runtime) as cluster:
         if cluster and _is_unfinished(layout):
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
@@ -90,6 +92,8 @@ def _run(
                     record = calibrate(layout, record, weights, tally.note)
                 items = sample(layout, record.plan.shards, SAMPLE)
                 expected = reference(record.identity, weights.tensors, items)
+                if stopping():
+                    raise Stopped("stopped before the first worker was started")
                 with engines.start(
                     spec.runtime, layout, record, weights, tally.todo, cluster
                 ) as engine:
@@ -165,7 +169,8 @@ def _prove(tally: Tally, layout: Layout, record: Record, least: float | None) ->
     from resfeat.parity import check
 
     parity = tally.parity
-    assert parity is not None
+    if parity is None:
+        return
     check(parity, record.identity, least)
     if record.parity is None:
         replace(record, parity=vars(parity)).save(layout)

@@ -81,19 +81,26 @@ def reference(
 
 def compare(
     given: NDArray[np.float32], expected: Reference, identity: Identity, dims: Mapping[str, int]
-) -> Parity:
+) -> Parity | None:
     """How near embeddings [N, D], once they are stored as the identity has it, are to the
-    reference's. dims: the length of each layer."""
+    reference's. dims: the length of each layer.
+
+    Values that the stored type does not hold become failure rows, so they are left out; None where
+    nothing else is left and the precision is the reference's own.
+    """
     with np.errstate(over="ignore"):
         stored = given.astype(identity.dtype).astype(np.float32)
+    finite = np.isfinite(stored).all(axis=1)
+    if not finite.any():
+        return None if identity.precision == REFERENCE else Parity(0, -1.0, -1.0)
     bounds = np.cumsum(list(dims.values()))[:-1]
     layers = zip(
-        np.split(stored, bounds, axis=1),
-        np.split(expected.embeddings, bounds, axis=1),
+        np.split(stored[finite], bounds, axis=1),
+        np.split(expected.embeddings[finite], bounds, axis=1),
         strict=True,
     )
     every = np.concatenate([cosine(ours, theirs) for ours, theirs in layers])
-    return Parity(len(given), float(every.min()), float(np.median(every)))
+    return Parity(int(finite.sum()), float(every.min()), float(np.median(every)))
 
 
 def _go_without(identity: Identity, why: str, ask: str) -> Reference | None:

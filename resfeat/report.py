@@ -149,7 +149,7 @@ class Tally:
         self._stages: Counter[str] = Counter()
         self._on_note = on_note
         self._notes: list[str] = []
-        self._full_batches = True
+        self._fits: int | None = None
         self.engine: Mapping[str, Any] = {}
         self.parity: Parity | None = None
 
@@ -167,8 +167,8 @@ class Tally:
         self._counts["changed"] += result.changed
         self._stages.update(result.seconds)
         batch_size = self.engine["batch_size"]
-        if result.fits < batch_size and self._full_batches:
-            self._full_batches = False
+        if result.fits < (self._fits or batch_size):
+            self._fits = result.fits
             self.note(
                 f"the device's memory held {result.fits} images at once and not the {batch_size} "
                 f"of a batch: --batch-size {result.fits} saves finding that out"

@@ -36,6 +36,7 @@ def embed_queries(
     """
     from resfeat import runtimes
     from resfeat.backbones.weights import resolve
+    from resfeat.calibration import is_intact
     from resfeat.decode import decode
     from resfeat.sources.directory import read
 
@@ -57,6 +58,11 @@ def embed_queries(
         raise ResfeatError(
             f"{dataset.layout.root} was made with other weights than {dataset.record.weights} are "
             "now: bring back the file that it was made with"
+        )
+    if identity.precision == "int8" and not is_intact(dataset.layout, dataset.record):
+        raise ResfeatError(
+            f"{dataset.layout.quantised} is gone or changed, and queries need the network that the "
+            "dataset was made with: bring it back"
         )
     name = runtimes.choose(None, identity.model, identity.precision, "cpu")
     network = runtimes.prepare(name, identity, weights.tensors, dataset.layout.quantised)

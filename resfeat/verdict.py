@@ -11,7 +11,7 @@ WAITING = 0.2
 
 HELPS = {
     "read": "faster storage, or workers nearer to the images",
-    "decode": "more CPU cores for each worker (--cpus-per-worker)",
+    "decode": "more CPU cores for each worker",
     "write": "a faster disk for the output",
 }
 
@@ -41,8 +41,9 @@ def helps(stage: str, device: str, precision: str) -> str:
     if stage != "embed":
         return HELPS[stage]
     others = {
-        ("cpu", "fp32"): "more CPU cores, a GPU, or --precision bf16 or int8",
+        ("cpu", "fp32"): "more CPU cores, a GPU, or --precision int8 (bf16, if the CPU has it)",
         ("cpu", "bf16"): "more CPU cores, a GPU, or --precision int8",
+        ("cpu", "fp16"): "--precision fp32, which CPUs are made for, or a GPU",
         ("cuda", "fp32"): "more GPUs, or --precision bf16 or fp16",
     }
     return others.get((device, precision), "more GPUs" if device == "cuda" else "more CPU cores")

@@ -94,7 +94,7 @@ class Worker:
             some = pictures[start : start + size]
             batch = self.runtime.empty((size, *some[0].shape))
             batch[: len(some)] = some
-            batches.append(self.forwards.submit(_forward, self, batch))
+            batches.append(self.forwards.submit(forward, self, batch))
         return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ def _embed(
     problem = Failure("embed", "non_finite", "the model gave a value that is not finite")
     with clock("embed"):
         try:
-            vectors = _forward(worker, pixels)[: len(items)]
+            vectors = forward(worker, pixels)[: len(items)]
         except torch.OutOfMemoryError as error:
             problem = Failure("embed", "out_of_memory", str(error).partition("\n")[0][:300])
             vectors = np.full((len(items), sum(worker.job.dims.values())), np.nan, np.float32)
@@ -236,7 +236,7 @@ def _embed(
     return batch
 
 
-def _forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Embeddings of a batch, in halves from the first time on that the device's memory does not
     hold it. Raises torch.OutOfMemoryError where it does not hold a single image."""
     while True:
@@ -247,6 +247,6 @@ def _forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         except torch.OutOfMemoryError:
             if fits == 1:
                 raise
-            # Another thread may have halved it meanwhile.
-            worker.fits = min(worker.fits, fits // 2)
-            torch.cuda.empty_cache()
+        # Another thread may have halved it meanwhile.
+        worker.fits = min(worker.fits, fits // 2)
+        torch.cuda.empty_cache()

@@ -102,6 +102,26 @@ def test_large_jpegs_are_scaled_while_they_are_decoded(photos, turn, monkeypatch
     assert difference.mean() < 0.5 and difference.max() <= 8
 
 
+@pytest.mark.parametrize("size", [(1919, 1920), (1920, 1919), (927, 930), (3000, 1856)])
+def test_a_turned_jpeg_that_is_scaled_keeps_its_size(size):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(gradient(*size), "JPEG", exif=exif)
+    turbo, pillow = (decode(data, way) for way in ("turbo", "pillow"))
+    assert (turbo.width, turbo.height) == (pillow.width, pillow.height) == size[::-1]
+    assert np.abs(turbo.pixels.astype(int) - pillow.pixels).max() <= 4
+
+
+def test_the_first_picture_of_several_in_a_jpeg_is_turbo_too(monkeypatch):
+    data = encoded(gradient(), "MPO", save_all=True, append_images=[gradient().rotate(180)])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO"
+    monkeypatch.setattr(Image.Image, "load", None)  # Pillow is not to decode it
+    assert np.array_equal(
+        decode(data, "turbo").pixels, decode(encoded(gradient(), "JPEG"), "turbo").pixels
+    )
+
+
 def test_what_libjpeg_only_warns_of_is_left_to_pillow(photos):
     data = encoded(gradient(), "JPEG")
     junk = data[:-2] + b"junk!" + data[-2:]

@@ -19,7 +19,7 @@ from resfeat.runtimes.embedder import fold_batch_norm
 from resfeat.runtimes.openvino import OpenVINORuntime, convert, has_bf16, load, quantise
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
-from resfeat.worker import Worker, _forward
+from resfeat.worker import Worker, forward
 
 BATCH = 4
 
@@ -218,12 +218,12 @@ def test_a_batch_that_the_device_does_not_hold_is_halved_and_stays_so(runtime, p
     worker.runtime = SmallDevice(runtime, 3)
     expected = runtime.embed(pixels)
     for _ in range(2):
-        assert np.allclose(_forward(worker, pixels), expected, rtol=1e-4, atol=1e-6)
+        assert np.allclose(forward(worker, pixels), expected, rtol=1e-4, atol=1e-6)
     assert worker.fits == 2
     assert worker.runtime.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     worker.runtime = SmallDevice(runtime, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        _forward(worker, pixels)
+        forward(worker, pixels)
 
 
 @pytest.mark.gpu

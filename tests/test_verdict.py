@@ -31,7 +31,7 @@ def test_the_sentence_names_the_limit_and_what_helps():
     waiting = {"embed": 10.0, "wait": 30.0, "decode": 60.0}
     told = verdict.verdict(waiting, device="cuda", cpus=8, precision="bf16")
     assert told.startswith("limited by: decode (the model waited 75% of its time)")
-    assert "--cpus-per-worker" in told
+    assert "more CPU cores" in told
     busy = {"embed": 10.0, "wait": 0.0}
     assert "a GPU" in verdict.verdict(busy, device="cpu", cpus=8, precision="fp32")
     assert "int8" in verdict.verdict(busy, device="cpu", cpus=8, precision="fp32")

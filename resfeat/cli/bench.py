@@ -31,7 +31,7 @@ Examples:
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="To measure on.",
+    help="About so many.",
 )
 @options.features
 @options.placement

@@ -53,18 +53,21 @@ class Cluster(AbstractContextManager["Cluster"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with suppress(ResfeatError):  # it was raised by `ready`, or something else has gone first
-            if self._connected and self._connected.result():
-                import ray
+        try:
+            with suppress(ResfeatError):  # `ready` raised it, or something else has gone first
+                if self._connected and self._connected.result():
+                    import ray
 
-                ray.shutdown()
-        self._starter.shutdown()
+                    ray.shutdown()
+        finally:
+            self._starter.shutdown()
 
 
 def _connect(address: str | None) -> bool:
     """Join the cluster at `address`, or start one on this machine; False where the program that
     calls us has already done so."""
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         return False
@@ -84,7 +87,7 @@ def _connect(address: str | None) -> bool:
                 object_store_memory=STORE_BYTES,
                 **quiet,
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         where = f"join Ray at {address}" if address else "start Ray"
         hint = "check --address" if address else "--workers 0 does without it"
         raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error

@@ -19,6 +19,7 @@ from resfeat.engines import DRAIN_SECONDS, OnProgress, place
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.job import SHARDS_IN_HAND, Job, ShardResult
 from resfeat.machine import cpu_count
+from resfeat.runtimes import keeps_to_the_cpu
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import Worker, process_shard
 
@@ -29,7 +30,8 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
     def __init__(
         self, options: RuntimeOptions, job: Job, tensors: Mapping[str, Tensor], quantised: Path
     ) -> None:
-        device = _device(options.gpus_per_worker)
+        on_cpu = keeps_to_the_cpu(options, job.identity.precision)
+        device = "cpu" if on_cpu else _device(options.gpus_per_worker)
         cpus = options.cpus_per_worker or cpu_count()
         self.placement = place(options, job.identity, device, cpus)
         self.description = {"engine": "inline", "workers": 1, **vars(self.placement)}
@@ -83,8 +85,6 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
 
 
 def _device(gpus: float | None) -> str:
-    if gpus == 0:
-        return "cpu"
     if torch.cuda.is_available():
         return "cuda"
     if gpus:

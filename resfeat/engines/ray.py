@@ -31,8 +31,8 @@ from resfeat.engines import DRAIN_SECONDS, OnProgress, place
 from resfeat.engines.cluster import Cluster, last_line
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.job import SHARDS_IN_HAND, Job, Placement, ShardResult
-from resfeat.runtimes import Network
-from resfeat.spec import RuntimeOptions
+from resfeat.runtimes import Network, keeps_to_the_cpu
+from resfeat.spec import Identity, RuntimeOptions
 from resfeat.worker import Worker, process_shard
 
 # A shard whose worker died this often is taken to be what kills it.
@@ -113,15 +113,18 @@ class RayEngine(AbstractContextManager["RayEngine"]):
     ) -> None:
         self._local = options.address is None
         cluster.ready()
-        workers, resources, self.placement = _place(options, job, shards)
+        workers, resources, self.placement = _place(options, job.identity, shards)
         remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
             RayWorker
         ).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
         self._members = [_Member(remote.remote(job, self.placement)) for _ in range(workers)]
-        # While they start.
-        self._network = ray.put(
-            runtimes.prepare(self.placement.runtime, job.identity, tensors, quantised)
-        )
+        try:  # while they start
+            self._network = ray.put(
+                runtimes.prepare(self.placement.runtime, job.identity, tensors, quantised)
+            )
+        except BaseException:
+            self._dismiss()
+            raise
         self.description = {
             "engine": "ray",
             "ray": ray.__version__,
@@ -137,6 +140,9 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._dismiss()
+
+    def _dismiss(self) -> None:
         for member in self._members:
             ray.kill(member.actor)
 
@@ -291,7 +297,7 @@ class _Pool:
 
 
 def _place(
-    options: RuntimeOptions, job: Job, shards: int
+    options: RuntimeOptions, identity: Identity, shards: int
 ) -> tuple[int, dict[str, float], Placement]:
     """How many workers, what each asks of Ray, and what it makes of that."""
     total = ray.cluster_resources()
@@ -302,7 +308,9 @@ def _place(
             "this Ray has no CPU to run on yet: wait until its first worker has joined"
         )
     share = options.gpus_per_worker
-    if share is None:
+    if keeps_to_the_cpu(options, identity.precision):
+        share = 0.0
+    elif share is None:
         share = 1.0 if gpus else 0.0
     if share and not gpus:
         raise ResfeatError(
@@ -330,7 +338,7 @@ def _place(
         )
     per_worker = cores or min(cpus / workers, most)
     device = "cuda" if share else "cpu"
-    placement = place(options, job.identity, device, max(1, int(per_worker)))
+    placement = place(options, identity, device, max(1, int(per_worker)))
     # More workers than cores share them; Ray takes fractions.
     asked = {"num_cpus": float(np.floor(min(per_worker, placement.cpus) * 100) / 100)}
     return workers, asked | {"num_gpus": float(share)}, placement

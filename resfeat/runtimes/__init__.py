@@ -12,6 +12,7 @@ Its module is only imported where it is used.
 from __future__ import annotations
 
 import importlib.util
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +26,7 @@ from resfeat.spec import Precision, RuntimeName
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from resfeat.spec import Identity
+    from resfeat.spec import Identity, RuntimeOptions
 
 # What every embedding is checked against: torch in this precision, on a CPU.
 REFERENCE: Precision = "fp32"
@@ -43,11 +44,31 @@ BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): 2
 Network = Mapping[str, NDArray[Any]]
 
 
+X86 = ("x86_64", "AMD64")
+
+
 class Runtime(Protocol):
     """What a worker needs of a runtime."""
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]: ...
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+
+def keeps_to_the_cpu(options: RuntimeOptions, precision: Precision) -> bool:
+    """Whether no GPU is wanted, or what is asked for means a CPU and nothing is said of GPUs."""
+    if options.gpus_per_worker is None:
+        return options.runtime == "openvino" or precision == "int8"
+    return options.gpus_per_worker == 0
+
+
+def check(options: RuntimeOptions, model: str, precision: Precision) -> None:
+    """Raise UsageError for what this machine is sure not to have, before any work is done."""
+    if options.gpus_per_worker or options.runtime or precision == "int8":
+        choose(options.runtime, model, precision, "cuda" if options.gpus_per_worker else "cpu")
+    if precision == "int8" and importlib.util.find_spec("nncf") is None:
+        raise UsageError(
+            "--precision int8 needs nncf, which is not installed: pip install 'resfeat[int8]'"
+        )
 
 
 def choose(asked: RuntimeName | None, model: str, precision: Precision, device: str) -> RuntimeName:
@@ -79,8 +100,8 @@ def choose(asked: RuntimeName | None, model: str, precision: Precision, device: 
         return "openvino"
     if asked == "torch" or not installed or precision not in OFFERED["openvino"]:
         return "torch"
-    # Other libraries' networks have not all been tried, so they have to be asked for.
-    if ":" in model or (precision == "bf16" and not _has_bf16()):
+    # Other libraries' networks and other CPUs have not been tried, so they have to be asked for.
+    if ":" in model or platform.machine() not in X86 or (precision == "bf16" and not _has_bf16()):
         return "torch"
     return "openvino"
 

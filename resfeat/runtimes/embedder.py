@@ -20,9 +20,9 @@ from resfeat.spec import Identity
 class Embedder(nn.Module):
     """Normalise, run the network, pool each layer, and put the layers side by side.
 
-    Batch norm is folded: that changes embeddings by about 3e-7 relative and saves a pass over every
-    feature map. The network runs in the type that its parameters have; what comes before and after
-    it in float32.
+    Batch norm is folded in our own networks: that changes embeddings by about 3e-7 relative and
+    saves a pass over every feature map. The network runs in the type that its parameters have;
+    what comes before and after it in float32.
     """
 
     mean: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import platform
 import sys
 import threading
 import warnings
@@ -24,7 +25,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino
 
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.errors import ResfeatError
 from resfeat.runtimes import Network
 from resfeat.runtimes.embedder import Embedder
 from resfeat.spec import Identity
@@ -43,6 +44,10 @@ class OpenVINORuntime:
     """
 
     def __init__(self, identity: Identity, network: Network, threads: int, batch_size: int) -> None:
+        if identity.precision == "bf16" and not has_bf16():  # on this node of a cluster
+            raise ResfeatError(
+                f"{platform.node()} has no bf16 instructions: give --precision fp32 or int8"
+            )
         core = openvino.Core()
         model = core.read_model(network["xml"].tobytes(), openvino.Tensor(network["bin"]))
         crop = identity.preprocessing.crop
@@ -101,12 +106,8 @@ def quantise(
     """Write an int8 network to `network` (.xml, and .bin beside it), by post-training quantisation:
     its ranges are those that these pictures, uint8 [H, W, 3], give."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # there is no CUDA here
-    try:
-        import nncf
-    except ImportError as error:
-        raise UsageError(
-            "--precision int8 needs nncf, which is not installed: pip install 'resfeat[int8]'"
-        ) from error
+    import nncf
+
     nncf.set_log_level(logging.ERROR)
     with redirect_stdout(io.StringIO()):  # it draws bars there
         quantised = nncf.quantize(

@@ -34,6 +34,8 @@ class TorchRuntime:
         self._device = torch.device(device)
         self._embedder = Embedder(identity, tensors).to(self._device)
         self._embedder.network.to(DTYPES[identity.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device == "cuda":  # the threads' own streams do not wait for what was begun here
+            torch.cuda.synchronize()
         self._own = threading.local()
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -43,10 +43,10 @@ DIMENSIONS = {"avgpool": 8}
 class Idle(engine.RayWorker):
     """An actor that reads no image and runs no model, and commits every shard all the same."""
 
-    def start(self, weights):
+    def start(self, network):
         return __version__
 
-    def process(self, shard, weights):
+    def process(self, shard, network):
         layout, identity = Layout(self._job.output), self._job.identity
         items = plan.read_shard(layout, shard)
         with Part(layout, shard, embeddings_schema(identity, DIMENSIONS, with_label=False)) as part:

@@ -85,3 +85,15 @@ def test_queries_are_embedded_by_the_same_network(whole, photos, resfeat):
     nearest = found["neighbours"][0]
     assert nearest["id"] == str(query.relative_to(photos))
     assert nearest["cosine"] > 0.9999
+
+
+def test_queries_are_not_embedded_by_another_network(half, photos, resfeat):
+    network = half / "_resfeat" / "int8" / "network.bin"
+    network.write_bytes(network.read_bytes()[:-1] + b"?")
+    query = sorted(photos.rglob("*.jpg"))[0]
+    for _ in range(2):  # changed, then gone
+        done = resfeat("search", half, query)
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert "network.xml is gone or changed" in line and "bring it back" in line
+        network.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -11,9 +12,12 @@ from datasets import rows
 from integration.test_resume import start, wait_for_parts
 
 import resfeat
+from resfeat.backbones.ours import IMAGENET
 from resfeat.engines import ray as ray_engine
-from resfeat.errors import ResfeatError
-from resfeat.spec import RuntimeOptions
+from resfeat.errors import ResfeatError, UsageError
+from resfeat.spec import Identity, RuntimeOptions
+
+IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
 
 
 def workers_of(process):
@@ -86,17 +90,26 @@ def cluster():
         ({"gpus_per_worker": 0, "workers": 8}, 8, 1, {"num_cpus": 0.5, "num_gpus": 0.0}, "cpu"),
         ({"gpus_per_worker": 0, "cpus_per_worker": 1}, 4, 1,
          {"num_cpus": 1.0, "num_gpus": 0.0}, "cpu"),
+        ({"runtime": "openvino"}, 1, 4, {"num_cpus": 4.0, "num_gpus": 0.0}, "cpu"),
     ],
 )  # fmt: skip
 def test_placement(cluster, options, workers, cpus, asked, device):
-    given = ray_engine._place(RuntimeOptions(**options), shards=100)
+    given = ray_engine._place(RuntimeOptions(**options), IDENTITY, shards=100)
     assert given[:2] == (workers, asked)
     assert (given[2].cpus, given[2].device) == (cpus, device)
-    assert given[2].batch_size == {"cpu": 16, "cuda": 256}[device]
+    runtime = {"cpu": "openvino", "cuda": "torch"}[device]
+    assert (given[2].runtime, given[2].batch_size) == (runtime, {"cpu": 2, "cuda": 256}[device])
+
+
+def test_int8_keeps_to_the_cpu_where_nothing_is_said_of_gpus(cluster):
+    identity = replace(IDENTITY, precision="int8")
+    assert ray_engine._place(RuntimeOptions(), identity, shards=100)[2].device == "cpu"
+    with pytest.raises(UsageError, match="--precision int8 is for CPUs"):
+        ray_engine._place(RuntimeOptions(gpus_per_worker=1), identity, shards=100)
 
 
 def test_no_more_workers_than_shards(cluster):
-    assert ray_engine._place(RuntimeOptions(), shards=1)[0] == 1
+    assert ray_engine._place(RuntimeOptions(), IDENTITY, shards=1)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -104,7 +117,7 @@ def test_no_more_workers_than_shards(cluster):
 )
 def test_what_the_machine_cannot_hold_is_refused(cluster, options):
     with pytest.raises(ResfeatError, match="give"):
-        ray_engine._place(RuntimeOptions(**options), shards=100)
+        ray_engine._place(RuntimeOptions(**options), IDENTITY, shards=100)
 
 
 def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_path, monkeypatch):
