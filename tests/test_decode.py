@@ -116,10 +116,9 @@ def test_the_first_picture_of_several_in_a_jpeg_is_turbo_too(monkeypatch):
     data = encoded(gradient(), "MPO", save_all=True, append_images=[gradient().rotate(180)])
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == "MPO"
+    expected = decode(encoded(gradient(), "JPEG"), "turbo").pixels
     monkeypatch.setattr(Image.Image, "load", None)  # Pillow is not to decode it
-    assert np.array_equal(
-        decode(data, "turbo").pixels, decode(encoded(gradient(), "JPEG"), "turbo").pixels
-    )
+    assert np.array_equal(decode(data, "turbo").pixels, expected)
 
 
 def test_what_libjpeg_only_warns_of_is_left_to_pillow(photos):
