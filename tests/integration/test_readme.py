@@ -82,7 +82,11 @@ def test_the_parity_tables_are_whole_and_within_the_goals():
     assert list(compared) == list(LIKE_TORCHVISION)
     for levels, relative in compared.values():
         assert int(levels) <= 1 and float(relative) <= 1e-5
-    cosines = {tuple(row[0].split(", ")): float(row[2]) for row in rows if ", CPU" in row[0][-5:]}
+    cosines: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        if row and row[0].endswith(", CPU") and row[1] != "model":
+            place = tuple(row[0].split(", "))
+            cosines[place] = min(float(row[2]), cosines.get(place, 1.0))
     assert set(cosines) >= {
         (precision, runtime, "CPU")
         for runtime, precisions in OFFERED.items()
