@@ -29,7 +29,8 @@ def sample(layout: Layout, shards: int, wanted: int) -> list[Item]:
     for shard in chosen:
         items = plan.read_shard(layout, shard)
         candidates += items[:: max(1, len(items) // each)][:each]
-    return [item for start in range(CANDIDATES) for item in candidates[start::CANDIDATES]]
+    stride = max(1, len(candidates) // wanted)
+    return [item for start in range(stride) for item in candidates[start::stride]]
 
 
 def pictures(items: Iterable[Item], identity: Identity, wanted: int) -> list[NDArray[np.uint8]]:
