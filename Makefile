@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint slow bench scale parity clean
+.PHONY: demo test lint slow soak bench scale parity clean
 
 demo: $(VENV)/demo.done ## extract a few hundred real photographs and show the nearest neighbours
 	$(BIN)/python pipelines/demo.py demo
@@ -19,6 +19,9 @@ lint: $(VENV)/dev.done
 
 slow: $(VENV)/dev.done ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+soak: $(VENV)/dev.done ## an hour of runs that are killed at random moments (SOAK_MINUTES=60)
+	$(BIN)/python -m pytest -m soak -s
 
 bench: $(VENV)/dev.done ## the peers on the same images, printed as ratios
 	$(BIN)/python tests/benchmarks/bench.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +21,13 @@ from resfeat.decode import Picture, decode
 from resfeat.engines import as_job
 from resfeat.engines.inline import InlineEngine
 from resfeat.errors import Failure, UsageError
-from resfeat.job import READ_AHEAD, Placement, ShardResult
+from resfeat.job import Placement, ShardResult
 from resfeat.layout import Layout
 from resfeat.plan import write_plan
 from resfeat.report import versions
 from resfeat.runtimes import check
 from resfeat.sink import Part, Row
-from resfeat.sources.directory import Directories, read
+from resfeat.sources import listing, read
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
 from resfeat.worker import Worker, forward
@@ -72,10 +73,10 @@ def bench(
     Raises UsageError where none of them can be used, and whatever `extract` raises for the choices.
     """
     check(options, features.model, features.precision)
-    items = _spread(Directories(sources), images)
+    items = _spread(listing(sources), images)
     on_step("building the model")
     weights = resolve(features)
-    with _dataset(items, weights, on_step) as (layout, record):
+    with _dataset(sources, items, weights, on_step) as (layout, record):
         job = as_job(layout, record, weights)
         with InlineEngine(
             replace(options, workers=0), job, weights.tensors, layout.quantised
@@ -88,11 +89,11 @@ def bench(
             on_step("the forward pass")
             forward_rate = _forward(worker, pictures)
             on_step("writing")
-            write_rate = _write(worker, layout, items)
+            write_rate = _write(worker, layout, items, record.plan.shards)
             on_step("the whole job")
             started = time.perf_counter()
             results = list(
-                engine.run(range(record.plan.shards), lambda *counts: None, lambda: False)
+                engine.run(range(record.plan.shards), (), lambda *counts: None, lambda: False)
             )
             whole = len(items) / (time.perf_counter() - started)
     rates = {"read": read_rate, "decode": decode_rate, "embed": forward_rate, "write": write_rate}
@@ -129,17 +130,20 @@ def _spread(listing: Iterable[Item], wanted: int) -> list[Item]:
 
 @contextmanager
 def _dataset(
-    items: Sequence[Item], weights: Weights, on_step: Callable[[str], None]
+    sources: Sequence[str],
+    items: Sequence[Item],
+    weights: Weights,
+    on_step: Callable[[str], None],
 ) -> Iterator[tuple[Layout, Record]]:
     """A dataset of these items that is about to be extracted, and is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="resfeat-bench-") as folder:
         layout = Layout(folder)
-        for each in (layout.embeddings, layout.plan, layout.tmp):
+        for each in layout.folders:
             each.mkdir(parents=True)
         record = Record(
             identity=weights.identity,
             weights=weights.origin,
-            sources=(),
+            sources=tuple(sources),
             label_from=None,
             plan=write_plan(layout, items, SHARD),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -165,7 +169,7 @@ def _rate(count: int, once: Callable[[], object]) -> float:
 def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
     """The bytes of the files that can be read, and how fast that was, once: what was read before
     comes from memory, as it does in a job that follows another."""
-    with ThreadPoolExecutor(worker.placement.cpus + READ_AHEAD) as pool:
+    with ThreadPoolExecutor(worker.placement.cpus + worker.job.reads_ahead) as pool:
         started = time.perf_counter()
         contents = list(pool.map(lambda item: read(item.uri), items))
         rate = len(items) / (time.perf_counter() - started)
@@ -206,15 +210,16 @@ def _forward(worker: Worker, pictures: Sequence[Picture]) -> float:
     return _rate(size * passes, once)
 
 
-def _write(worker: Worker, layout: Layout, items: Sequence[Item]) -> float:
+def _write(worker: Worker, layout: Layout, items: Sequence[Item], planned: int) -> float:
     some = items[:SHARD]
+    shards = itertools.count(planned)  # none of those that the whole job is to do
     rows = [Row(item.id, 1, 1, item.size, item.mtime) for item in some]
     chance = np.random.default_rng(0)
     shape = len(some), sum(worker.job.dims.values())
     vectors = chance.random(shape, np.float32).astype(worker.job.identity.dtype)
 
     def once() -> None:
-        with Part(layout, 0, worker.schema) as part:
+        with Part(layout, next(shards), worker.schema) as part:
             part.add(rows, vectors)
             part.commit(item.id for item in some)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from resfeat.dataset import Record
@@ -15,7 +15,7 @@ from resfeat.errors import ResfeatError
 from resfeat.layout import Layout
 from resfeat.parity import SAMPLE
 from resfeat.sample import pictures, sample
-from resfeat.sink import publish
+from resfeat.store import Location, write_whole
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -59,25 +59,30 @@ def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]
     started = time.monotonic()
     items = sample(layout, record.plan.shards, SAMPLE + PICTURES)
     # From the end: those at the beginning are for measuring parity.
-    chosen = pictures(reversed(items), record.identity, PICTURES)
+    chosen = pictures(
+        reversed(items), record.identity.preprocessing, record.identity.decode, PICTURES
+    )
     if not chosen:
         raise ResfeatError(
             f"none of {len(items)} sampled images can be decoded, so int8 cannot be calibrated: "
             "are these images? --precision fp32 needs no calibration"
         )
-    made = layout.tmp / layout.quantised.name
-    quantise(record.identity, weights.tensors, chosen, made)
     layout.quantised.parent.mkdir(exist_ok=True)
-    for suffix in (".bin", ".xml"):
-        publish(made.with_suffix(suffix), layout.quantised.with_suffix(suffix))
+    with TemporaryDirectory(prefix="resfeat-") as folder:
+        made = Path(folder, "network.xml")
+        quantise(record.identity, weights.tensors, chosen, made)
+        for suffix in (".bin", ".xml"):
+            content = made.with_suffix(suffix).read_bytes()
+            write_whole(layout.tmp, layout.quantised.with_suffix(suffix), content)
     return time.monotonic() - started, len(chosen)
 
 
-def _digest(network: Path) -> str:
+def _digest(network: Location) -> str:
     """SHA-256 over both files of a network; empty where one is missing."""
     total = hashlib.sha256()
     for suffix in (".xml", ".bin"):
-        if not os.path.exists(network.with_suffix(suffix)):
+        try:
+            total.update(network.with_suffix(suffix).read_bytes())
+        except FileNotFoundError:
             return ""
-        total.update(network.with_suffix(suffix).read_bytes())
     return total.hexdigest()

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.layout import Layout
-from resfeat.plan import Plan, read_shard
+from resfeat.plan import Plan
 from resfeat.sink import FAILURES, write_json
 from resfeat.spec import Identity
+from resfeat.store import Location, dataset_of, open_parquet
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Record:
             "fingerprint": self.identity.fingerprint,
             **asdict(self),
         }
-        write_json(layout.spec, content)
+        write_json(layout, layout.spec, content)
 
     @classmethod
     def load(cls, layout: Layout) -> Record | None:
@@ -101,7 +101,8 @@ class Dataset:
         """The embedded images, as a `pyarrow.dataset`."""
         import pyarrow.dataset as ds
 
-        return ds.dataset(str(self.layout.embeddings), format="parquet")
+        path, store = dataset_of(self.layout.embeddings)
+        return ds.dataset(path, filesystem=store, format="parquet")
 
     @property
     def failures(self) -> ds.Dataset:
@@ -110,13 +111,14 @@ class Dataset:
 
         if not self.layout.with_failures():
             return ds.dataset(FAILURES.empty_table())
-        return ds.dataset(str(self.layout.failures), schema=FAILURES, format="parquet")
+        path, store = dataset_of(self.layout.failures)
+        return ds.dataset(path, filesystem=store, schema=FAILURES, format="parquet")
 
     def embedded(self) -> int:
         """Number of rows in `embeddings/`."""
         total = 0
         for shard in self.layout.committed():
-            with _open(self.layout.embeddings / self.layout.part_name(shard)) as part:
+            with open_part(self.layout.embeddings / self.layout.part_name(shard)) as part:
                 total += part.metadata.num_rows
         return total
 
@@ -126,7 +128,7 @@ class Dataset:
         committed = set(self.layout.committed())
         for shard in self.layout.with_failures():
             if shard in committed:  # without its embeddings a shard is still to be done
-                with _open(self.layout.failures / self.layout.part_name(shard)) as part:
+                with open_part(self.layout.failures / self.layout.part_name(shard)) as part:
                     counts.update(part.read(columns=["reason"])["reason"].to_pylist())
         return dict(counts.most_common())
 
@@ -139,7 +141,7 @@ class Dataset:
         """
         column = self.check_layer(layer)
         for shard in self.layout.committed():
-            with _open(self.layout.embeddings / self.layout.part_name(shard)) as part:
+            with open_part(self.layout.embeddings / self.layout.part_name(shard)) as part:
                 for batch in part.iter_batches(rows, columns=["id", column]):
                     flat = batch[column].flatten().to_numpy().astype(np.float32, copy=False)
                     yield batch["id"], flat.reshape(batch.num_rows, -1)
@@ -159,28 +161,17 @@ class Dataset:
         import pyarrow.dataset as ds
 
         wanted = pc.field("id").isin(ids)
-        found = ds.dataset(str(self.layout.plan), format="parquet").to_table(filter=wanted)
+        path, store = dataset_of(self.layout.plan)
+        found = ds.dataset(path, filesystem=store, format="parquet").to_table(filter=wanted)
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
 
-    def rows_missing(self) -> int:
-        """Items of the plan that are not exactly one row, checked id by id, a shard at a time."""
-        missing = 0
-        for shard in range(self.record.plan.shards):
-            rows: Counter[str] = Counter()
-            for folder in (self.layout.embeddings, self.layout.failures):
-                path = folder / self.layout.part_name(shard)
-                if path.exists():
-                    with _open(path) as part:
-                        rows.update(part.read(columns=["id"])["id"].to_pylist())
-            missing += sum(rows[item.id] != 1 for item in read_shard(self.layout, shard))
-        return missing
 
-
-def _open(part: Path) -> pq.ParquetFile:
+def open_part(part: Location) -> pq.ParquetFile:
+    """A part. Raises ResfeatError, naming it, where it cannot be read."""
     try:
-        return pq.ParquetFile(part)
+        return open_parquet(part)
     except (OSError, pa.ArrowInvalid) as error:
         raise ResfeatError(
-            f"{part} cannot be read ({str(error).splitlines()[0]}): remove it and give the same "
-            "extract command again, which does that shard once more"
+            f"{part} cannot be read ({str(error).splitlines()[0]}): `resfeat verify --repair` "
+            "sends what is damaged back to be done again"
         ) from error

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import simplejpeg
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
@@ -35,6 +34,8 @@ from resfeat.spec import Decode, Preprocessing
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit: twice Image.MAX_IMAGE_PIXELS
 LONGEST = 8
+# Of a larger picture, this many pixels are converted at a time: whole copies add up to gigabytes.
+BAND = 8_000_000
 # libjpeg-turbo can scale while it decodes; what is left is resized properly, from at least this
 # many times the size: scaled straight to what is wanted, pixels come out visibly wrong. Of its
 # factors these are exact enough (three eighths moves pixels by 30 levels) and the fast ones.
@@ -111,12 +112,14 @@ def _decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture:
             return picture
         image.load()
         tags = getattr(image, "tag_v2", {})  # of a TIFF; a turned copy has none
-        rgb = _to_rgb(ImageOps.exif_transpose(image), tags)
-    if way == "turbo" and _is_resized_by_torch(rgb.width, rgb.height, preprocessing):
-        pixels = _resize_with_torch(np.array(rgb), rgb.width, rgb.height, preprocessing)
-    else:
-        pixels = np.asarray(_resize_and_crop(rgb, preprocessing))
-    return Picture(pixels, rgb.width, rgb.height)
+        ImageOps.exif_transpose(image, in_place=True)
+        width, height = image.size
+        if way == "turbo" and _is_resized_by_torch(width, height, preprocessing):
+            rgb = _narrowed(image, tags, preprocessing)
+            pixels = _resize_with_torch(rgb, width, height, preprocessing)
+        else:
+            pixels = np.asarray(_resize_and_crop(image, tags, preprocessing))
+    return Picture(pixels, width, height)
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, preprocessing: Preprocessing) -> Picture | None:
@@ -153,6 +156,23 @@ def _open(data: bytes) -> Image.Image:
                 raise _RefusedError("format_not_allowed", message) from None
         start = data[:24].decode("ascii", "backslashreplace")
         raise _RefusedError("unidentified", f"not an image: starts with {start!r}") from None
+
+
+def _bands(
+    image: Image.Image, tags: Mapping[int, Any], *, upright: bool = False
+) -> Iterator[Image.Image]:
+    """The picture as RGB: whole, or, where it is large, cut from top to bottom or left to right."""
+    width, height = image.size
+    if width * height <= BAND:
+        yield _to_rgb(image, tags)
+    elif upright:
+        step = max(1, BAND // height)
+        for left in range(0, width, step):
+            yield _to_rgb(image.crop((left, 0, min(left + step, width), height)), tags)
+    else:
+        step = max(1, BAND // width)
+        for top in range(0, height, step):
+            yield _to_rgb(image.crop((0, top, width, min(top + step, height))), tags)
 
 
 def _to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
@@ -203,6 +223,20 @@ def _is_resized_by_torch(width: int, height: int, preprocessing: Preprocessing) 
     return usual and preprocessing.interpolation != "nearest"
 
 
+def _narrowed(
+    image: Image.Image, tags: Mapping[int, Any], preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    """RGB pixels [h, w, 3]; of a picture of several bands, as wide as they are to be.
+
+    torch resizes every row by itself before any column, so bands do not move a pixel.
+    """
+    pixels = map(np.array, _bands(image, tags))
+    if image.width * image.height <= BAND:
+        return next(pixels)
+    across, _ = _resized(image.width, image.height, preprocessing.resize)
+    return np.concatenate([_interpolate(each, across, len(each), preprocessing) for each in pixels])
+
+
 def _resize_with_torch(
     pixels: NDArray[np.uint8], width: int, height: int, preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
@@ -210,18 +244,28 @@ def _resize_with_torch(
     crop = preprocessing.crop
     resized = _resized(width, height, preprocessing.resize)
     left, top = _corner(resized, crop)
+    return _interpolate(pixels, *resized, preprocessing)[top : top + crop, left : left + crop]
+
+
+def _interpolate(
+    pixels: NDArray[np.uint8], width: int, height: int, preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    import torch  # takes seconds, which a child that decodes by Pillow alone need not spend
+
     with torch.inference_mode():
         shown = torch.nn.functional.interpolate(
             torch.from_numpy(pixels).permute(2, 0, 1)[None],  # channels last, and 8 bits throughout
-            size=resized[::-1],
+            size=(height, width),
             mode=preprocessing.interpolation,
             antialias=True,
         )
-    whole: NDArray[np.uint8] = shown[0].permute(1, 2, 0).numpy()
-    return whole[top : top + crop, left : left + crop]
+    resized: NDArray[np.uint8] = shown[0].permute(1, 2, 0).numpy()
+    return resized
 
 
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def _resize_and_crop(
+    image: Image.Image, tags: Mapping[int, Any], preprocessing: Preprocessing
+) -> Image.Image:
     short, crop = preprocessing.resize, preprocessing.crop
     width, height = image.size
     resized = _resized(width, height, short)
@@ -229,7 +273,7 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.
     resample = _FILTERS[preprocessing.interpolation]
     if max(resized) <= LONGEST * short:
         whole = (0.0, 0.0, float(width), float(height))
-        resized_image = _resize(image, resized, resample, whole)
+        resized_image = _resize(image, tags, resized, resample, whole)
         return resized_image.crop((left, top, left + crop, top + crop))
     # A 60,000 x 3 picture would become 4.6 million pixels wide: sample only what the crop keeps.
     across, down = width / resized[0], height / resized[1]
@@ -239,26 +283,36 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.
         min((left + crop) * across, width),
         min((top + crop) * down, height),
     )
-    return _resize(image, (crop, crop), resample, box)
+    return _resize(image, tags, (crop, crop), resample, box)
 
 
 def _resize(
     image: Image.Image,
+    tags: Mapping[int, Any],
     size: tuple[int, int],
     resample: Image.Resampling,
     box: tuple[float, float, float, float],
 ) -> Image.Image:
-    """Resample `box` of the image to `size`, one direction after the other.
+    """Resample `box` of the image, as RGB, to `size`, one direction after the other.
 
     Which comes first moves pixels by a level, and Pillow 13 changed it for tall pictures; this is
     its order, fixed.
     """
     left, top, right, bottom = box
     width, height = size
+    done = 0
     if image.height > 2 * image.width and image.height > height:
-        rows = image.resize((image.width, height), resample, box=(0, top, image.width, bottom))
+        rows = Image.new("RGB", (image.width, height))
+        for band in _bands(image, tags, upright=True):
+            shrunk = band.resize((band.width, height), resample, box=(0, top, band.width, bottom))
+            rows.paste(shrunk, (done, 0))
+            done += band.width
         return rows.resize(size, resample, box=(left, 0, right, height))
-    columns = image.resize((width, image.height), resample, box=(left, 0, right, image.height))
+    columns = Image.new("RGB", (width, image.height))
+    for band in _bands(image, tags):
+        shrunk = band.resize((width, band.height), resample, box=(left, 0, right, band.height))
+        columns.paste(shrunk, (0, done))
+        done += band.height
     return columns.resize(size, resample, box=(0, top, width, bottom))
 
 

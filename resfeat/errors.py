@@ -57,3 +57,7 @@ class UsageError(ResfeatError):
 
 class Stopped(ResfeatError):  # noqa: N818 (it is no error of anybody's)
     """The run was asked to stop and did; the same command resumes it."""
+
+
+class DecoderHungError(Exception):
+    """An image has kept a worker's decoder for so long that the worker must be given up."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -14,16 +13,20 @@ from typing import TYPE_CHECKING
 from resfeat import engines
 from resfeat.dataset import Dataset, Record
 from resfeat.errors import ResfeatError, Stopped, UsageError
+from resfeat.job import SHARDS_IN_HAND
 from resfeat.layout import Layout
-from resfeat.lock import run_lock
+from resfeat.lock import Lock, run_lock
 from resfeat.plan import write_plan
 from resfeat.report import Progress, Report, Tally, versions
 from resfeat.runtimes import REFERENCE
 from resfeat.runtimes import check as check_runtime
 from resfeat.sink import write_json
-from resfeat.sources.directory import Directories, printable
+from resfeat.sources import Listing
+from resfeat.sources import listing as list_sources
 from resfeat.sources.item import Item
+from resfeat.sources.rules import printable
 from resfeat.spec import ExtractSpec, Identity
+from resfeat.store import Location, StoreError, remove_all
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -52,11 +55,11 @@ def extract(
     """
     started = time.monotonic()
     layout = Layout(spec.output)
-    listing = Directories(spec.sources)
+    listing = list_sources(spec.sources)
     _check_free(layout, listing)
     check_runtime(spec.runtime, spec.model, spec.precision)
     with engines.prepare(spec.runtime) as cluster:
-        if cluster and _is_unfinished(layout):
+        if cluster and _has_work(layout, spec):
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
         return _run(spec, layout, listing, cluster, started, on_note, on_progress, stopping)
 
@@ -64,7 +67,7 @@ def extract(
 def _run(
     spec: ExtractSpec,
     layout: Layout,
-    listing: Directories,
+    listing: Listing,
     cluster: Cluster | None,
     started: float,
     on_note: Callable[[str], None],
@@ -77,12 +80,16 @@ def _run(
     from resfeat.sample import sample
 
     weights = resolve(spec)
-    with _output(layout):
+    with _output(layout) as lock:
         record = Record.load(layout)
         if new := record is None:
             record = _make_plan(layout, spec, listing, weights, on_progress, stopping)
         _check_same(layout, record, spec, listing, weights)
-        tally = Tally(record.plan, layout.committed(), on_progress, started, on_note)
+        tally = Tally(record.plan, _todo(layout, record, spec), on_progress, started, on_note)
+        if lock.killed:
+            tally.note(
+                f"the last run ({lock.killed}) was killed: going on from what it had committed"
+            )
         for note in weights.notes:
             tally.note(note)
         error = None
@@ -102,8 +109,11 @@ def _run(
                         given = engine.embed(expected.pictures, stopping)
                         tally.parity = compare(given, expected, record.identity, weights.dims)
                         _prove(tally, layout, record, spec.min_parity)
-                    for result in engine.run(tally.todo, tally.show, stopping):
+                    # What it had in hand may be what killed it.
+                    suspects = tally.todo[:SHARDS_IN_HAND] if lock.killed else []
+                    for result in engine.run(tally.todo, suspects, tally.show, stopping):
                         tally.add(result)
+                        lock.check()
         except ResfeatError as raised:
             error = raised
         finally:
@@ -118,21 +128,28 @@ def _run(
     return report
 
 
-def _is_unfinished(layout: Layout) -> bool:
+def _has_work(layout: Layout, spec: ExtractSpec) -> bool:
     record = Record.load(layout)
-    return record is None or len(layout.committed()) < record.plan.shards
+    return record is None or bool(_todo(layout, record, spec))
+
+
+def _todo(layout: Layout, record: Record, spec: ExtractSpec) -> list[int]:
+    """Shards that are not done, and, where that is asked for, those with failures."""
+    again = set(layout.with_failures()) if spec.retry_failed else set()
+    done = set(layout.committed()) - again
+    return [shard for shard in range(record.plan.shards) if shard not in done]
 
 
 def _make_plan(
     layout: Layout,
     spec: ExtractSpec,
-    listing: Directories,
+    listing: Listing,
     weights: Weights,
     on_progress: Callable[[Progress], None],
     stopping: Callable[[], bool],
 ) -> Record:
     """List the sources, freeze the listing, and write down what the dataset is."""
-    shutil.rmtree(layout.plan)  # of a run that was killed while it was listing
+    remove_all(layout.plan)  # of a run that was killed while it was listing
     layout.plan.mkdir()
 
     def watched() -> Iterator[Item]:
@@ -184,7 +201,7 @@ def _prove(tally: Tally, layout: Layout, record: Record, least: float | None) ->
 
 
 def _check_same(
-    layout: Layout, record: Record, spec: ExtractSpec, listing: Directories, weights: Weights
+    layout: Layout, record: Record, spec: ExtractSpec, listing: Listing, weights: Weights
 ) -> None:
     """Refuse to mix two kinds of embeddings, or two listings, in one dataset."""
     there = _choices(record.identity) | {
@@ -217,58 +234,62 @@ def _brief(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _check_free(layout: Layout, listing: Directories) -> None:
+def _check_free(layout: Layout, listing: Listing) -> None:
     """Refuse an output that is something else."""
     root = layout.root
     if printable(str(root)) != str(root):
         raise UsageError(f"output {printable(str(root))} has bytes that are not UTF-8: rename it")
     if str(root) in listing.roots:
         raise UsageError(f"output {root} is also a source: give a folder of its own")
-    if root.exists() and not root.is_dir():
+    if not root.exists():
+        return
+    if not root.is_dir():
         raise UsageError(f"output {root} is a file: give a folder")
-    if root.is_dir() and not layout.private.exists() and any(root.iterdir()):
+    if not layout.private.exists() and any(root.iterdir()):
         raise UsageError(
             f"output {root} holds other files: give a new folder, or that of a dataset to resume"
         )
 
 
 @contextmanager
-def _output(layout: Layout) -> Iterator[None]:
+def _output(layout: Layout) -> Iterator[Lock]:
     """The output folder, made if it is not there, with its lock held.
 
     Where it ends without a record, what it made is removed again.
     """
-    made = [folder for folder in (layout.root, *layout.root.parents) if not folder.exists()]
+    made = [
+        folder
+        for folder in ([layout.root, *layout.root.parents] if isinstance(layout.root, Path) else [])
+        if not folder.exists()
+    ]
     try:
-        for folder in (layout.embeddings, layout.plan, layout.runs, layout.tmp):
+        for folder in layout.folders:
             folder.mkdir(parents=True, exist_ok=True)
-        with run_lock(layout):
+        with run_lock(layout) as lock:
             try:
-                _empty(layout.tmp)  # of what a killed run left
-                yield
+                _tidy(layout)  # of what a killed run left
+                yield lock
             finally:
-                _empty(layout.tmp)  # of what workers left that were killed or stopped
+                _tidy(layout)  # of what workers left that were killed or stopped
                 if not layout.spec.exists():
-                    _remove(layout, made)
+                    remove_all(layout.private)
+                    _remove_empty([layout.embeddings, *made])
+    except StoreError:
+        raise
     except OSError as error:
         _remove_empty(made)
         raise ResfeatError(
-            f"cannot write to {layout.root}: {error.strerror or error}; "
-            "give a folder that can be written, with space left"
+            f"cannot write to {layout.root}: {error.strerror or error}; give a folder that can be "
+            "written, with space left, and the same command again"
         ) from error
 
 
-def _empty(folder: Path) -> None:
-    for leftover in folder.iterdir():
+def _tidy(layout: Layout) -> None:
+    for leftover in layout.tmp.iterdir() if layout.tmp else ():
         leftover.unlink(missing_ok=True)
 
 
-def _remove(layout: Layout, made: list[Path]) -> None:
-    shutil.rmtree(layout.private, ignore_errors=True)
-    _remove_empty([layout.embeddings, *made])
-
-
-def _remove_empty(folders: list[Path]) -> None:
+def _remove_empty(folders: Sequence[Location]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
@@ -277,4 +298,4 @@ def _remove_empty(folders: list[Path]) -> None:
 def _save(layout: Layout, report: Report) -> None:
     # A disk too full for the report must not hide the error that the report is about.
     with suppress(OSError) if report.error else nullcontext():
-        write_json(layout.run_report(report.run_id), report.as_dict())
+        write_json(layout, layout.run_report(report.run_id), report.as_dict())

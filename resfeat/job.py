@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from resfeat.spec import Identity, RuntimeName
 
-# Files that a worker reads while all its decoders are busy: enough to hide the latency of a disk.
+# Files that a worker reads while all its decoders are busy: enough to hide the latency of a disk,
+# and that of a store, where each takes two requests.
 READ_AHEAD = 4
+READ_AHEAD_IN_STORE = 32
 # A worker has two shards in hand: one is decoded and embedded while the other drains and commits.
 SHARDS_IN_HAND = 2
 
@@ -17,10 +19,13 @@ SHARDS_IN_HAND = 2
 class Job:
     """What is to be done, the same for every worker of a run. Small: the weights travel apart.
 
-    dims: length of each layer's embedding.
+    dims: length of each layer's embedding. reads_ahead: files that are read while all decoders are
+    busy.
     """
 
     output: str
+    sources: tuple[str, ...]
+    reads_ahead: int
     identity: Identity
     dims: Mapping[str, int]
     with_label: bool
@@ -40,13 +45,15 @@ class Placement:
 class ShardResult:
     """What a committed shard gave.
 
-    fits: images that were embedded at once in the end, fewer than a batch where the device's memory
-    did not hold one. seconds: busy ones by stage, added up over threads.
+    kept: images that had been embedded before, among those embedded. fits: images that were
+    embedded at once in the end, fewer than a batch where the device's memory did not hold one.
+    seconds: busy ones by stage, added up over threads.
     """
 
     shard: int
     embedded: int
     failed: int
+    kept: int
     changed: int
     fits: int
     seconds: Mapping[str, float]

@@ -1,4 +1,4 @@
-"""Every path inside an output folder.
+"""Every path inside an output folder, on a disk or in an object store.
 
 OUT/
   embeddings/part-00000.parquet   one file per committed shard; its presence is the commit
@@ -6,9 +6,11 @@ OUT/
   _resfeat/
     spec.json                     identity, plan and origin of the dataset
     plan/plan-00000.parquet       the frozen listing
+    checksums/part-00000.json     digests of the files of that shard, as they were committed
+    replaced/part-00000.parquet   embeddings of a shard that is just being committed once more
     int8/network.xml, .bin        the network that precision int8 made of the weights
     runs/<run-id>.json            one report a run
-    tmp/                          parts being written
+    tmp/                          parts being written (in a store they are not seen at all)
     lock                          who is writing now
 """
 
@@ -18,33 +20,48 @@ import os
 import re
 from pathlib import Path
 
-_PART = re.compile(r"part-(\d{5,})\.parquet")
+from resfeat.store import Location, locate
+
+_PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
+_DRAFT = re.compile(r"[0-9a-f]{12}-part-(\d{5,})\.parquet")
 
 
 class Layout:
     """The paths of one dataset. Makes nothing by itself."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).absolute()
+        self.root = locate(root)
         self.embeddings = self.root / "embeddings"
         self.failures = self.root / "failures"
         self.private = self.root / "_resfeat"
         self.spec = self.private / "spec.json"
         self.plan = self.private / "plan"
+        self.checksums = self.private / "checksums"
+        self.replaced = self.private / "replaced"
         self.quantised = self.private / "int8" / "network.xml"
         self.runs = self.private / "runs"
-        self.tmp = self.private / "tmp"
         self.lock = self.private / "lock"
+        # Where files are written before they are published; None where that is in memory.
+        self.tmp = self.private / "tmp" if isinstance(self.private, Path) else None
+
+    @property
+    def folders(self) -> list[Location]:
+        """Those that a dataset has from its beginning."""
+        always = [self.embeddings, self.plan, self.checksums, self.runs]
+        return [*always, self.tmp] if self.tmp else always
 
     @staticmethod
     def part_name(shard: int) -> str:
         """The file name of a shard's rows: it depends on the shard alone."""
         return f"part-{shard:05d}.parquet"
 
-    def plan_file(self, number: int) -> Path:
+    def checksum(self, shard: int) -> Location:
+        return self.checksums / f"part-{shard:05d}.json"
+
+    def plan_file(self, number: int) -> Location:
         return self.plan / f"plan-{number:05d}.parquet"
 
-    def run_report(self, run_id: str) -> Path:
+    def run_report(self, run_id: str) -> Location:
         return self.runs / f"{run_id}.json"
 
     def committed(self) -> list[int]:
@@ -55,10 +72,18 @@ class Layout:
         """Numbers of the shards that have failure rows, ascending."""
         return _numbers(self.failures)
 
+    def with_checksums(self) -> list[int]:
+        """Numbers of the shards that were committed once, or were about to be, ascending."""
+        return _numbers(self.checksums)
 
-def _numbers(folder: Path) -> list[int]:
+    def begun(self) -> list[int]:
+        """Numbers of the shards that a worker has begun to write and has not finished."""
+        return _numbers(self.tmp, _DRAFT) if self.tmp else []
+
+
+def _numbers(folder: Location, pattern: re.Pattern[str] = _PART) -> list[int]:
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return sorted(int(match[1]) for name in names if (match := _PART.fullmatch(name)))
+    return sorted({int(match[1]) for name in names if (match := pattern.fullmatch(name))})

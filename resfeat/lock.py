@@ -1,7 +1,12 @@
 """One writer at a time on a dataset.
 
-An advisory lock (flock) on `_resfeat/lock`, in which the holder writes who it is. The kernel drops
-the lock when its process ends, however it ends, so a lock is never stale.
+`_resfeat/lock` says who is writing: host, process, and when both began. It is emptied when the run
+ends in order, so that what stands in it afterwards tells of a run that was killed.
+
+On a disk it is also held by flock: the kernel drops that when the process ends, however it ends. A
+store has nothing like it, nor a PUT that fails where something is there already. There the holder
+writes the lock again every few seconds, and one that has not changed for a while is stale. Two that
+begin in the same instant both write it and then look again: the later one has it.
 """
 
 from __future__ import annotations
@@ -9,42 +14,118 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 from resfeat.errors import ResfeatError
 from resfeat.layout import Layout
+from resfeat.store import StorePath
 
 # `resfeat status` holds the lock for an instant while it looks; that is no reason to refuse.
 PATIENCE_SECONDS = 0.5
+# In a store: how often the holder writes it, how long it may then stay unchanged, and how long two
+# that write it at once may be apart.
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 40.0
+SETTLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A process that writes a dataset.
+
+    began: when the process itself did, in clock ticks since its machine did, as Linux numbers it:
+    a process id alone may be another process by now. started: when its run did. token: of the run.
+    """
+
+    host: str
+    pid: int
+    began: int
+    started: str
+    token: str
+    beat: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.started}"
+
+    @classmethod
+    def me(cls) -> Writer:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        me = os.getpid()
+        return cls(socket.gethostname(), me, _began(me) or 0, now, secrets.token_hex(8))
+
+    @classmethod
+    def parse(cls, content: str) -> Writer | None:
+        """The writer that a lock names; None where it names nobody."""
+        try:
+            return cls(**json.loads(content))
+        except (ValueError, TypeError):
+            return None
+
+    def is_gone(self) -> bool:
+        """Whether this is a process of this machine that has ended for sure."""
+        return self.host == socket.gethostname() and _began(self.pid) != self.began
+
+
+def _began(pid: int) -> int | None:
+    """When a process of this machine began; None where there is none (0 where nobody can say)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        return None if os.path.exists("/proc/self/stat") else 0
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A lock that is held. killed: who held it last, if that run was killed. check: raises
+    ResfeatError once another has taken it."""
+
+    killed: Writer | None
+    check: Callable[[], None] = lambda: None
 
 
 @contextmanager
-def run_lock(layout: Layout) -> Iterator[None]:
+def run_lock(layout: Layout) -> Iterator[Lock]:
     """Hold the dataset's lock. Raises ResfeatError, naming the holder, where another has it."""
+    if isinstance(layout.lock, StorePath):
+        with _held_in_store(layout, layout.lock) as lock:
+            yield lock
+        return
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o644)
     with open(descriptor, "r+", encoding="utf-8") as file:
         if not _try(descriptor, fcntl.LOCK_EX, PATIENCE_SECONDS):
-            raise ResfeatError(
-                f"{layout.root} is being written by {_describe(file.read())}: "
-                "wait until that run has ended, or stop it"
-            )
-        file.truncate(0)
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started}, file)
-        file.flush()
-        yield
+            raise _refused(layout, Writer.parse(file.read()))
+        killed = Writer.parse(file.read())
+        _overwrite(descriptor, json.dumps(asdict(Writer.me())))
+        try:
+            yield Lock(killed)
+        finally:
+            _overwrite(descriptor, "")
 
 
 def holder(layout: Layout) -> str | None:
     """Who is writing the dataset now; None where nobody is."""
+    if isinstance(layout.lock, StorePath):
+        writer = _read(layout.lock)
+        return None if writer is None or writer.is_gone() else str(writer)
     with suppress(FileNotFoundError), open(layout.lock, encoding="utf-8") as file:
         if not _try(file.fileno(), fcntl.LOCK_SH, 0):
-            return _describe(file.read())
+            return str(Writer.parse(file.read()) or "another process")
     return None
+
+
+def _refused(layout: Layout, writer: Writer | None) -> ResfeatError:
+    return ResfeatError(
+        f"{layout.root} is being written by {writer or 'another process'}: "
+        "wait until that run has ended, or stop it"
+    )
 
 
 def _try(descriptor: int, kind: int, patience: float) -> bool:
@@ -59,9 +140,73 @@ def _try(descriptor: int, kind: int, patience: float) -> bool:
             time.sleep(0.05)
 
 
-def _describe(content: str) -> str:
+def _overwrite(descriptor: int, content: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, content.encode(), 0)
+
+
+@contextmanager
+def _held_in_store(layout: Layout, lock: StorePath) -> Iterator[Lock]:
+    before = _read(lock)
+    if before and not before.is_gone() and _is_beating(lock, before):
+        raise _refused(layout, before)
+    me = Writer.me()
+    _write(lock, me)
+    time.sleep(SETTLE_SECONDS)
+    if (now := _read(lock)) != me:
+        raise _refused(layout, now)
+    ended, taken = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not ended.wait(BEAT_SECONDS):
+            with suppress(OSError):  # out of reach for now; the next beat may come through
+                there = _read(lock)
+                if there and there.token != me.token:
+                    taken.set()
+                    return
+                count += 1
+                _write(lock, Writer(**{**asdict(me), "beat": count}))
+
+    def check() -> None:
+        if taken.is_set():
+            raise ResfeatError(
+                f"another run took {layout.root} over, since this one was out of reach of the "
+                "store for too long: nothing is lost; let that one finish"
+            )
+
+    beats = threading.Thread(target=beat, name="lock", daemon=True)
+    beats.start()
     try:
-        writer = json.loads(content)
-        return f"process {writer['pid']} on {writer['host']} since {writer['started']}"
-    except (ValueError, KeyError):  # it has the lock and has not yet written who it is
-        return "another process"
+        yield Lock(before, check)
+        check()
+    finally:
+        ended.set()
+        beats.join()
+        if not taken.is_set():
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+
+
+def _read(lock: StorePath) -> Writer | None:
+    try:
+        return Writer.parse(lock.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _write(lock: StorePath, writer: Writer) -> None:
+    lock.write_bytes(json.dumps(asdict(writer)).encode())
+
+
+def _is_beating(lock: StorePath, writer: Writer) -> bool:
+    """Whether its holder writes the lock, or gives it up, while we watch."""
+    if writer.host == socket.gethostname():
+        return True  # its process is there
+    deadline = time.monotonic() + STALE_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        now = _read(lock)
+        if now != writer:
+            return now is not None
+    return False

@@ -19,7 +19,7 @@ from resfeat.runtimes import REFERENCE
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.sample import pictures
 from resfeat.sources.item import Item
-from resfeat.spec import Identity
+from resfeat.spec import Decode, Identity
 
 # Images that are compared. In the reference's own precision a runtime does the same arithmetic in
 # another order, and the first few show whether it does.
@@ -62,7 +62,9 @@ def reference(
     precision goes unmeasured (None), and any other raises ResfeatError.
     """
     wanted = SAMPLE_OF_REFERENCE if identity.precision == REFERENCE else SAMPLE
-    chosen = pictures(items, identity, wanted)
+    # By Pillow alone, where any pictures will do: it spares the child process torch, seconds of it.
+    way: Decode = "pillow" if identity.precision == REFERENCE else identity.decode
+    chosen = pictures(items, identity.preprocessing, way, wanted)
     if not chosen:
         why = f"none of {len(items)} sampled images can be decoded"
         return _go_without(identity, why, "are these images?")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from resfeat.layout import Layout
 from resfeat.sources.item import Item
+from resfeat.store import draft, open_parquet
 
 SHARD_SIZE = 4096
 SHARDS_PER_FILE = 64
@@ -65,26 +66,22 @@ def write_plan(layout: Layout, listing: Iterable[Item], shard_size: int | None) 
         shard_size = shard_size_for(sum(table.num_rows for table in held))
         held = list(_recut(held, shard_size))
     items = shards = 0
-    writer = None
-    for table in itertools.chain(held, _recut(tables, shard_size)):
-        if shards % SHARDS_PER_FILE == 0:
-            if writer:
-                writer.close()
-            path = layout.plan_file(shards // SHARDS_PER_FILE)
-            writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-        assert writer is not None
-        writer.write_table(table, row_group_size=shard_size)
-        items += table.num_rows
-        shards += 1
-    if writer:
-        writer.close()
+    cut = itertools.chain(held, _recut(tables, shard_size))
+    for number, first in enumerate(cut):  # of each file
+        file = draft(layout.tmp, layout.plan_file(number).name)
+        with pq.ParquetWriter(file.sink, SCHEMA, compression="zstd") as writer:
+            for table in itertools.chain([first], itertools.islice(cut, SHARDS_PER_FILE - 1)):
+                writer.write_table(table, row_group_size=shard_size)
+                items += table.num_rows
+                shards += 1
+        file.publish(layout.plan_file(number))
     return Plan(items, shards, shard_size)
 
 
 def read_shard(layout: Layout, shard: int) -> list[Item]:
     """The items of one shard, in plan order."""
     number, row_group = divmod(shard, SHARDS_PER_FILE)
-    with pq.ParquetFile(layout.plan_file(number)) as file:
+    with open_parquet(layout.plan_file(number)) as file:
         table = file.read_row_group(row_group)
     mtimes = table["mtime"].cast(pa.int64()).to_pylist()
     columns = (table["id"].to_pylist(), table["uri"].to_pylist(), table["size"].to_pylist(), mtimes)

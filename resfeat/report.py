@@ -33,7 +33,8 @@ class Report:
     """What one run did, and where the dataset stands after it.
 
     precision: of the dataset's forward passes. items, embedded, failed, reasons: the whole dataset.
-    images, images_failed: this run alone, in shards that it committed. changed: files that were not
+    images, images_failed: this run alone, in shards that it committed. kept: images in those that
+    were embedded before, and were not done again. changed: files that were not
     as listed any more when they were read. start_seconds: from the call until the first worker is
     live. seconds: from then to the last commit. stages: busy seconds by stage, added up over
     threads and workers; `wait` is the time that the model waited for pixels. skipped: files that
@@ -51,6 +52,7 @@ class Report:
     reasons: Mapping[str, int]
     images: int = 0
     images_failed: int = 0
+    kept: int = 0
     changed: int = 0
     shards: int = 0
     shards_left: int = 0
@@ -76,7 +78,9 @@ class Report:
     @property
     def bottleneck(self) -> str | None:
         """The stage that decided the speed: read, decode, embed or write. None if nothing ran."""
-        return verdict.bottleneck(self.stages, self.engine.get("cpus", 1))
+        if not self.engine:
+            return None
+        return verdict.bottleneck(self.stages, self.engine["cpus"], self.engine["reads_ahead"])
 
     @property
     def waited(self) -> float:
@@ -93,6 +97,7 @@ class Report:
             device=self.engine["device"],
             cpus=self.engine["cpus"],
             precision=self.precision,
+            reads_ahead=self.engine["reads_ahead"],
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,7 +129,7 @@ class Progress:
 class Tally:
     """Adds up a run as its shards are committed.
 
-    todo: numbers of the shards that the dataset still lacks, ascending. started: when the run was
+    todo: numbers of the shards that are to be done, ascending. started: when the run was
     asked for, by `time.monotonic`. on_note: is told what `note` is. engine, parity: to be set to
     what the engine says of itself, and to what was measured.
     """
@@ -132,15 +137,14 @@ class Tally:
     def __init__(
         self,
         plan: Plan,
-        committed: Sequence[int],
+        todo: Sequence[int],
         on_progress: Callable[[Progress], None],
         started: float,
         on_note: Callable[[str], None],
     ) -> None:
-        there = set(committed) & set(range(plan.shards))
-        self.todo = [shard for shard in range(plan.shards) if shard not in there]
+        self.todo = todo
         self._plan = plan
-        self._before = sum(plan.length(shard) for shard in there)
+        self._before = plan.items - sum(map(plan.length, todo))
         self._on_progress = on_progress
         self._started = started
         self._first_worker: float | None = None
@@ -162,7 +166,8 @@ class Tally:
         """A shard was committed."""
         self._last_commit = time.monotonic()
         self._counts["shards"] += 1
-        self._counts["images"] += result.embedded + result.failed
+        self._counts["images"] += result.embedded + result.failed - result.kept
+        self._counts["kept"] += result.kept
         self._counts["images_failed"] += result.failed
         self._counts["changed"] += result.changed
         self._stages.update(result.seconds)
@@ -181,7 +186,7 @@ class Tally:
         """
         if workers and self._first_worker is None:
             self._first_worker = time.monotonic()
-        done += self._before + self._counts["images"]
+        done += self._before + self._counts["images"] + self._counts["kept"]
         failed += self._counts["images_failed"]
         self._on_progress(Progress(self._plan.items, done, failed, workers))
 
@@ -202,8 +207,8 @@ class Tally:
         if error is None and embedded + failed != self._plan.items:
             error = ResfeatError(
                 f"{dataset.layout.root} holds {embedded + failed:,} rows for {self._plan.items:,} "
-                "images: a part was changed since its commit; remove the parts that you changed "
-                "from embeddings/ and give the same command again"
+                "images: a part was changed since its commit; `resfeat verify --repair` names it "
+                "and sends it back to be done again"
             )
         return Report(
             run_id=new_run_id(),

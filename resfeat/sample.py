@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat import plan
-from resfeat.decode import Picture, decode
+from resfeat.careful import CarefulDecoder
+from resfeat.decode import Picture
 from resfeat.errors import Failure
 from resfeat.layout import Layout
-from resfeat.sources.directory import read
+from resfeat.sources import read
 from resfeat.sources.item import Item
-from resfeat.spec import Identity
+from resfeat.spec import Decode, Preprocessing
 
 # Items that are drawn for each picture that is wanted, since some may give none.
 CANDIDATES = 4
@@ -33,15 +34,23 @@ def sample(layout: Layout, shards: int, wanted: int) -> list[Item]:
     return [item for start in range(stride) for item in candidates[start::stride]]
 
 
-def pictures(items: Iterable[Item], identity: Identity, wanted: int) -> list[NDArray[np.uint8]]:
-    """The first `wanted` pictures, uint8 [crop, crop, 3], of the items that give one."""
-    return list(itertools.islice(_pixels(items, identity), wanted))
+def pictures(
+    items: Iterable[Item], preprocessing: Preprocessing, way: Decode, wanted: int
+) -> list[NDArray[np.uint8]]:
+    """The first `wanted` pictures, uint8 [crop, crop, 3], of the items that give one.
+
+    Decoded in a child process: none of them may end the run.
+    """
+    with CarefulDecoder(1) as decoder:
+        return list(itertools.islice(_pixels(items, preprocessing, way, decoder), wanted))
 
 
-def _pixels(items: Iterable[Item], identity: Identity) -> Iterator[NDArray[np.uint8]]:
+def _pixels(
+    items: Iterable[Item], preprocessing: Preprocessing, way: Decode, decoder: CarefulDecoder
+) -> Iterator[NDArray[np.uint8]]:
     for item in items:
         content = read(item.uri)
         if not isinstance(content, Failure):
-            picture = decode(content[0], identity.preprocessing, identity.decode)
+            picture = decoder.decode(content[0], preprocessing, way)
             if isinstance(picture, Picture):
                 yield picture.pixels

@@ -38,13 +38,14 @@ def embed_queries(
     from resfeat.backbones.weights import resolve
     from resfeat.calibration import is_intact
     from resfeat.decode import decode
-    from resfeat.sources.directory import read
+    from resfeat.sources import read
+    from resfeat.store import is_remote
 
     identity = dataset.record.identity
     dataset.check_layer(layer)
     pictures = []
     for path in paths:
-        content = read(Path(path).absolute().as_uri())
+        content = read(path if is_remote(path) else Path(path).absolute().as_uri())
         picture = (
             content
             if isinstance(content, Failure)

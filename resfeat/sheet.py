@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from resfeat.errors import Failure
 from resfeat.search import Neighbour
-from resfeat.sources.directory import read
+from resfeat.sources import read
 
 TILE, CAPTION, GAP = 160, 32, 8
 LETTERS = 24

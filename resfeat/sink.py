@@ -1,22 +1,29 @@
 """Parts: the Arrow schema of the rows, and the atomic commit of a shard.
 
-A shard becomes visible whole or not at all. Its rows are written to `_resfeat/tmp`, outside the
-folders that readers glob; on `commit` the files are re-opened and their rows checked, flushed to
-the disk, and renamed into place: failures first, embeddings last, since the embeddings part is the
-commit. Part names depend on the shard alone, so a second attempt replaces its twin with the same
-rows.
+A shard becomes visible whole or not at all, in these steps:
+
+    written     its rows are in drafts, outside the folders that readers glob
+    checked     the drafts were opened again: one row for each item of the plan
+    withdrawn   where the shard is done once more for its failures: what was committed is set aside,
+                in `replaced/`, and the shard counts as not done until the last step
+    failures    the failure rows are in place, or gone where there are none
+    checksums   the digests of both files are
+    embeddings  the embeddings are: this is the commit
+    tidied      what was set aside is removed
+
+Each is durable before the next one begins. Part names depend on the shard alone, so a second
+attempt replaces its twin with the same rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +33,15 @@ from numpy.typing import NDArray
 from resfeat.errors import Failure, ResfeatError
 from resfeat.layout import Layout
 from resfeat.spec import Identity
+from resfeat.store import Draft, Location, draft, rename, sha256, write_whole
+
+Step = Literal["written", "checked", "withdrawn", "failures", "checksums", "embeddings", "tidied"]
+STEPS: tuple[Step, ...] = get_args(Step)
+
+
+def on_step(step: Step) -> None:
+    """Called after each step of a commit. Does nothing; the tests stop a worker here."""
+
 
 # Rows are flushed in groups of this many: a bound on memory that leaves groups worth scanning.
 ROW_GROUP = 1024
@@ -96,6 +112,57 @@ class FailedItem:
     failure: Failure
 
 
+def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.floating]]]:
+    """The rows that a shard has already, by id, each with its layers' embeddings side by side.
+
+    Raises ResfeatError where they are not those that were committed: with the next commit, and its
+    checksum, they would pass for them.
+    """
+    name = layout.part_name(shard)
+    for part in (layout.embeddings / name, layout.replaced / name):
+        try:
+            content = part.read_bytes()
+        except FileNotFoundError:
+            continue
+        noted = digests(layout, shard).get("embeddings")
+        try:
+            # Not so for what was set aside: what is noted may already be that of its successor.
+            if part.parent == layout.embeddings and hashlib.sha256(content).hexdigest() != noted:
+                raise pa.ArrowInvalid("it is not what was committed")
+            return _rows_of(pq.read_table(pa.BufferReader(content)))
+        except (OSError, pa.ArrowException) as error:
+            reason = str(error).partition("\n")[0]
+            raise ResfeatError(
+                f"{part} cannot be kept ({reason}): `resfeat verify --repair` sends what is "
+                "damaged back to be done again"
+            ) from error
+    return {}
+
+
+def digests(layout: Layout, shard: int) -> dict[str, str]:
+    """SHA-256 of a shard's files, `embeddings` and `failures`, as they were noted at its commit;
+    nothing where they were not, or the note is damaged."""
+    noted: Any = read_json(layout.checksum(shard))
+    try:
+        return {kind: each["sha256"] for kind, each in noted.items() if each}
+    except (AttributeError, KeyError, TypeError):
+        return {}
+
+
+def _rows_of(table: pa.Table) -> dict[str, tuple[Row, NDArray[np.floating]]]:
+    layers, plain = [], {}
+    for field in table.schema:
+        column = table[field.name]
+        if pa.types.is_fixed_size_list(field.type):
+            values = column.combine_chunks().flatten().to_numpy()
+            layers.append(values.reshape(len(table), field.type.list_size))
+        else:
+            whole = column.cast(pa.int64()) if pa.types.is_timestamp(field.type) else column
+            plain[field.name] = whole.to_pylist()
+    rows = [Row(*values) for values in zip(*plain.values(), strict=True)]
+    return {row.id: (row, vector) for row, vector in zip(rows, np.hstack(layers), strict=True)}
+
+
 class Part(AbstractContextManager["Part"]):
     """The rows of one shard, on their way into the dataset.
 
@@ -104,18 +171,17 @@ class Part(AbstractContextManager["Part"]):
 
     def __init__(self, layout: Layout, shard: int, schema: pa.Schema) -> None:
         self._layout = layout
+        self._shard = shard
         self._name = layout.part_name(shard)
         self._schema = schema
         self._rows: list[Row] = []
         self._vectors: list[NDArray[np.floating]] = []
         self._failures: list[FailedItem] = []
         self._embedded = 0
-        # Unique, so that a worker thought dead and its successor never write to one file.
-        attempt = uuid.uuid4().hex[:12]
-        self._temporary = layout.tmp / f"{attempt}-{self._name}"
-        self._temporary_failures = layout.tmp / f"{attempt}-failures-{self._name}"
+        self._draft = draft(layout.tmp, self._name)
+        self._failures_draft = draft(layout.tmp, f"failures-{self._name}")
         self._writer = pq.ParquetWriter(
-            self._temporary, schema, compression="zstd", use_dictionary=["label"]
+            self._draft.sink, schema, compression="zstd", use_dictionary=["label"]
         )
 
     def __exit__(
@@ -127,8 +193,8 @@ class Part(AbstractContextManager["Part"]):
         try:
             self._writer.close()
         finally:
-            self._temporary.unlink(missing_ok=True)
-            self._temporary_failures.unlink(missing_ok=True)
+            self._draft.discard()
+            self._failures_draft.discard()
 
     def add(
         self,
@@ -146,29 +212,58 @@ class Part(AbstractContextManager["Part"]):
 
     def commit(self, ids: Iterable[str]) -> None:
         """Make the shard visible, if its rows are exactly one for each of `ids`."""
+        self._write()
+        on_step("written")
+        checksums = self._check(sorted(ids))
+        on_step("checked")
+        layout = self._layout
+        embeddings, failures = layout.embeddings / self._name, layout.failures / self._name
+        replaced = layout.replaced / self._name
+        if again := embeddings.exists():
+            if read_json(layout.checksum(self._shard)) == checksums:
+                return  # its twin has done it
+            replaced.parent.mkdir(exist_ok=True)
+            rename(embeddings, replaced)
+            on_step("withdrawn")
+        if self._failures:
+            failures.parent.mkdir(exist_ok=True)
+            self._failures_draft.publish(failures)
+        else:  # an earlier attempt may have published some
+            failures.unlink(missing_ok=True)
+        on_step("failures")
+        write_json(layout, layout.checksum(self._shard), checksums)
+        on_step("checksums")
+        self._draft.publish(embeddings)
+        on_step("embeddings")
+        if again or replaced.exists():
+            replaced.unlink(missing_ok=True)
+            on_step("tidied")
+
+    def _write(self) -> None:
         self._flush()
         self._writer.close()
-        failed = [item.id for item in self._failures]
-        if failed:
+        if self._failures:
             rows = [
                 {"id": item.id, "uri": item.uri, **vars(item.failure)} for item in self._failures
             ]
             table = pa.Table.from_pylist(rows, schema=FAILURES)
-            pq.write_table(table, self._temporary_failures, compression="zstd")
-            _check(self._temporary_failures, len(failed))
-        embedded = _check(self._temporary, self._embedded)
-        if sorted([*embedded, *failed]) != sorted(ids):
+            pq.write_table(table, self._failures_draft.sink, compression="zstd")
+
+    def _check(self, ids: list[str]) -> dict[str, object]:
+        """What the checksums file is to hold, once the drafts hold what they should."""
+        embedded = _ids(self._draft, self._embedded)
+        failed = _ids(self._failures_draft, len(self._failures)) if self._failures else []
+        if sorted([*embedded, *failed]) != ids:
             raise ResfeatError(
                 f"{self._name}: its rows do not match the plan; nothing of it was committed. "
                 "This is a bug in resfeat: please report it"
             )
-        target = self._layout.failures / self._name
-        if failed:
-            target.parent.mkdir(exist_ok=True)
-            publish(self._temporary_failures, target)
-        else:  # an earlier attempt may have published failures and died before its commit
-            target.unlink(missing_ok=True)
-        publish(self._temporary, self._layout.embeddings / self._name)
+        return {
+            "embeddings": {"rows": len(embedded), "sha256": sha256(self._draft)},
+            "failures": {"rows": len(failed), "sha256": sha256(self._failures_draft)}
+            if failed
+            else None,
+        }
 
     def _flush(self) -> None:
         if not self._rows:
@@ -188,32 +283,23 @@ class Part(AbstractContextManager["Part"]):
         self._rows, self._vectors = [], []
 
 
-def publish(temporary: Path, target: Path) -> None:
-    """Rename a finished file into place so that it survives a power cut."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-    folder = os.open(target.parent, os.O_RDONLY)
+def write_json(layout: Layout, location: Location, content: object) -> None:
+    """Write a small JSON document into a dataset, whole or not at all."""
+    write_whole(layout.tmp, location, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(location: Location) -> object:
+    """A JSON document of a dataset; None where there is none, or none that can be read."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        return json.loads(location.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a small JSON document atomically."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check(path: Path, rows: int) -> list[str]:
-    """The ids in a closed Parquet file, which must hold `rows` rows."""
-    with pq.ParquetFile(path) as file:
+def _ids(written: Draft, rows: int) -> list[str]:
+    """The ids in a finished Parquet file, which must hold `rows` rows."""
+    with written.reopen() as content, pq.ParquetFile(content) as file:
         ids: list[str] = file.read(columns=["id"])["id"].to_pylist()
     if len(ids) != rows:
-        raise ResfeatError(f"{path}: wrote {rows} rows and read {len(ids)}; is the disk full?")
+        raise ResfeatError(f"wrote {rows} rows and read {len(ids)}; is the disk full?")
     return ids

@@ -213,6 +213,7 @@ class ExtractSpec(FeatureSpec):
     label_from: "parent" stores the name of each image's folder in a `label` column.
     max_error_rate: share of failed images (0 to 1) above which a finished run counts as bad; to be
         compared with `Report.error_rate`, as the command does.
+    retry_failed: do the images that failed once more, beside what is not done.
     min_parity: least cosine (-1 to 1) to fp32 on torch that a sample of the images must have, where
         the run uses anything else; None asks for 0.999, or 0.99 with int8.
     """
@@ -222,6 +223,7 @@ class ExtractSpec(FeatureSpec):
     shard_size: int | None = None
     label_from: Literal["parent"] | None = None
     max_error_rate: float = 0.05
+    retry_failed: bool = False
     min_parity: float | None = None
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 

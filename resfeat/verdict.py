@@ -22,17 +22,17 @@ def waited(stages: Mapping[str, float]) -> float:
     return wait / (wait + embed) if wait + embed else 0.0
 
 
-def bottleneck(stages: Mapping[str, float], cpus: int) -> str | None:
+def bottleneck(stages: Mapping[str, float], cpus: int, reads_ahead: int = READ_AHEAD) -> str | None:
     """The stage that decided the speed: read, decode, embed or write. None if nothing ran.
 
-    stages: busy seconds, added up over threads. cpus: of each worker.
+    stages: busy seconds, added up over threads. cpus: of each worker. reads_ahead: as a job has it.
     """
     if not stages.get("embed"):
         return None
     if waited(stages) <= WAITING:
         return "embed"
     # The one whose threads were the busiest.
-    threads = {"read": cpus + READ_AHEAD, "decode": cpus, "write": SHARDS_IN_HAND}
+    threads = {"read": cpus + reads_ahead, "decode": cpus, "write": SHARDS_IN_HAND}
     return max(threads, key=lambda stage: stages.get(stage, 0.0) / threads[stage])
 
 
@@ -49,9 +49,16 @@ def helps(stage: str, device: str, precision: str) -> str:
     return others.get((device, precision), "more GPUs" if device == "cuda" else "more CPU cores")
 
 
-def verdict(stages: Mapping[str, float], *, device: str, cpus: int, precision: str) -> str | None:
+def verdict(
+    stages: Mapping[str, float],
+    *,
+    device: str,
+    cpus: int,
+    precision: str,
+    reads_ahead: int = READ_AHEAD,
+) -> str | None:
     """A sentence on what limited a run. None if nothing ran."""
-    stage = bottleneck(stages, cpus)
+    stage = bottleneck(stages, cpus, reads_ahead)
     if stage is None:
         return None
     return (

@@ -9,9 +9,11 @@ module knows nothing of Ray.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from threading import BoundedSemaphore, Event, Lock
@@ -22,16 +24,18 @@ import torch
 from numpy.typing import NDArray
 
 from resfeat import plan, runtimes
+from resfeat.careful import CarefulDecoder
 from resfeat.clock import StageClock
 from resfeat.dataset import Record
 from resfeat.decode import Picture, decode
-from resfeat.errors import Failure, ResfeatError, Stopped
-from resfeat.job import READ_AHEAD, Job, Placement, ShardResult
+from resfeat.errors import DecoderHungError, Failure, ResfeatError, Stopped
+from resfeat.job import Job, Placement, ShardResult
 from resfeat.layout import Layout
 from resfeat.runtimes import Network
-from resfeat.sink import FailedItem, Part, Row, embeddings_schema
-from resfeat.sources.directory import path_of, printable, read
+from resfeat.sink import FailedItem, Part, Row, embeddings_schema, kept_rows
+from resfeat.sources import exists, folder_of, read
 from resfeat.sources.item import Item
+from resfeat.store import StoreError
 
 # Of a shard, beyond the batches that are being embedded: at least this many images, in batches of
 # which there are at least two, are under way. Enough for the unevenness of reading and decoding.
@@ -39,6 +43,12 @@ IMAGES_AHEAD = 64
 BATCHES_AHEAD = 2
 # Forward passes at a time on a GPU: the copies of one run while the other is computed.
 PASSES_ON_GPU = 2
+# An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
+HUNG_SECONDS = 60.0
+CHECK_SECONDS = 1.0
+
+Decoder = Callable[..., Picture | Failure]
+Kept = Mapping[str, tuple[Row, NDArray[np.floating]]]
 
 
 class Worker:
@@ -49,6 +59,7 @@ class Worker:
 
     progress: images done and failed so far, by shard in hand. fits: images that the device's memory
     is thought to hold at once. stopping: set it to have shards in hand raise Stopped soon.
+    decoding_since: when the decoding of each image that is being decoded was begun.
     """
 
     def __init__(self, job: Job, placement: Placement, network: Network) -> None:
@@ -67,7 +78,8 @@ class Worker:
         self.fits = placement.batch_size
         self.progress: dict[int, tuple[int, int]] = {}
         self.stopping = Event()
-        self.loaders = _threads("load", placement.cpus + READ_AHEAD)
+        self.decoding_since: dict[Item, float] = {}
+        self.loaders = _threads("load", placement.cpus + job.reads_ahead)
         self.forwards = _threads("forward", self.forward_threads)
         self.decoding = BoundedSemaphore(placement.cpus)
         self.feeding = Lock()
@@ -97,6 +109,12 @@ class Worker:
             batches.append(self.forwards.submit(forward, self, batch))
         return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
 
+    def check_decoders(self) -> None:
+        """Raise DecoderHungError where an image has been decoded for too long."""
+        now = time.monotonic()
+        if any(now - since > HUNG_SECONDS for since in list(self.decoding_since.values())):
+            raise DecoderHungError
+
     def close(self) -> None:
         """Let the threads go; whatever has not begun is dropped."""
         self.forwards.shutdown(wait=False, cancel_futures=True)
@@ -108,18 +126,26 @@ def _threads(name: str, count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def process_shard(worker: Worker, shard: int) -> ShardResult:
-    """Embed one shard and commit it.
+def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> ShardResult:
+    """Embed one shard and commit it. Of one that was done before, only its failures are done again.
 
-    Raises Stopped, with nothing committed, soon after the worker is told to stop, and ResfeatError
-    where the dataset's own files cannot be read or written.
+    careful: decode in child processes, so that what crashes or hangs a decoder is a failure row.
+
+    Raises Stopped, with nothing committed, soon after the worker is told to stop, DecoderHungError
+    where the worker cannot go on, and ResfeatError where the dataset's own files cannot be read or
+    written, or the source is gone.
     """
     clock = StageClock()
     embedded = failed = changed = 0
     try:
         items = plan.read_shard(worker.layout, shard)
-        with Part(worker.layout, shard, worker.schema) as part:
-            for batch in _embedded_batches(worker, items, clock):
+        kept = kept_rows(worker.layout, shard)
+        with (
+            Part(worker.layout, shard, worker.schema) as part,
+            CarefulDecoder(worker.placement.cpus) if careful else nullcontext() as children,
+        ):
+            decoder = children.decode if children else decode
+            for batch in _embedded_batches(worker, items, kept, decoder, clock):
                 with clock("write"):
                     part.add(batch.rows, batch.vectors, batch.failures)
                 embedded += len(batch.rows)
@@ -128,8 +154,12 @@ def process_shard(worker: Worker, shard: int) -> ShardResult:
                 worker.progress[shard] = (embedded + failed, failed)
                 if worker.stopping.is_set():
                     raise Stopped(f"shard {shard} was left unfinished")
+            if not embedded:
+                _check_sources(worker)
             with clock("write"):
                 part.commit(item.id for item in items)
+    except StoreError:
+        raise
     except OSError as error:
         raise ResfeatError(
             f"shard {shard} of {worker.layout.root}: {error}; "
@@ -141,7 +171,19 @@ def process_shard(worker: Worker, shard: int) -> ShardResult:
         ) from error
     finally:
         worker.progress.pop(shard, None)
-    return ShardResult(shard, embedded, failed, changed, worker.fits, dict(clock.seconds))
+    return ShardResult(
+        shard, embedded, failed, len(kept), changed, worker.fits, dict(clock.seconds)
+    )
+
+
+def _check_sources(worker: Worker) -> None:
+    """Raise ResfeatError where a whole source is gone: its images are not what failed."""
+    for root in worker.job.sources:
+        if not exists(root):
+            raise ResfeatError(
+                f"source {root} is gone: mount it, or bring it back, and give the same command "
+                "again, it resumes"
+            )
 
 
 @dataclass
@@ -155,7 +197,9 @@ class _Batch:
     changed: int
 
 
-def _embedded_batches(worker: Worker, items: Sequence[Item], clock: StageClock) -> Iterator[_Batch]:
+def _embedded_batches(
+    worker: Worker, items: Sequence[Item], kept: Kept, decoder: Decoder, clock: StageClock
+) -> Iterator[_Batch]:
     """Finished batches in plan order, with a bounded number of others under way."""
     size = worker.placement.batch_size
     most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
@@ -163,29 +207,41 @@ def _embedded_batches(worker: Worker, items: Sequence[Item], clock: StageClock) 
     try:
         with worker.feeding:  # the next shard is fed while this one drains, not before
             for start in range(0, len(items), size):
-                under_way.append(_start_batch(worker, items[start : start + size], clock))
+                some = items[start : start + size]
+                under_way.append(_start_batch(worker, some, kept, decoder, clock))
                 if len(under_way) >= most:
-                    yield under_way.popleft().result()
+                    yield _await(worker, under_way.popleft())
         while under_way:
-            yield under_way.popleft().result()
+            yield _await(worker, under_way.popleft())
     finally:
         for future in under_way:
             future.cancel()
 
 
-def _start_batch(worker: Worker, items: Sequence[Item], clock: StageClock) -> Future[_Batch]:
+def _await(worker: Worker, batch: Future[_Batch]) -> _Batch:
+    while not wait([batch], timeout=CHECK_SECONDS).done:
+        worker.check_decoders()
+    return batch.result()
+
+
+def _start_batch(
+    worker: Worker, items: Sequence[Item], kept: Kept, decoder: Decoder, clock: StageClock
+) -> Future[_Batch]:
     # Always the full shape, and each image at its own place whatever becomes of the others: the
     # same image gives the same bits in every run.
     crop = worker.job.identity.preprocessing.crop
     pixels = worker.runtime.empty((worker.placement.batch_size, crop, crop, 3))
-    loads = [
-        worker.loaders.submit(_load, worker, item, pixels[place], clock)
+    loads = {
+        item: worker.loaders.submit(_load, worker, item, pixels[place], decoder, clock)
         for place, item in enumerate(items)
-    ]
-    return worker.forwards.submit(_embed, worker, items, pixels, loads, clock)
+        if item.id not in kept
+    }
+    return worker.forwards.submit(_embed, worker, items, pixels, loads, kept, clock)
 
 
-def _load(worker: Worker, item: Item, place: NDArray[np.uint8], clock: StageClock) -> Row | Failure:
+def _load(
+    worker: Worker, item: Item, place: NDArray[np.uint8], decoder: Decoder, clock: StageClock
+) -> Row | Failure:
     """Read and decode one image into its place in the batch."""
     with clock("read"):
         content = read(item.uri)
@@ -194,11 +250,15 @@ def _load(worker: Worker, item: Item, place: NDArray[np.uint8], clock: StageCloc
     data, size, mtime = content
     identity = worker.job.identity
     with worker.decoding, clock("decode"):
-        picture = decode(data, identity.preprocessing, identity.decode)
+        worker.decoding_since[item] = time.monotonic()
+        try:
+            picture = decoder(data, identity.preprocessing, identity.decode)
+        finally:
+            del worker.decoding_since[item]
         if not isinstance(picture, Picture):
             return picture
         place[:] = picture.pixels
-    label = printable(path_of(item.uri).parent.name) if worker.job.with_label else None
+    label = folder_of(item.uri) if worker.job.with_label else None
     return Row(item.id, picture.width, picture.height, size, mtime, label)
 
 
@@ -206,33 +266,41 @@ def _embed(
     worker: Worker,
     items: Sequence[Item],
     pixels: NDArray[np.uint8],
-    loads: Sequence[Future[Row | Failure]],
+    loads: Mapping[Item, Future[Row | Failure]],
+    kept: Kept,
     clock: StageClock,
 ) -> _Batch:
     with clock("wait"):
-        loaded = [load.result() for load in loads]
+        loaded = {item.id: load.result() for item, load in loads.items()}
     problem = Failure("embed", "non_finite", "the model gave a value that is not finite")
-    with clock("embed"):
-        try:
-            vectors = forward(worker, pixels)[: len(items)]
-        except torch.OutOfMemoryError as error:
-            problem = Failure("embed", "out_of_memory", str(error).partition("\n")[0][:300])
-            vectors = np.full((len(items), sum(worker.job.dims.values())), np.nan, np.float32)
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite: a failure
-            vectors = vectors.astype(worker.job.identity.dtype, copy=False)
+    vectors = np.zeros((len(items), sum(worker.job.dims.values())), worker.job.identity.dtype)
+    if any(isinstance(outcome, Row) for outcome in loaded.values()):
+        with clock("embed"):
+            try:
+                given = forward(worker, pixels)[: len(items)]
+            except torch.OutOfMemoryError as error:
+                problem = Failure("embed", "out_of_memory", str(error).partition("\n")[0][:300])
+                given = np.full(vectors.shape, np.nan, np.float32)
+            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite: a failure
+                vectors = given.astype(worker.job.identity.dtype)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
     batch = _Batch([], vectors, [], 0)
-    kept = []
-    for place, (item, outcome) in enumerate(zip(items, loaded, strict=True)):
-        if isinstance(outcome, Row) and not finite[place]:
-            outcome = problem
+    places = []
+    for place, item in enumerate(items):
+        outcome: Row | Failure
+        if item.id in kept:
+            outcome, vectors[place] = kept[item.id]
+        else:
+            outcome = loaded[item.id]
+            if isinstance(outcome, Row):
+                batch.changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
+                outcome = outcome if finite[place] else problem
         if isinstance(outcome, Failure):
             batch.failures.append(FailedItem(item.id, item.uri, outcome))
         else:
-            kept.append(place)
+            places.append(place)
             batch.rows.append(outcome)
-            batch.changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
-    batch.vectors = vectors[kept]
+    batch.vectors = vectors[places]
     return batch
 
 

@@ -30,7 +30,7 @@ EXPECTED = {
 def write_broken(folder: Path) -> None:
     """Write one file for each entry of EXPECTED."""
     picture = Image.effect_noise((320, 240), 60).convert("RGB")
-    whole = {kind: _encode(picture, kind) for kind in ("JPEG", "PNG", "WEBP")}
+    whole = {kind: encode(picture, kind) for kind in ("JPEG", "PNG", "WEBP")}
     content = {
         "empty.jpg": b"",
         "page.jpg": b"<!doctype html><title>404</title>",
@@ -49,7 +49,7 @@ def write_broken(folder: Path) -> None:
     os.mkfifo(folder / "pipe.jpg")
 
 
-def _encode(picture: Image.Image, kind: str) -> bytes:
+def encode(picture: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind)
     return buffer.getvalue()

@@ -58,6 +58,7 @@ def test_too_far_from_the_reference_is_an_error(precision, minimum, least, passe
 def test_the_sample_is_spread_over_the_plan(tmp_path_factory, items, shard_size):
     layout = Layout(tmp_path_factory.mktemp("plan"))
     layout.plan.mkdir(parents=True)
+    layout.tmp.mkdir()
     listing = (Item(f"{n:05d}", f"file:///{n}", 1, 1) for n in range(items))
     plan = write_plan(layout, listing, shard_size)
     numbers = [int(item.id) for item in sample(layout, plan.shards, SAMPLE)]
@@ -89,7 +90,7 @@ def test_what_is_measured_is_what_the_run_then_gives(photos, tmp_path):
         report, given = run(precision, runtime)
         parity = report.parity
         cosines = cosine(given, expected)
-        assert cosines.min() <= parity.minimum <= parity.median <= 1 + 1e-6
+        assert cosines.min() - 1e-9 <= parity.minimum <= parity.median <= 1 + 1e-6
         assert parity.images == (SAMPLE_OF_REFERENCE if precision == "fp32" else SAMPLE)
         assert cosines.min() > {"fp32": 0.999999, "bf16": 0.9999, "int8": 0.99}[precision]
         assert (parity.minimum < 0.99999) == (precision == "int8")

@@ -22,6 +22,7 @@ def items(count):
 def layout(tmp_path):
     layout = Layout(tmp_path)
     layout.plan.mkdir(parents=True)
+    layout.tmp.mkdir()
     return layout
 
 
@@ -30,6 +31,7 @@ def layout(tmp_path):
 def test_every_item_is_in_exactly_one_shard(tmp_path_factory, count, size):
     layout = Layout(tmp_path_factory.mktemp("plan"))
     layout.plan.mkdir(parents=True)
+    layout.tmp.mkdir()
     made = write_plan(layout, items(count), size)
     shards = [read_shard(layout, shard) for shard in range(made.shards)]
     assert list(itertools.chain(*shards)) == items(count)

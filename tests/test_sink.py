@@ -1,6 +1,7 @@
 """Committing a shard: whole or not at all, failures first, exactly the plan's rows."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ def identity():
 @pytest.fixture
 def layout(tmp_path):
     layout = Layout(tmp_path)
-    for folder in (layout.embeddings, layout.tmp):
+    for folder in layout.folders:
         folder.mkdir(parents=True)
     return layout
 
@@ -87,32 +88,82 @@ def test_rows_that_are_not_the_plans_are_never_committed(planned, layout, identi
     assert not list(layout.tmp.iterdir())
 
 
-def test_failures_are_visible_before_the_commit_and_stale_ones_go(layout, identity, monkeypatch):
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make a commit end at a step, as if its process had been killed there."""
+
+    class Killed(BaseException):
+        pass
+
+    def stop(at, commit):
+        def on_step(step):
+            if step == at:
+                raise Killed
+
+        monkeypatch.setattr(sink, "on_step", on_step)
+        with pytest.raises(Killed):
+            commit()
+        monkeypatch.setattr(sink, "on_step", lambda step: None)
+
+    return stop
+
+
+def test_the_steps_of_a_commit_are_those_that_are_named(layout, identity, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sink, "on_step", seen.append)
+    commit(layout, identity, ["a.jpg"], [FAILED])
+    usual = [step for step in sink.STEPS if step not in ("withdrawn", "tidied")]
+    assert seen == usual
+    seen.clear()
+    commit(layout, identity, ["a.jpg", "z.jpg"], [])  # this time the second one could be read
+    assert seen == list(sink.STEPS)
+    seen.clear()
+    commit(layout, identity, ["a.jpg", "z.jpg"], [])  # a twin that comes late
+    assert seen == ["written", "checked"]
+
+
+@pytest.mark.parametrize("step", sink.STEPS)
+def test_a_shard_is_visible_whole_or_not_at_all(step, layout, identity, stop_at):
+    if step not in ("withdrawn", "tidied"):
+        stop_at(step, lambda: commit(layout, identity, ["a.jpg"], [FAILED]))
+        assert layout.committed() == ([0] if step == "embeddings" else [])
+        assert layout.with_failures() == ([] if step in ("written", "checked") else [0])
+        if layout.committed():
+            assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
+    commit(layout, identity, ["a.jpg"], [FAILED])
+    assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
+
+    # Once more, and what failed can be read: never in both folders, and nothing is lost.
+    stop_at(step, lambda: commit(layout, identity, ["a.jpg", "z.jpg"], []))
+    if layout.committed():
+        assert sorted([*ids(layout), *ids(layout, "failures")]) == ["a.jpg", "z.jpg"]
+    assert "a.jpg" in sink.kept_rows(layout, 0)
+    commit(layout, identity, ["a.jpg", "z.jpg"], [])
+    assert ids(layout) == ["a.jpg", "z.jpg"] and not layout.with_failures()
+
+
+def test_rows_that_are_kept_are_the_rows_that_were_committed(layout, identity):
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True)
+    with Part(layout, 0, schema) as part:
+        part.add(rows("a.jpg", "b.jpg"), vectors(2))
+        part.commit(["a.jpg", "b.jpg"])
+    kept = sink.kept_rows(layout, 0)
+    assert [row for row, _ in kept.values()] == rows("a.jpg", "b.jpg")
+    assert np.array_equal(np.stack([vector for _, vector in kept.values()]), vectors(2))
+    assert sink.kept_rows(layout, 1) == {}
+
+
+def commit(layout, identity, embedded, failed):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
-    renamed = []
+    with Part(layout, 0, schema) as part:
+        part.add([replace(row, label=None) for row in rows(*embedded)], vectors(len(embedded)))
+        part.add([], vectors(0), failed)
+        part.commit([*embedded, *(item.id for item in failed)])
 
-    def dies_before_the_embeddings(temporary, target):
-        renamed.append(target)
-        if target.parent == layout.embeddings:
-            raise KeyboardInterrupt
-        publish(temporary, target)
 
-    publish = sink.publish
-    monkeypatch.setattr(sink, "publish", dies_before_the_embeddings)
-    with pytest.raises(KeyboardInterrupt), Part(layout, 0, schema) as part:
-        part.add(rows("a.jpg"), vectors(1), [FAILED])
-        part.commit(["a.jpg", "z.jpg"])
-    assert renamed == [
-        layout.failures / "part-00000.parquet",
-        layout.embeddings / "part-00000.parquet",
-    ]
-    assert layout.with_failures() == [0] and not layout.committed()
-
-    monkeypatch.setattr(sink, "publish", publish)
-    with Part(layout, 0, schema) as part:  # this time the second image could be read
-        part.add(rows("a.jpg", "z.jpg"), vectors(2))
-        part.commit(["a.jpg", "z.jpg"])
-    assert layout.committed() == [0] and not layout.with_failures()
+def ids(layout, folder="embeddings"):
+    part = layout.root / folder / "part-00000.parquet"
+    return pq.read_table(part)["id"].to_pylist() if part.exists() else []
 
 
 def test_a_second_attempt_writes_the_same_bytes(layout, identity):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import threading
+from typing import NoReturn
 
 import click
 
 from resfeat import __version__
 from resfeat.errors import ResfeatError
 
-COMMANDS = ("extract", "status", "search", "models", "bench")
+COMMANDS = ("extract", "status", "verify", "search", "models", "bench")
 
 
 class Group(click.Group):
@@ -29,7 +33,19 @@ class Group(click.Group):
             return super().invoke(context)
         except ResfeatError as error:
             click.echo(f"Error: {error}", err=True)
-            context.exit(error.exit_code)
+            leave(context, error.exit_code)
+
+
+def leave(context: click.Context, code: int) -> NoReturn:
+    """Exit, even where a decoder hangs in a thread of this process, which Python would wait for."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("load"):
+            thread.join(timeout=1)
+            if thread.is_alive():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+    context.exit(code)
 
 
 @click.group(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resfeat.cli import options
+from resfeat.cli import leave, options
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import Stopped
@@ -24,6 +24,10 @@ Examples:
       All images below photos/, ResNet-50, on every GPU here, or on the CPU.
   resfeat extract photos -o embeddings
       Again: goes on where a killed or stopped run left off.
+  resfeat extract photos -o embeddings --retry-failed
+      Once more the images that failed; what is there stays as it is.
+  resfeat extract s3://bucket/photos -o s3://bucket/embeddings
+      From and to an object store; the AWS_* variables say which and who you are.
   resfeat extract train val -o embeddings --model resnet18 --label-from parent
       Two folders in one dataset; each image's folder becomes its label.
   resfeat extract photos -o embeddings --weights finetuned.pth --workers 0
@@ -83,6 +87,9 @@ Run it again to go on, whatever ended it.
     show_default=True,
     help="Share of failed images above which the exit code is 3.",
 )
+@click.option(
+    "--retry-failed", is_flag=True, help="Do the images that failed once more, and only them."
+)
 @click.option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
 @click.option("--verbose", "talk", flag_value="verbose", help="Also print where the time went.")
 @click.option(
@@ -118,15 +125,17 @@ def extract(
         click.echo(json.dumps({"event": "report", **report.as_dict()}))
     elif talk != "quiet":
         _tell(report, verbose=talk == "verbose")
+    code = 0
     if report.status == "interrupted":
-        context.exit(signals.exit_code)
-    if report.error_rate > spec.max_error_rate:
+        code = signals.exit_code
+    elif report.error_rate > spec.max_error_rate:
         click.echo(
             f"Error: {report.error_rate:.1%} of the images failed, more than --max-error-rate "
             f"{spec.max_error_rate:.1%}; see {report.output}/failures",
             err=True,
         )
-        context.exit(TOO_MANY_FAILED)
+        code = TOO_MANY_FAILED
+    leave(context, code)
 
 
 def _display(talk: str | None) -> Bar | JsonLines | Lines | Quiet:

@@ -35,7 +35,7 @@ def status(output: str, as_json: bool) -> None:
         "embedded": dataset.embedded(),
         "failed": sum(reasons.values()),
         "reasons": reasons,
-        "runs": len(list(dataset.layout.runs.glob("*.json"))),
+        "runs": len(list(dataset.layout.runs.iterdir())),
         "writer": holder(dataset.layout),
         "complete": committed == plan.shards,
     }

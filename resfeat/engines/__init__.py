@@ -5,14 +5,17 @@ Both engines are context managers with the same members:
     placement                           where each worker runs, and on what
     description                         what the report says of it: workers, device, batch size, ...
     embed(pictures, stopping)           embeddings of a few pictures, by one worker
-    run(shards, on_progress, stopping)  does the shards and gives each one's ShardResult
+    run(shards, suspects, ...)          does the shards and gives each one's ShardResult
+
+Where a worker dies, or an image hangs its decoder, another takes its place, and what it had in hand
+is done again in careful mode (`careful.py`). A shard that costs `ATTEMPTS` workers ends the run.
 
 `on_progress(done, failed, workers)` is told of the shards in hand about twice a second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.engines.cluster import Cluster
-from resfeat.job import Job, Placement, ShardResult
+from resfeat.job import READ_AHEAD, READ_AHEAD_IN_STORE, Job, Placement, ShardResult
 from resfeat.runtimes import BATCH_SIZE, choose
+from resfeat.store import is_remote
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 # How long shards in hand may take to finish once the run is asked to stop.
 DRAIN_SECONDS = 20.0
+# A shard whose worker died this often is taken to be what kills it.
+ATTEMPTS = 3
 
 OnProgress = Callable[[int, int, int], None]
 
@@ -55,9 +61,14 @@ class Engine(Protocol):
         ...
 
     def run(
-        self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
+        self,
+        shards: Sequence[int],
+        suspects: Collection[int],
+        on_progress: OnProgress,
+        stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        """Do the shards, in any order. Raises Stopped after a drain, ResfeatError if it cannot."""
+        """Do the shards, in any order, the suspects in careful mode from the beginning. Raises
+        Stopped after a drain, ResfeatError if it cannot."""
         ...
 
 
@@ -91,6 +102,8 @@ def as_job(layout: Layout, record: Record, weights: Weights) -> Job:
     """What all workers of a run are told."""
     return Job(
         output=str(layout.root),
+        sources=record.sources,
+        reads_ahead=READ_AHEAD_IN_STORE if any(map(is_remote, record.sources)) else READ_AHEAD,
         identity=record.identity,
         dims=weights.dims,
         with_label=record.label_from is not None,

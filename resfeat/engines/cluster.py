@@ -66,6 +66,10 @@ class Cluster(AbstractContextManager["Cluster"]):
 def _connect(address: str | None) -> bool:
     """Join the cluster at `address`, or start one on this machine; False where the program that
     calls us has already done so."""
+    if not address:
+        # Whoever reaches a Ray may run code there. This is Ray's switch for listening on loopback
+        # only, on any system; it is read on import.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     from ray.exceptions import RayError
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from resfeat import runtimes
 from resfeat.engines import DRAIN_SECONDS, OnProgress, place
-from resfeat.errors import ResfeatError, Stopped
+from resfeat.errors import DecoderHungError, ResfeatError, Stopped
 from resfeat.job import SHARDS_IN_HAND, Job, ShardResult
 from resfeat.machine import cpu_count
 from resfeat.runtimes import keeps_to_the_cpu
 from resfeat.spec import RuntimeOptions
+from resfeat.store import Location
 from resfeat.worker import Worker, process_shard
 
 
@@ -28,15 +30,21 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
     """One worker, in this process."""
 
     def __init__(
-        self, options: RuntimeOptions, job: Job, tensors: Mapping[str, Tensor], quantised: Path
+        self, options: RuntimeOptions, job: Job, tensors: Mapping[str, Tensor], quantised: Location
     ) -> None:
         on_cpu = keeps_to_the_cpu(options, job.identity.precision)
         device = "cpu" if on_cpu else _device(options.gpus_per_worker)
         cpus = options.cpus_per_worker or cpu_count()
         self.placement = place(options, job.identity, device, cpus)
-        self.description = {"engine": "inline", "workers": 1, **vars(self.placement)}
-        network = runtimes.prepare(self.placement.runtime, job.identity, tensors, quantised)
-        self.worker = Worker(job, self.placement, network)
+        self.description: dict[str, Any] = {
+            "engine": "inline",
+            "workers": 1,
+            "reads_ahead": job.reads_ahead,
+            **vars(self.placement),
+        }
+        self._job = job
+        self._network = runtimes.prepare(self.placement.runtime, job.identity, tensors, quantised)
+        self.worker = Worker(job, self.placement, self._network)
         self._pool = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
 
     def __exit__(
@@ -59,29 +67,55 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         return given.result()
 
     def run(
-        self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
+        self,
+        shards: Sequence[int],
+        suspects: Collection[int],
+        on_progress: OnProgress,
+        stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        waiting, left = iter(shards), len(shards)
-        in_hand: set[Future[ShardResult]] = set()
+        waiting, careful = deque(shards), set(suspects)
+        in_hand: dict[Future[ShardResult], int] = {}
+        left = len(shards)
         give_up: float | None = None
         on_progress(0, 0, 1)
-        while True:
+        while waiting or in_hand:
             if stopping() and give_up is None:
-                waiting, give_up = iter(()), time.monotonic() + DRAIN_SECONDS
-            while len(in_hand) < SHARDS_IN_HAND and (shard := next(waiting, None)) is not None:
-                in_hand.add(self._pool.submit(process_shard, self.worker, shard))
-            if not in_hand:
-                break
-            done, in_hand = wait(in_hand, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-                left -= 1
+                waiting.clear()
+                give_up = time.monotonic() + DRAIN_SECONDS
+            while len(in_hand) < SHARDS_IN_HAND and waiting:
+                shard = waiting.popleft()
+                call = self._pool.submit(
+                    process_shard, self.worker, shard, careful=shard in careful
+                )
+                in_hand[call] = shard
+            for call in wait(in_hand, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                shard = in_hand.pop(call, -1)
+                try:
+                    yield call.result()
+                    left -= 1
+                except DecoderHungError:
+                    given_up = sorted([shard, *self._replace(in_hand)])
+                    careful.update(given_up)
+                    waiting.extendleft(reversed(given_up))
+                    break
             counts = list(self.worker.progress.values())
             on_progress(sum(n for n, _ in counts), sum(failed for _, failed in counts), 1)
             if give_up is not None and time.monotonic() > give_up:
                 self.worker.stopping.set()
         if left:
             raise Stopped("stopped as asked")
+
+    def _replace(self, in_hand: dict[Future[ShardResult], int]) -> list[int]:
+        """Put another worker in the place of one that hangs, whose threads cannot be ended. Gives
+        the shards that it had in hand besides, once they are let go."""
+        self.worker.stopping.set()
+        self.worker.close()
+        wait(in_hand)
+        shards = list(in_hand.values())
+        in_hand.clear()
+        self.worker = Worker(self._job, self.placement, self._network)
+        self.description["worker_deaths"] = self.description.get("worker_deaths", 0) + 1
+        return shards
 
 
 def _device(gpus: float | None) -> str:

@@ -8,14 +8,14 @@ find no room stay pending, which is what makes Ray's autoscaler add nodes.
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,20 +23,19 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from torch import Tensor
 
 from resfeat import __version__, runtimes
-from resfeat.engines import DRAIN_SECONDS, OnProgress, place
+from resfeat.engines import ATTEMPTS, DRAIN_SECONDS, OnProgress, place
 from resfeat.engines.cluster import Cluster, last_line
-from resfeat.errors import ResfeatError, Stopped
+from resfeat.errors import DecoderHungError, ResfeatError, Stopped
 from resfeat.job import SHARDS_IN_HAND, Job, Placement, ShardResult
 from resfeat.runtimes import Network, keeps_to_the_cpu
 from resfeat.spec import Identity, RuntimeOptions
+from resfeat.store import Location
 from resfeat.worker import Worker, process_shard
 
-# A shard whose worker died this often is taken to be what kills it.
-ATTEMPTS = 3
 # One CPU worker gets no more cores than this by default; larger machines get more workers.
 CPUS_PER_WORKER = 8
 POLL_SECONDS = 0.5
@@ -60,8 +59,11 @@ class RayWorker:
         return __version__
 
     @ray.method(concurrency_group="shards")
-    def process(self, shard: int, network: list[ray.ObjectRef[Any]]) -> ShardResult:
-        return process_shard(self._ready_worker(network), shard)
+    def process(self, shard: int, careful: bool, network: list[ray.ObjectRef[Any]]) -> ShardResult:
+        try:
+            return process_shard(self._ready_worker(network), shard, careful=careful)
+        except DecoderHungError:
+            os._exit(1)  # a thread that hangs can be ended in no other way
 
     @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
     def embed(
@@ -107,7 +109,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
         options: RuntimeOptions,
         job: Job,
         tensors: Mapping[str, Tensor],
-        quantised: Path,
+        quantised: Location,
         shards: int,
         cluster: Cluster,
     ) -> None:
@@ -130,6 +132,7 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             "ray": ray.__version__,
             "address": options.address or "local",
             "workers": workers,
+            "reads_ahead": job.reads_ahead,
             **resources,
             **vars(self.placement),
         }
@@ -165,9 +168,13 @@ class RayEngine(AbstractContextManager["RayEngine"]):
             raise ResfeatError(f"a worker could not start: {last_line(error)}") from error
 
     def run(
-        self, shards: Sequence[int], on_progress: OnProgress, stopping: Callable[[], bool]
+        self,
+        shards: Sequence[int],
+        suspects: Collection[int],
+        on_progress: OnProgress,
+        stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        pool = _Pool(self._members, self._network, shards)
+        pool = _Pool(self._members, self._network, shards, suspects)
         give_up: float | None = None
         deadline = time.monotonic() + START_SECONDS
         while pool.busy:
@@ -192,9 +199,14 @@ class _Pool:
     """Which shard is in whose hands."""
 
     def __init__(
-        self, members: Sequence[_Member], network: ray.ObjectRef[Any], shards: Sequence[int]
+        self,
+        members: Sequence[_Member],
+        network: ray.ObjectRef[Any],
+        shards: Sequence[int],
+        suspects: Collection[int] = (),
     ) -> None:
         self.waiting = deque(shards)
+        self._careful = set(suspects)
         self.left = len(shards)
         self._members = members
         self._network = network
@@ -223,7 +235,9 @@ class _Pool:
                 if self.waiting and member.live and len(member.in_hand) <= room:
                     shard = self.waiting.popleft()
                     member.in_hand.append(shard)
-                    call = member.actor.process.remote(shard, [self._network])
+                    call = member.actor.process.remote(
+                        shard, shard in self._careful, [self._network]
+                    )
                     self._calls[call] = member, shard
 
     def collect(self) -> Iterator[ShardResult]:
@@ -276,7 +290,12 @@ class _Pool:
         member.live = True
 
     def _died(self, member: _Member, error: RayError) -> None:
-        """Put a dead actor's shards back and wait for the one that Ray starts in its place."""
+        """Put a dead actor's shards back, to be done in careful mode, and wait for the actor that
+        Ray starts in its place."""
+        if isinstance(error, ActorUnavailableError) and not member.in_hand:
+            time.sleep(POLL_SECONDS)  # it is being started again, and cannot be asked yet
+            self._await_start(member)
+            return
         if not member.in_hand:
             raise ResfeatError(f"a worker could not start: {last_line(error)}") from error
         # Of its shards the oldest is the likelier reason, and all of them are done again.
@@ -289,6 +308,7 @@ class _Pool:
             ) from error
         for shard in member.in_hand:
             self._heard.pop(shard, None)
+        self._careful.update(member.in_hand)
         self.waiting.extendleft(reversed(member.in_hand))
         member.in_hand.clear()
         member.live = False

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from resfeat.spec import Identity, RuntimeOptions
+    from resfeat.store import Location
 
 # What every embedding is checked against: torch in this precision, on a CPU.
 REFERENCE: Precision = "fp32"
@@ -123,7 +123,7 @@ def _has_bf16() -> bool:
 
 
 def prepare(
-    name: RuntimeName, identity: Identity, tensors: Mapping[str, Tensor], quantised: Path
+    name: RuntimeName, identity: Identity, tensors: Mapping[str, Tensor], quantised: Location
 ) -> Network:
     """The network as this runtime takes it. quantised: where an int8 network lies."""
     if name == "torch":

@@ -29,6 +29,7 @@ from resfeat.errors import ResfeatError
 from resfeat.runtimes import Network
 from resfeat.runtimes.embedder import Embedder
 from resfeat.spec import Identity
+from resfeat.store import Location
 
 # What each precision makes of the layers that it does not quantise.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -89,11 +90,11 @@ def convert(identity: Identity, tensors: Mapping[str, Tensor]) -> Network:
         return load(path)
 
 
-def load(path: Path) -> Network:
+def load(path: Location) -> Network:
     """A network that was saved at `path` (.xml, and .bin beside it)."""
     return {
-        "xml": np.fromfile(path, np.uint8),
-        "bin": np.fromfile(path.with_suffix(".bin"), np.uint8),
+        "xml": np.frombuffer(path.read_bytes(), np.uint8),
+        "bin": np.frombuffer(path.with_suffix(".bin").read_bytes(), np.uint8),
     }
 
 

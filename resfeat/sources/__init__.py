@@ -1,1 +1,57 @@
-"""Where images come from: listing them, and reading one."""
+"""Where images come from: listing them, and reading one. A module for each kind of place."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+from urllib.parse import unquote_to_bytes
+
+from resfeat.errors import Failure, UsageError
+from resfeat.sources import bucket, directory
+from resfeat.sources.item import Item
+from resfeat.sources.rules import printable
+from resfeat.store import is_remote
+
+
+class Listing(Protocol):
+    """The items of some sources, in a fixed order.
+
+    roots: the sources, in the order in which they are listed. skipped: what the last listing passed
+    over, by kind.
+    """
+
+    roots: list[str]
+    skipped: Counter[str]
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+
+def listing(sources: Sequence[str]) -> Listing:
+    """A listing of directories on a disk, or of prefixes in a store. Raises UsageError where a
+    source is missing, or lies within another."""
+    remote = [is_remote(source) for source in sources]
+    if not any(remote):
+        return directory.Directories(sources)
+    if not all(remote):
+        raise UsageError("sources on a disk and in a store cannot be mixed: make two datasets")
+    return bucket.Prefixes(sources)
+
+
+def read(uri: str) -> tuple[bytes, int, int] | Failure:
+    """An image's bytes with the size (bytes) and mtime (microseconds) that it has now.
+
+    Raises ResfeatError where the store that holds it is out of reach.
+    """
+    return bucket.read(uri) if is_remote(uri) else directory.read(uri)
+
+
+def exists(root: str) -> bool:
+    """Whether a source is still there."""
+    return bucket.exists(root) if is_remote(root) else os.path.exists(root)
+
+
+def folder_of(uri: str) -> str:
+    """Name of the folder that an image lies in."""
+    return printable(os.fsdecode(unquote_to_bytes(uri.split("/")[-2])))

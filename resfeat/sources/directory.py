@@ -2,9 +2,9 @@
 
 What is listed: every file below the sources, whatever its name, because an image is recognised by
 its content. What is passed over, and counted: hidden files and folders (a leading dot), files whose
-extension says that they are something that travels beside images (`SIDECARS`), and resfeat's own
-output folders. Symbolic links are followed, but not into a folder that is being walked already. A
-pipe, a socket or a dangling link is listed and becomes a failure row.
+extension says that they are something that travels beside images (`rules.SIDECARS`), and resfeat's
+own output folders. Symbolic links are followed, but not into a folder that is being walked already.
+A pipe, a socket or a dangling link is listed and becomes a failure row.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from resfeat.errors import Failure, Reason, ResfeatError, UsageError
 from resfeat.sources.item import Item
-
-MAX_BYTES = 256 * 1024**2
-
-SIDECARS = frozenset(
-    ".cfg .csv .db .doc .docx .gz .htm .html .ini .json .jsonl .log .md .npy .npz .parquet .pdf"
-    " .pkl .py .rst .sh .sqlite .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
-)
+from resfeat.sources.rules import base_of, check_apart, passed_over, printable, unfit
 
 
 class Directories:
@@ -50,17 +44,8 @@ class Directories:
                 )
             if os.path.exists(os.path.join(root, "_resfeat")):
                 raise UsageError(f"source {root} is a resfeat dataset: name a folder of images")
-        for outer, inner in zip(self.roots, self.roots[1:], strict=False):
-            if inner == outer or inner.startswith(os.path.join(outer, "")):
-                raise UsageError(
-                    f"source {inner} lies within source {outer}: name only one of them"
-                )
-        # One directory is its own base; a file, or several sources, count from the parent.
-        if len(self.roots) == 1 and os.path.isdir(self.roots[0]):
-            base = self.roots[0]
-        else:
-            base = os.path.commonpath([os.path.dirname(root) for root in self.roots])
-        self._base = os.path.join(base, "")
+        check_apart(self.roots)
+        self._base = base_of(self.roots, is_folder=os.path.isdir(self.roots[0]))
 
     def __iter__(self) -> Iterator[Item]:
         self.skipped.clear()
@@ -82,20 +67,15 @@ class Directories:
             ) from error
         above = (*above, (here.st_dev, here.st_ino))
         for entry in entries:
-            if entry.name.startswith("."):
-                self.skipped["hidden"] += 1
-            elif _is_dir(entry):
+            if _is_dir(entry) and not entry.name.startswith("."):
                 if self._is_walkable(entry, above):
                     yield from self._walk(entry.path, above)
+            elif kind := passed_over(entry.name):
+                self.skipped[kind] += 1
+            elif status := _status(entry):
+                yield self._item(entry.path, status)
             else:
-                extension = os.path.splitext(entry.name)[1].lower()
-                if extension in SIDECARS:
-                    self.skipped[extension] += 1
-                    continue
-                if status := _status(entry):
-                    yield self._item(entry.path, status)
-                else:
-                    self.skipped["vanished while listing"] += 1
+                self.skipped["vanished while listing"] += 1
 
     def _is_walkable(self, entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:
         if os.path.exists(os.path.join(entry.path, "_resfeat")):
@@ -132,18 +112,6 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def printable(path: str) -> str:
-    r"""The path as valid UTF-8, different for different paths.
-
-    Bytes that are not UTF-8 become `\xNN`; where that could be misread, a backslash is doubled.
-    """
-    raw = os.fsencode(path)
-    text = raw.decode("utf-8", "backslashreplace")
-    if "\\x" in text:
-        return raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
-    return text
-
-
 def path_of(uri: str) -> Path:
     """The local path that a `file://` URI names."""
     return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))))
@@ -163,16 +131,18 @@ def read(uri: str) -> tuple[bytes, int, int] | Failure:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return Failure("read", "not_regular_file", "a pipe, socket, device or folder")
-        if status.st_size > MAX_BYTES:
-            return Failure("read", "too_large", f"{status.st_size:,} bytes; {MAX_BYTES:,} at most")
+        if failure := unfit(status.st_size):
+            return failure
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read()
+        now = os.fstat(descriptor)
     except OSError as error:
         return _failure(error)
     finally:
         os.close(descriptor)
-    if not data:
-        return Failure("read", "empty", "0 bytes")
+    # Half of what was there and half of what is there now would be a picture of neither.
+    if (len(data), now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+        return Failure("read", "io_error", "it was written to while it was read")
     return data, len(data), status.st_mtime_ns // 1000
 
 

@@ -46,14 +46,14 @@ class Idle(engine.RayWorker):
     def start(self, network):
         return __version__
 
-    def process(self, shard, network):
+    def process(self, shard, careful, network):
         layout, identity = Layout(self._job.output), self._job.identity
         items = plan.read_shard(layout, shard)
         with Part(layout, shard, embeddings_schema(identity, DIMENSIONS, with_label=False)) as part:
             rows = [Row(item.id, 500, 375, item.size, item.mtime) for item in items]
             part.add(rows, np.zeros((len(rows), 8), np.float32))
             part.commit(item.id for item in items)
-        return ShardResult(shard, len(items), 0, 0, 1, {"embed": 1e-9})
+        return ShardResult(shard, len(items), 0, 0, 0, 1, {"embed": 1e-9})
 
     def progress(self):
         return {}
@@ -69,7 +69,7 @@ def listing(count: int):
 def simulate(count: int, folder: Path) -> dict[str, float]:
     """Plan so many items, and run them with workers that are idle."""
     layout = Layout(folder)
-    for each in (layout.embeddings, layout.plan, layout.runs, layout.tmp):
+    for each in layout.folders:
         each.mkdir(parents=True)
     weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
     started = time.perf_counter()

@@ -138,7 +138,7 @@ def test_a_second_signal_stops_at_once(collection, tmp_path):
 def test_a_run_killed_while_it_listed_is_no_obstacle(photos, tmp_path, resfeat):
     output = tmp_path / "out"
     layout = Layout(output)
-    for folder in (layout.embeddings, layout.plan, layout.tmp):
+    for folder in layout.folders:
         folder.mkdir(parents=True)
     layout.plan_file(0).write_bytes(b"half a file")
     (layout.tmp / "abc-part-00000.parquet").write_bytes(b"half a part")

@@ -1,0 +1,121 @@
+"""Decoding in child processes that may be killed: the careful mode.
+
+A decoder is C code that strangers' files are fed to. Where one of them has crashed a worker, or
+hung it, the shard is done again with each image decoded in a child that has a limit of time and one
+of memory: the image that is to blame becomes a failure row, and the rest of the shard survives. A
+child costs a start of Python, so it is kept until an image kills it.
+
+Run as a module, this is the child: `python -m resfeat.careful DESCRIPTOR SECONDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+
+from resfeat.decode import Picture, decode
+from resfeat.errors import Failure
+from resfeat.spec import Decode, Preprocessing
+
+# For one image. The largest that the pixel policy allows take a few seconds, and about 2 GB.
+SECONDS = 30.0
+MEMORY_BYTES = 4 * 1024**3
+
+
+class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
+    """As many images at a time as there are children; they start when they are needed."""
+
+    def __init__(self, children: int) -> None:
+        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
+        for _ in range(children):
+            self._idle.put(None)
+
+    def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
+        """As `decode.decode`, and a Failure for what crashes or hangs that."""
+        child = self._idle.get()
+        try:
+            child = child or _Child()
+            outcome = child.decode(data, preprocessing, way)
+        finally:
+            if child and not child.is_usable:
+                child.end()
+                child = None
+            self._idle.put(child)
+        return outcome
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while not self._idle.empty():
+            if child := self._idle.get():
+                child.end()
+
+
+class _Child:
+    """A process that decodes what it is sent."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "resfeat.careful", str(theirs.fileno()), str(SECONDS)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # a decoder's last words; the failure row says it
+                start_new_session=True,  # what the terminal sends is for the run to heed
+            )
+        self.is_usable = True
+
+    def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
+        try:
+            self._connection.send((data, preprocessing, way))
+            outcome: Picture | Failure = self._connection.recv()
+            return outcome
+        except (EOFError, ConnectionError):
+            self.is_usable = False
+            return self._death()
+
+    def _death(self) -> Failure:
+        code = self._process.wait()
+        if code == -signal.SIGALRM:
+            return Failure("decode", "timeout", f"not decoded within {SECONDS:g} s")
+        cause = (signal.strsignal(-code) or f"signal {-code}") if code < 0 else f"exit code {code}"
+        return Failure("decode", "decoder_crash", f"it ended the decoder's process: {cause}")
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve(connection: Connection, seconds: float) -> None:
+    """Decode until nobody asks any more, each image within so many seconds."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The alarm ends the process wherever it is, and also where the worker has died meanwhile.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:  # the worker is done, or dead
+            return
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        outcome = decode(*task)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(outcome)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _serve(Connection(int(sys.argv[1])), float(sys.argv[2]))

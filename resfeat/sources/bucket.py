@@ -1,0 +1,137 @@
+"""Prefixes in an object store: list them in a fixed order, and read an object from them.
+
+The rules are those of a directory: the same tree on a disk and in a store gives the same ids in the
+same order. Folders are listed one by one, so memory grows with the largest, not with the bucket.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from urllib.parse import quote, unquote
+
+from pyarrow.fs import FileInfo, FileSelector, FileType, S3FileSystem
+
+from resfeat.errors import Failure, UsageError
+from resfeat.sources.item import Item
+from resfeat.sources.rules import base_of, check_apart, passed_over, printable, unfit
+from resfeat.store import SCHEME, StoreError, is_refused, patiently, store
+
+# Parts of a key that a path cannot have: two slashes in a row leave an empty one. The AWS library
+# would read another object in its place.
+UNUSABLE = ("", ".", "..")
+
+
+class Prefixes:
+    """A listing of one or more prefixes (or single objects); see `sources.Listing`.
+
+    Raises UsageError where a source is missing or lies within another, StoreError where the store
+    is out of reach or does not let us look.
+    """
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        paths = {source.removeprefix(SCHEME).rstrip("/") for source in sources}
+        self._paths = sorted(paths, key=lambda path: path.split("/"))
+        self.roots = [SCHEME + path for path in self._paths]
+        self.skipped: Counter[str] = Counter()
+        for path in self._paths:
+            if not set(UNUSABLE).isdisjoint(path.split("/")):
+                raise UsageError(
+                    f"source {SCHEME}{path} has an empty part, '.' or '..': leave it out"
+                )
+            kind = _info(path).type
+            if kind == FileType.NotFound:
+                raise UsageError(f"source {SCHEME}{path} does not exist: check the address")
+            if kind == FileType.Directory and _is_dataset(_list(path)):
+                raise UsageError(
+                    f"source {SCHEME}{path} is a resfeat dataset: name a prefix of images"
+                )
+        check_apart(self._paths)
+        is_folder = _info(self._paths[0]).type == FileType.Directory
+        self._base = base_of(self._paths, is_folder=is_folder)
+
+    def __iter__(self) -> Iterator[Item]:
+        self.skipped.clear()
+        for path in self._paths:
+            info = _info(path)
+            if info.type == FileType.Directory:
+                yield from self._walk(path, _list(path))
+            elif info.type == FileType.File:
+                yield self._item(info)
+
+    def _walk(self, folder: str, entries: Sequence[FileInfo]) -> Iterator[Item]:
+        # A key may also be the beginning of others: a file and a folder of one name.
+        for info in sorted(entries, key=lambda info: (info.base_name.encode(), info.type.value)):
+            if info.path == folder or info.base_name in UNUSABLE:
+                self.skipped["unusable key"] += 1
+            elif info.type == FileType.Directory and not info.base_name.startswith("."):
+                below = _list(info.path)
+                if _is_dataset(below):
+                    self.skipped["resfeat output"] += 1
+                else:
+                    yield from self._walk(info.path, below)
+            elif kind := passed_over(info.base_name):
+                self.skipped[kind] += 1
+            else:
+                yield self._item(info)
+
+    def _item(self, info: FileInfo) -> Item:
+        return Item(
+            id=printable(info.path.removeprefix(self._base)),
+            uri=SCHEME + quote(info.path),
+            size=info.size,
+            mtime=info.mtime_ns // 1000,
+        )
+
+
+def exists(root: str) -> bool:
+    """Whether a source is still there."""
+    return bool(_info(root.removeprefix(SCHEME)).type != FileType.NotFound)
+
+
+def read(uri: str) -> tuple[bytes, int, int] | Failure:
+    """The object's bytes with the size (bytes) and mtime (microseconds) that it has now.
+
+    Raises StoreError where the whole store is out of reach.
+    """
+    path = unquote(uri.removeprefix(SCHEME))
+
+    def get() -> tuple[bytes, int, int] | Failure:
+        with _store(path).open_input_file(path) as file:
+            if failure := unfit(file.size()):
+                return failure
+            data = file.read()
+            if len(data) != file.size():  # another object has taken its place meanwhile
+                raise OSError(f"{len(data):,} of {file.size():,} bytes came")
+            written = file.metadata()["Last-Modified"].decode()
+        seconds = datetime.fromisoformat(written.replace("Z", "+00:00")).timestamp()
+        return data, len(data), round(seconds * 1_000_000)
+
+    try:
+        return patiently(uri, get)
+    except FileNotFoundError:
+        return Failure("read", "not_found", "no such object")
+    except StoreError as error:
+        message = str(error.__cause__).partition("\n")[0][:300]
+        if is_refused(error):
+            return Failure("read", "permission", message)
+        _info(path.partition("/")[0])  # is it this object, or the store?
+        return Failure("read", "io_error", message)
+
+
+def _is_dataset(entries: Sequence[FileInfo]) -> bool:
+    return any(info.base_name == "_resfeat" for info in entries)
+
+
+def _list(path: str) -> Sequence[FileInfo]:
+    selector = FileSelector(path, allow_not_found=True)
+    return patiently(SCHEME + path, lambda: _store(path).get_file_info(selector))
+
+
+def _info(path: str) -> FileInfo:
+    return patiently(SCHEME + path, lambda: _store(path).get_file_info(path))
+
+
+def _store(path: str) -> S3FileSystem:
+    return store(path.partition("/")[0])

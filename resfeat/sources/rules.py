@@ -1,0 +1,59 @@
+"""What is taken for an image, and how it is called: the same wherever it lies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+
+from resfeat.errors import Failure, UsageError
+
+MAX_BYTES = 256 * 1024**2
+
+# What travels beside images, by extension. Anything else is recognised by its content.
+SIDECARS = frozenset(
+    ".cfg .csv .db .doc .docx .gz .htm .html .ini .json .jsonl .log .md .npy .npz .parquet .pdf"
+    " .pkl .py .rst .sh .sqlite .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
+)
+
+
+def passed_over(name: str) -> str | None:
+    """As what a file of this name is not taken for an image; None where it is."""
+    if name.startswith("."):
+        return "hidden"
+    extension = os.path.splitext(name)[1].lower()
+    return extension if extension in SIDECARS else None
+
+
+def check_apart(roots: Sequence[str]) -> None:
+    """Raise UsageError where one of some sorted paths lies within another."""
+    for outer, inner in itertools.pairwise(roots):
+        if inner == outer or inner.startswith(os.path.join(outer, "")):
+            raise UsageError(f"source {inner} lies within source {outer}: name only one of them")
+
+
+def base_of(roots: Sequence[str], *, is_folder: bool) -> str:
+    """What the ids leave out of the paths. A single folder is its own base (is_folder); a file, or
+    several sources, count from their common parent."""
+    if len(roots) == 1 and is_folder:
+        return os.path.join(roots[0], "")
+    return os.path.join(os.path.commonpath([os.path.dirname(root) for root in roots]), "")
+
+
+def printable(path: str) -> str:
+    r"""The path as valid UTF-8, different for different paths.
+
+    Bytes that are not UTF-8 become `\xNN`; where that could be misread, a backslash is doubled.
+    """
+    raw = os.fsencode(path)
+    text = raw.decode("utf-8", "backslashreplace")
+    if "\\x" in text:
+        return raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
+    return text
+
+
+def unfit(size: int) -> Failure | None:
+    """Why a file of this many bytes is not read; None where it is."""
+    if size > MAX_BYTES:
+        return Failure("read", "too_large", f"{size:,} bytes; {MAX_BYTES:,} at most")
+    return None if size else Failure("read", "empty", "0 bytes")

@@ -1,0 +1,302 @@
+"""Is every row there, once, as it was committed? And sending back what is not.
+
+Each shard is held against the plan and against the digests that were noted at its commit, and every
+vector is looked at. Memory grows by 16 bytes an image: to find doubles, ids and vectors are
+remembered by 64-bit hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from resfeat.dataset import Dataset
+from resfeat.errors import REASONS, ResfeatError
+from resfeat.layout import Layout
+from resfeat.lock import run_lock
+from resfeat.machine import cpu_count
+from resfeat.plan import SHARDS_PER_FILE, read_shard
+from resfeat.sink import FAILURES, digests
+from resfeat.store import Location, StoreError
+
+Kind = Literal[
+    "plan", "unfinished", "missing", "unreadable", "checksum", "rows", "identity", "values",
+    "foreign",
+]  # fmt: skip
+
+CHECKS: dict[Kind, str] = {
+    "plan": "the plan can be read, its ids are unique",
+    "unfinished": "every shard of the plan is done",
+    "missing": "nothing that was committed is gone",
+    "unreadable": "every part can be read",
+    "checksum": "every part is what was committed",
+    "rows": "every image of the plan is one row",
+    "identity": "every part is of this dataset's identity",
+    "values": "every vector is finite, and neither zero nor constant",
+    "foreign": "nothing else lies among the parts",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong: with which shard, if it is one shard, and in which file."""
+
+    kind: Kind
+    shard: int | None
+    path: str
+    message: str
+
+
+@dataclass
+class Verification:
+    """What `verify` found. embedded, failed: rows. duplicates: images with the same embedding, bit
+    for bit, as one before them, which is no error."""
+
+    shards: int = 0
+    embedded: int = 0
+    failed: int = 0
+    duplicates: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def bad_shards(self) -> list[int]:
+        """Shards that are to be done again, ascending."""
+        return sorted({each.shard for each in self.problems if each.shard is not None})
+
+
+def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> Verification:
+    """Look at every row of a dataset. `on_shard` is called after each shard of the plan.
+
+    Raises StoreError where a store is out of reach: that is no damage.
+    """
+    found = Verification(shards=dataset.record.plan.shards)
+    found.problems += _foreign(dataset.layout, dataset.record.plan.shards)
+    ids, vectors = [], []
+    once, planned = set(dataset.layout.with_checksums()), range(found.shards)
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        for looked in pool.map(lambda shard: _look_at(dataset, shard, shard in once), planned):
+            found.problems += looked.problems
+            found.embedded += looked.embedded
+            found.failed += looked.failed
+            ids.append(looked.ids)
+            vectors.append(looked.vectors)
+            on_shard()
+    if doubled := _doubles(ids):
+        message = f"{doubled} ids are there more than once"
+        found.problems.append(Problem("plan", None, str(dataset.layout.plan), message))
+    found.duplicates = _doubles(vectors)
+    found.problems = list(dict.fromkeys(found.problems))  # shards share the files of the plan
+    return found
+
+
+def repair(dataset: Dataset, found: Verification) -> list[int]:
+    """Send the bad shards back: what is left of them is removed, and the extract command does them
+    again. Gives the numbers of those that it had not to do anyway. Raises ResfeatError while the
+    dataset is being written, and where nothing can be removed from it."""
+    layout = dataset.layout
+    sent = []
+    try:
+        with run_lock(layout):
+            for shard in found.bad_shards:
+                # Once more, now that nobody writes: what was in hand may be done by now. And where
+                # a shard is only unfinished, what is set aside of it are rows that it will keep.
+                problems = _look_at(dataset, shard, was_committed=True).problems
+                if all(each.kind == "unfinished" for each in problems):
+                    continue
+                # The embeddings first: without them the shard is not done, whatever else is there.
+                for folder in (layout.embeddings, layout.replaced, layout.failures):
+                    (folder / layout.part_name(shard)).unlink(missing_ok=True)
+                layout.checksum(shard).unlink(missing_ok=True)
+                sent.append(shard)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise ResfeatError(f"cannot repair {layout.root}: {error}") from error
+    return sent
+
+
+@dataclass
+class _Look:
+    """What one shard looks like; ids and vectors as hashes, uint64."""
+
+    embedded: int = 0
+    failed: int = 0
+    ids: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    vectors: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    problems: list[Problem] = field(default_factory=list)
+
+
+def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
+    layout, name = dataset.layout, dataset.layout.part_name(shard)
+    part, failures = layout.embeddings / name, layout.failures / name
+    look = _Look()
+
+    def wrong(kind: Kind, path: Location, message: str) -> None:
+        look.problems.append(Problem(kind, shard, str(path), message))
+
+    try:
+        planned = [item.id for item in read_shard(layout, shard)]
+        if len(planned) != dataset.record.plan.length(shard):
+            raise pa.ArrowInvalid("its rows are not those that were listed")
+    except StoreError:
+        raise
+    except (OSError, KeyError, pa.ArrowException) as error:
+        path = layout.plan_file(shard // SHARDS_PER_FILE)
+        look.problems.append(Problem("plan", None, str(path), _first_line(error)))
+        return look
+    look.ids = np.array([_hash(each) for each in planned], np.uint64)
+
+    noted = digests(layout, shard)
+    tables = {}
+    for kind, path in (("embeddings", part), ("failures", failures)):
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != noted.get(kind):
+                changed = "it was changed after its commit"
+                wrong("checksum", path, changed if noted else "it has no checksum")
+            tables[kind] = _table(dataset, kind, content)
+        except FileNotFoundError:
+            if kind == "embeddings":
+                look.problems.append(_absent(layout, shard, was_committed))
+                return look
+            if noted.get(kind):
+                wrong("missing", path, "it was committed and is gone")
+        except StoreError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            wrong("unreadable", path, _first_line(error))
+            return look
+    rows = [each for table in tables.values() for each in table["id"].to_pylist()]
+    if sorted(rows) != sorted(planned):
+        count = len(set(rows) ^ set(planned)) + len(rows) - len(set(rows))
+        wrong("rows", part, f"{count} of its images are not exactly one row")
+    for problem, folder, message in _amiss(dataset, tables):
+        wrong(problem, layout.root / folder / name, message)
+    look.embedded = len(tables["embeddings"])
+    look.failed = len(rows) - look.embedded
+    look.vectors = _hashes(np.hstack([*_layers(dataset, tables["embeddings"])]))
+    return look
+
+
+def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
+    """What is wrong with a shard that has no embeddings in place."""
+    name = layout.part_name(shard)
+    part, aside = layout.embeddings / name, layout.replaced / name
+    if not aside.exists():
+        if was_committed:
+            # Or was about to be, when its run was killed.
+            return Problem("missing", shard, str(part), "it was committed and is gone")
+        return Problem("unfinished", shard, str(part), "not done yet")
+    try:
+        pq.read_table(pa.BufferReader(aside.read_bytes()))
+    except StoreError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        return Problem("unreadable", shard, str(aside), _first_line(error))
+    return Problem("unfinished", shard, str(part), "its failures are being done once more")
+
+
+def _table(dataset: Dataset, kind: str, content: bytes) -> pa.Table:
+    """A part whose columns can be looked at. Raises OSError or ArrowException for any other."""
+    table = pq.read_table(pa.BufferReader(content))
+    table.validate(full=True)
+    identity = dataset.record.identity
+    wanted = FAILURES.names if kind == "failures" else ["id", *identity.columns.values()]
+    for name in wanted:
+        if name not in table.schema.names:
+            raise pa.ArrowInvalid(f"it has no column {name}")
+        column, vectors = table[name], name in identity.columns.values()
+        if vectors and pa.types.is_fixed_size_list(column.type):
+            right = column.type.value_type == pa.type_for_alias(identity.dtype)
+        else:
+            right = not vectors and column.type == pa.string()
+        if not right:
+            raise pa.ArrowInvalid(f"its column {name} is of another type, {column.type}")
+        if column.null_count or (vectors and column.combine_chunks().flatten().null_count):
+            raise pa.ArrowInvalid(f"its column {name} has nulls")
+    return table
+
+
+def _amiss(dataset: Dataset, tables: dict[str, pa.Table]) -> Iterator[tuple[Kind, str, str]]:
+    """What is wrong with the content of a shard's tables: kind, folder, message."""
+    table = tables["embeddings"]
+    if _fingerprint(table) != dataset.record.identity.fingerprint:
+        yield "identity", "embeddings", "its fingerprint is another one, or none"
+    finite, same = np.ones(len(table), bool), np.zeros(len(table), bool)
+    for vectors in _layers(dataset, table):
+        finite &= np.isfinite(vectors).all(axis=1)
+        first = vectors[:, :1] if vectors.shape[1] > 1 else 0
+        same |= (vectors == first).all(axis=1)
+    for wrong, what in ((~finite, "not finite"), (same & finite, "zero or constant")):
+        if count := int(wrong.sum()):
+            example = table["id"][int(wrong.argmax())].as_py()
+            yield "values", "embeddings", f"{count} vectors are {what}, the first that of {example}"
+    if failures := tables.get("failures"):
+        unknown = set(failures["reason"].to_pylist()) - set(REASONS)
+        if unknown:
+            yield "rows", "failures", f"unknown reasons: {', '.join(sorted(unknown))}"
+
+
+def _foreign(layout: Layout, shards: int) -> Iterator[Problem]:
+    """Files and folders that a reader of the folders would take for rows, or stumble over."""
+    known = {layout.part_name(shard) for shard in range(shards)}
+    for folder in (layout.embeddings, layout.failures):
+        for path in sorted(_entries(folder), key=str):
+            # Readers of a folder pass over what begins with these, whatever else it is.
+            hidden = path.name.startswith((".", "_")) and not path.name.endswith(".parquet")
+            if path.name not in known and not hidden:
+                message = "not a part of this dataset: move it elsewhere"
+                yield Problem("foreign", None, str(path), message)
+
+
+def _entries(folder: Location) -> Sequence[Location]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _fingerprint(table: pa.Table) -> object:
+    """Of the identity that a part says that it has; None where it says nothing of the kind."""
+    try:
+        return json.loads((table.schema.metadata or {})[b"resfeat"])["fingerprint"]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _layers(dataset: Dataset, table: pa.Table) -> Iterator[NDArray[np.floating]]:
+    """The embeddings of each layer, [rows, D]."""
+    for column in dataset.record.identity.columns.values():
+        values = table[column].combine_chunks().flatten().to_numpy()
+        yield values.reshape(len(table), table.schema.field(column).type.list_size)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _hashes(vectors: NDArray[np.floating]) -> NDArray[np.uint64]:
+    """Of each row's bits: a sum with fixed odd random factors, modulo 2^64."""
+    bits = vectors.view(np.uint32 if vectors.itemsize == 4 else np.uint16).astype(np.uint64)
+    factors = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        return bits @ (2 * factors + 1)
+
+
+def _doubles(hashes: Sequence[NDArray[np.uint64]]) -> int:
+    """How many have been there before."""
+    every = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+    return len(every) - len(np.unique(every))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

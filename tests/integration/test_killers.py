@@ -1,0 +1,95 @@
+"""Images that crash or hang the decoder: one failure row each, and nothing else is lost."""
+
+import json
+import shutil
+
+import pyarrow.compute as pc
+import pytest
+from datasets import rows
+from seams import TREACHEROUS, after_import
+
+CRASH, HANG = "chelsea/killer.jpg", "rocket/killer.jpg"
+
+
+@pytest.fixture(scope="module")
+def killers(photos, tmp_path_factory):
+    """Photographs, of which one crashes the decoder and one hangs it; they are whole otherwise."""
+    folder = tmp_path_factory.mktemp("killers")
+    for subject in ("chelsea", "rocket", "coffee"):
+        shutil.copytree(photos / subject, folder / subject)
+    jpeg = next((folder / "coffee").glob("*.jpg")).read_bytes()
+    (folder / CRASH).write_bytes(jpeg + b"crash")
+    (folder / HANG).write_bytes(jpeg + b"hang")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unharmed(killers, choices, resfeat, tmp_path_factory):
+    """The same images by a decoder that none of them harms."""
+    output = tmp_path_factory.mktemp("unharmed") / "out"
+    done = resfeat("extract", killers, "-o", output, "--workers", 0, "--shard-size", 32, *choices)
+    assert done.returncode == 0, done.stderr
+    return rows(output)
+
+
+@pytest.fixture
+def treacherous(tmp_path):
+    sources = {
+        "resfeat.decode": TREACHEROUS,
+        "resfeat.careful": "SECONDS = 3.0",
+        "resfeat.worker": "HUNG_SECONDS = 5.0",
+    }
+    return after_import(sources, tmp_path / "hook")
+
+
+def check(output, unharmed):
+    """Two failures, and every other image as if they had never been there."""
+    embedded, failed = rows(output), rows(output, "failures")
+    assert dict(zip(failed["id"].to_pylist(), failed["reason"].to_pylist(), strict=True)) == {
+        CRASH: "decoder_crash",
+        HANG: "timeout",
+    }
+    others = unharmed.filter(pc.invert(pc.is_in(unharmed["id"], failed["id"])))
+    assert len(others) == len(unharmed) - 2
+    assert embedded.equals(others)
+
+
+def test_the_images_that_kill_workers_are_found(killers, choices, unharmed, treacherous, tmp_path,
+                                                resfeat):  # fmt: skip
+    output = tmp_path / "out"
+    done = resfeat("extract", killers, "-o", output, "--workers", 1, "--shard-size", 32,
+                   "--log-json", *choices, env=treacherous)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    check(output, unharmed)
+    report = json.loads(done.stdout.splitlines()[-1])
+    # One death for each of them; two where both shards that a worker held were innocent at first.
+    assert 1 <= report["engine"]["worker_deaths"] <= 3
+
+
+def test_an_image_that_hangs_in_this_process_is_found(killers, choices, unharmed, treacherous,
+                                                      tmp_path, resfeat):  # fmt: skip
+    output = tmp_path / "out"
+    command = ["extract", killers, "-o", output, "--workers", 0, "--shard-size", 32, *choices]
+    # One that crashes takes this process with it; the next run knows that, and takes care.
+    crashed = resfeat(*command, env=treacherous)
+    assert crashed.returncode == -11
+    done = resfeat(*command, env=treacherous)
+    assert done.returncode == 0, done.stderr
+    assert "was killed" in done.stderr
+    assert "1; their shards were done again" in done.stdout
+    check(output, unharmed)
+
+
+def test_an_image_that_crashes_while_a_sample_is_taken_harms_nobody(
+    killers, choices, treacherous, tmp_path, resfeat
+):
+    """The driver decodes some images itself, to compare runtimes. Here it is all that there are."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    shutil.copy(killers / CRASH, folder)
+    shutil.copy(next((killers / "coffee").glob("*.jpg")), folder)
+    done = resfeat("extract", folder, "-o", tmp_path / "out", "--workers", 1,
+                   "--max-error-rate", 1, *choices, env=treacherous)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "out", "failures")["reason"].to_pylist() == ["decoder_crash"]
+    assert len(rows(tmp_path / "out")) == 1

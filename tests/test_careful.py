@@ -1,0 +1,120 @@
+"""Decoding in children: what crashes, hangs or swallows memory is one failure, and no more."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from broken import encode
+from PIL import Image
+from seams import TREACHEROUS, after_import
+
+from resfeat import careful
+from resfeat.backbones.ours import IMAGENET
+from resfeat.careful import CarefulDecoder
+from resfeat.decode import Picture, decode
+from resfeat.errors import Failure
+
+
+@pytest.fixture
+def treacherous(monkeypatch, tmp_path):
+    environment = after_import({"resfeat.decode": TREACHEROUS}, tmp_path / "hook")
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    monkeypatch.setattr(careful, "SECONDS", 1.0)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return encode(Image.effect_noise((320, 240), 60).convert("RGB"), "JPEG")
+
+
+def children():
+    return psutil.Process().children()
+
+
+@pytest.mark.parametrize("way", ["turbo", "pillow"])
+def test_a_good_image_has_the_pixels_that_it_has_without(way, photo):
+    expected = decode(photo, IMAGENET, way)
+    with CarefulDecoder(1) as decoder:
+        given = decoder.decode(photo, IMAGENET, way)
+    assert isinstance(given, Picture) and np.array_equal(given.pixels, expected.pixels)
+    assert (given.width, given.height) == (320, 240)
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "words"),
+    [
+        (b"crash", "decoder_crash", "Segmentation fault"),
+        (b"exit", "decoder_crash", "exit code 3"),
+        (b"hang", "timeout", "not decoded within 1 s"),
+        (b"spin", "timeout", "not decoded within 1 s"),
+        (b"swallow", "out_of_memory", "not enough memory"),
+    ],
+)
+def test_what_kills_a_child_is_told_and_the_next_image_is_decoded(
+    end, reason, words, photo, treacherous
+):
+    with CarefulDecoder(1) as decoder:
+        assert isinstance(decoder.decode(photo, IMAGENET, "pillow"), Picture)
+        failure = decoder.decode(photo + end, IMAGENET, "pillow")
+        assert isinstance(failure, Failure) and words in failure.message
+        assert (failure.stage, failure.reason) == ("decode", reason)
+        assert isinstance(decoder.decode(photo, IMAGENET, "pillow"), Picture)
+    assert not children()
+
+
+def test_a_broken_image_is_the_failure_that_it_is_without(photo):
+    broken = photo[: len(photo) // 2]
+    with CarefulDecoder(1) as decoder:
+        assert decoder.decode(broken, IMAGENET, "pillow") == decode(broken, IMAGENET, "pillow")
+
+
+def test_a_child_is_kept_until_an_image_kills_it(photo, treacherous):
+    with CarefulDecoder(1) as decoder:
+        decoder.decode(photo, IMAGENET, "pillow")
+        (first,) = children()
+        decoder.decode(photo, IMAGENET, "pillow")
+        assert children() == [first]
+        decoder.decode(photo + b"crash", IMAGENET, "pillow")
+        assert not children()
+        decoder.decode(photo, IMAGENET, "pillow")
+        assert children() != [first]
+
+
+def test_a_child_does_not_outlive_who_made_it(photo, treacherous):
+    """Not even one that hangs: nobody would be left to end it."""
+    script = (
+        "import os, signal, sys, threading, time\n"
+        "from resfeat import careful\n"
+        "from resfeat.backbones.ours import IMAGENET\n"
+        "careful.SECONDS = 2.0\n"
+        "decoder = careful.CarefulDecoder(1)\n"
+        "data = bytes.fromhex(sys.argv[1])\n"
+        "threading.Thread(target=decoder.decode, args=(data, IMAGENET, 'pillow')).start()\n"
+        "time.sleep(3600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, (photo[:4] + b"hang").hex()])
+    deadline = time.monotonic() + 30
+    while not (below := psutil.Process(process.pid).children()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while any(child.is_running() for child in below):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_children_leave_no_descriptor_open(photo, treacherous):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    for _ in range(3):
+        with CarefulDecoder(1) as decoder:
+            decoder.decode(photo + b"crash", IMAGENET, "pillow")
+            decoder.decode(photo, IMAGENET, "pillow")
+    assert opened() == before
