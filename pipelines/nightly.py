@@ -7,7 +7,8 @@ the same day, it goes on with that day's. As a line of a crontab:
 
     0 2 * * *  python pipelines/nightly.py /data/photos /data/embeddings --model resnet50
 
-Exit codes: those of `resfeat extract`, and 1 where an image that was listed has no row.
+Exit codes: those of `resfeat extract`, and 1 where an image that was listed has no row, or where
+anything is not as it was committed; `resfeat verify --repair` sends that back to be done again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import click
 
 from resfeat import open_dataset
+from resfeat.verify import verify
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -28,7 +30,7 @@ from resfeat import open_dataset
 @click.argument("output", type=click.Path(path_type=Path))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def main(source: str, output: Path, options: tuple[str, ...]) -> None:
-    """Embed what SOURCE holds today into OUTPUT/<date>, and check that every image has its row."""
+    """Embed what SOURCE holds today into OUTPUT/<date>, and check every row of it."""
     today = output / date.today().isoformat()
 
     command = [sys.executable, "-m", "resfeat", "extract", source, "-o", str(today), *options]
@@ -37,15 +39,18 @@ def main(source: str, output: Path, options: tuple[str, ...]) -> None:
         sys.exit(code)
 
     dataset = open_dataset(today)
-    missing = dataset.rows_missing()
+    found = verify(dataset)
     reports = sorted(dataset.layout.runs.iterdir())
     report = json.loads(reports[-1].read_text())
+    missing = report["items"] - found.embedded - found.failed
     print(
-        f"checked {report['items']:,} images listed: {report['embedded']:,} embedded, "
-        f"{report['failed']:,} failed, {missing:,} without exactly one row"
+        f"checked {report['items']:,} images listed: {found.embedded:,} embedded, "
+        f"{found.failed:,} failed, {missing:,} without a row"
     )
+    for problem in found.problems:
+        print(f"wrong: {problem.path}: {problem.message}")
     print(f"report: {reports[-1]}")
-    sys.exit(1 if missing else code)
+    sys.exit(1 if found.problems else code)
 
 
 if __name__ == "__main__":

@@ -69,12 +69,15 @@ class Record:
                 f"{layout.root} was written by another version of resfeat: read it with that one"
             )
         try:
-            del content["fingerprint"]
+            fingerprint = content.pop("fingerprint")
             content["identity"] = Identity.from_dict(content["identity"])
-            content["plan"] = Plan(**content["plan"])
+            if content["identity"].fingerprint != fingerprint:
+                raise ValueError("its fingerprint is not that of its identity")
+            digests = tuple(content["plan"].pop("digests", ()))
+            content["plan"] = Plan(**content["plan"], digests=digests)
             content["sources"] = tuple(content["sources"])
             return cls(**content)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ResfeatError(f"{layout.spec} is damaged ({error}): restore it") from error
 
 
@@ -170,7 +173,7 @@ def open_part(part: Location) -> pq.ParquetFile:
     """A part. Raises ResfeatError, naming it, where it cannot be read."""
     try:
         return open_parquet(part)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError) as error:  # of Arrow's own
         raise ResfeatError(
             f"{part} cannot be read ({str(error).splitlines()[0]}): `resfeat verify --repair` "
             "sends what is damaged back to be done again"

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resfeat import engines
+from resfeat import engines, sources
 from resfeat.dataset import Dataset, Record
 from resfeat.errors import ResfeatError, Stopped, UsageError
 from resfeat.job import SHARDS_IN_HAND
@@ -22,7 +22,6 @@ from resfeat.runtimes import REFERENCE
 from resfeat.runtimes import check as check_runtime
 from resfeat.sink import write_json
 from resfeat.sources import Listing
-from resfeat.sources import listing as list_sources
 from resfeat.sources.item import Item
 from resfeat.sources.rules import printable
 from resfeat.spec import ExtractSpec, Identity
@@ -55,7 +54,7 @@ def extract(
     """
     started = time.monotonic()
     layout = Layout(spec.output)
-    listing = list_sources(spec.sources)
+    listing = sources.listing(spec.sources)
     _check_free(layout, listing)
     check_runtime(spec.runtime, spec.model, spec.precision)
     with engines.prepare(spec.runtime) as cluster:
@@ -75,9 +74,6 @@ def _run(
     stopping: Callable[[], bool],
 ) -> Report:
     from resfeat.backbones.weights import resolve
-    from resfeat.calibration import calibrate
-    from resfeat.parity import SAMPLE, compare, differs, reference
-    from resfeat.sample import sample
 
     weights = resolve(spec)
     with _output(layout) as lock:
@@ -86,34 +82,14 @@ def _run(
             record = _make_plan(layout, spec, listing, weights, on_progress, stopping)
         _check_same(layout, record, spec, listing, weights)
         tally = Tally(record.plan, _todo(layout, record, spec), on_progress, started, on_note)
-        if lock.killed:
-            tally.note(
-                f"the last run ({lock.killed}) was killed: going on from what it had committed"
-            )
-        for note in weights.notes:
+        for note in (*_of_the_last(lock), *weights.notes):
             tally.note(note)
         error = None
         try:
             if tally.todo:
-                if record.identity.precision == "int8":
-                    record = calibrate(layout, record, weights, tally.note)
-                items = sample(layout, record.plan.shards, SAMPLE)
-                expected = reference(record.identity, weights.tensors, items)
-                if stopping():
-                    raise Stopped("stopped before the first worker was started")
-                with engines.start(
-                    spec.runtime, layout, record, weights, tally.todo, cluster
-                ) as engine:
-                    tally.engine = engine.description
-                    if expected and differs(record.identity, engine.placement):
-                        given = engine.embed(expected.pictures, stopping)
-                        tally.parity = compare(given, expected, record.identity, weights.dims)
-                        _prove(tally, layout, record, spec.min_parity)
-                    # What it had in hand may be what killed it.
-                    suspects = tally.todo[:SHARDS_IN_HAND] if lock.killed else []
-                    for result in engine.run(tally.todo, suspects, tally.show, stopping):
-                        tally.add(result)
-                        lock.check()
+                _embed(spec, layout, record, weights, cluster, lock, tally, stopping)
+        except StoreError:
+            raise  # whoever wants to know how it went can only ask the store
         except ResfeatError as raised:
             error = raised
         finally:
@@ -126,6 +102,47 @@ def _run(
     if report.status == "failed":
         raise ResfeatError(report.error) from error
     return report
+
+
+def _embed(
+    spec: ExtractSpec,
+    layout: Layout,
+    record: Record,
+    weights: Weights,
+    cluster: Cluster | None,
+    lock: Lock,
+    tally: Tally,
+    stopping: Callable[[], bool],
+) -> None:
+    """Do the shards that are to be done, by workers that were first held against the reference."""
+    from resfeat.calibration import calibrate
+    from resfeat.parity import SAMPLE, compare, differs, reference
+    from resfeat.sample import sample
+
+    if record.identity.precision == "int8":
+        record = calibrate(layout, record, weights, tally.note)
+    items = sample(layout, record.plan.shards, SAMPLE)
+    expected = reference(record.identity, weights.tensors, items)
+    if stopping():
+        raise Stopped("stopped before the first worker was started")
+    with engines.start(spec.runtime, layout, record, weights, tally.todo, cluster) as engine:
+        tally.engine = engine.description
+        if expected and differs(record.identity, engine.placement):
+            given = engine.embed(expected.pictures, stopping)
+            tally.parity = compare(given, expected, record.identity, weights.dims)
+            _prove(tally, layout, record, spec.min_parity)
+        # What the last run had in hand may be what killed it.
+        suspects = tally.todo[:SHARDS_IN_HAND] if lock.killed else []
+        for result in engine.run(tally.todo, suspects, tally.show, stopping):
+            tally.add(result)
+            lock.check()
+
+
+def _of_the_last(lock: Lock) -> list[str]:
+    """What there is to say of the run before."""
+    if lock.killed is None:
+        return []
+    return [f"the last run ({lock.killed}) was killed: going on from what it had committed"]
 
 
 def _has_work(layout: Layout, spec: ExtractSpec) -> bool:
@@ -285,7 +302,14 @@ def _output(layout: Layout) -> Iterator[Lock]:
 
 
 def _tidy(layout: Layout) -> None:
-    for leftover in layout.tmp.iterdir() if layout.tmp else ():
+    leftovers: list[Location] = list(layout.tmp.iterdir()) if layout.tmp else []
+    committed = set(layout.committed())
+    leftovers += [
+        layout.replaced / layout.part_name(shard)
+        for shard in layout.set_aside()
+        if shard in committed
+    ]
+    for leftover in leftovers:
         leftover.unlink(missing_ok=True)
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from resfeat.store import Location, locate
 
 _PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
-_DRAFT = re.compile(r"[0-9a-f]{12}-part-(\d{5,})\.parquet")
 
 
 class Layout:
@@ -76,14 +75,14 @@ class Layout:
         """Numbers of the shards that were committed once, or were about to be, ascending."""
         return _numbers(self.checksums)
 
-    def begun(self) -> list[int]:
-        """Numbers of the shards that a worker has begun to write and has not finished."""
-        return _numbers(self.tmp, _DRAFT) if self.tmp else []
+    def set_aside(self) -> list[int]:
+        """Numbers of the shards that have rows in `replaced/`, ascending."""
+        return _numbers(self.replaced)
 
 
-def _numbers(folder: Location, pattern: re.Pattern[str] = _PART) -> list[int]:
+def _numbers(folder: Location) -> list[int]:
     try:
         names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return sorted({int(match[1]) for name in names if (match := pattern.fullmatch(name))})
+    return sorted({int(match[1]) for name in names if (match := _PART.fullmatch(name))})

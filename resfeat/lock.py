@@ -61,7 +61,7 @@ class Writer:
         return cls(socket.gethostname(), me, _began(me) or 0, now, secrets.token_hex(8))
 
     @classmethod
-    def parse(cls, content: str) -> Writer | None:
+    def parse(cls, content: str | bytes) -> Writer | None:
         """The writer that a lock names; None where it names nobody."""
         try:
             return cls(**json.loads(content))
@@ -92,22 +92,27 @@ class Lock:
 
 
 @contextmanager
-def run_lock(layout: Layout) -> Iterator[Lock]:
-    """Hold the dataset's lock. Raises ResfeatError, naming the holder, where another has it."""
+def run_lock(layout: Layout, *, is_run: bool = True) -> Iterator[Lock]:
+    """Hold the dataset's lock. Raises ResfeatError, naming the holder, where another has it.
+
+    is_run: whether what follows goes on with the work of a run that was killed; what does not
+    leaves word of that run for the one that will.
+    """
     if isinstance(layout.lock, StorePath):
-        with _held_in_store(layout, layout.lock) as lock:
+        with _held_in_store(layout, layout.lock, is_run) as lock:
             yield lock
         return
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o644)
     with open(descriptor, "r+", encoding="utf-8") as file:
         if not _try(descriptor, fcntl.LOCK_EX, PATIENCE_SECONDS):
             raise _refused(layout, Writer.parse(file.read()))
-        killed = Writer.parse(file.read())
+        content = file.read()
+        killed = Writer.parse(content)
         _overwrite(descriptor, json.dumps(asdict(Writer.me())))
         try:
             yield Lock(killed)
         finally:
-            _overwrite(descriptor, "")
+            _overwrite(descriptor, content if killed and not is_run else "")
 
 
 def holder(layout: Layout) -> str | None:
@@ -146,10 +151,12 @@ def _overwrite(descriptor: int, content: str) -> None:
 
 
 @contextmanager
-def _held_in_store(layout: Layout, lock: StorePath) -> Iterator[Lock]:
+def _held_in_store(layout: Layout, lock: StorePath, is_run: bool) -> Iterator[Lock]:
     before = _read(lock)
-    if before and not before.is_gone() and _is_beating(lock, before):
-        raise _refused(layout, before)
+    if before and not before.is_gone():
+        if _is_beating(lock, before):
+            raise _refused(layout, before)
+        before = _read(lock)  # nobody, if it was given up while we watched
     me = Writer.me()
     _write(lock, me)
     time.sleep(SETTLE_SECONDS)
@@ -183,14 +190,18 @@ def _held_in_store(layout: Layout, lock: StorePath) -> Iterator[Lock]:
     finally:
         ended.set()
         beats.join()
-        if not taken.is_set():
-            with suppress(OSError):
-                lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            # Not that of another who took it since the last beat.
+            if (there := _read(lock)) and there.token == me.token:
+                if before and not is_run:
+                    _write(lock, before)
+                else:
+                    lock.unlink(missing_ok=True)
 
 
 def _read(lock: StorePath) -> Writer | None:
     try:
-        return Writer.parse(lock.read_text())
+        return Writer.parse(lock.read_bytes())
     except FileNotFoundError:
         return None
 

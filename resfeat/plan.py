@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from resfeat.layout import Layout
 from resfeat.sources.item import Item
-from resfeat.store import draft, open_parquet
+from resfeat.store import draft, open_parquet, sha256
 
 SHARD_SIZE = 4096
 SHARDS_PER_FILE = 64
@@ -36,11 +36,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Plan:
-    """How many items there are and how they are cut."""
+    """How many items there are and how they are cut. digests: SHA-256 of the plan's files."""
 
     items: int
     shards: int
     shard_size: int
+    digests: tuple[str, ...] = ()
 
     def length(self, shard: int) -> int:
         """Items in one shard; only the last may be short."""
@@ -66,6 +67,7 @@ def write_plan(layout: Layout, listing: Iterable[Item], shard_size: int | None) 
         shard_size = shard_size_for(sum(table.num_rows for table in held))
         held = list(_recut(held, shard_size))
     items = shards = 0
+    digests = []
     cut = itertools.chain(held, _recut(tables, shard_size))
     for number, first in enumerate(cut):  # of each file
         file = draft(layout.tmp, layout.plan_file(number).name)
@@ -74,8 +76,9 @@ def write_plan(layout: Layout, listing: Iterable[Item], shard_size: int | None) 
                 writer.write_table(table, row_group_size=shard_size)
                 items += table.num_rows
                 shards += 1
+        digests.append(sha256(file))
         file.publish(layout.plan_file(number))
-    return Plan(items, shards, shard_size)
+    return Plan(items, shards, shard_size, tuple(digests))
 
 
 def read_shard(layout: Layout, shard: int) -> list[Item]:

@@ -79,9 +79,13 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
     Raises StoreError where a store is out of reach: that is no damage.
     """
     found = Verification(shards=dataset.record.plan.shards)
+    damaged = dict(_of_plan(dataset))
+    found.problems += damaged.values()
     found.problems += _foreign(dataset.layout, dataset.record.plan.shards)
     ids, vectors = [], []
-    once, planned = set(dataset.layout.with_checksums()), range(found.shards)
+    once = set(dataset.layout.with_checksums())
+    # Where the plan itself is damaged, no part is to blame.
+    planned = [n for n in range(found.shards) if n // SHARDS_PER_FILE not in damaged]
     with ThreadPoolExecutor(cpu_count()) as pool:
         for looked in pool.map(lambda shard: _look_at(dataset, shard, shard in once), planned):
             found.problems += looked.problems
@@ -105,11 +109,12 @@ def repair(dataset: Dataset, found: Verification) -> list[int]:
     layout = dataset.layout
     sent = []
     try:
-        with run_lock(layout):
+        with run_lock(layout, is_run=False):
             for shard in found.bad_shards:
                 # Once more, now that nobody writes: what was in hand may be done by now. And where
                 # a shard is only unfinished, what is set aside of it are rows that it will keep.
-                problems = _look_at(dataset, shard, was_committed=True).problems
+                was_committed = layout.checksum(shard).exists()
+                problems = _look_at(dataset, shard, was_committed).problems
                 if all(each.kind == "unfinished" for each in problems):
                     continue
                 # The embeddings first: without them the shard is not done, whatever else is there.
@@ -172,7 +177,7 @@ def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
                 wrong("missing", path, "it was committed and is gone")
         except StoreError:
             raise
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             wrong("unreadable", path, _first_line(error))
             return look
     rows = [each for table in tables.values() for each in table["id"].to_pylist()]
@@ -185,6 +190,17 @@ def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
     look.failed = len(rows) - look.embedded
     look.vectors = _hashes(np.hstack([*_layers(dataset, tables["embeddings"])]))
     return look
+
+
+def _of_plan(dataset: Dataset) -> Iterator[tuple[int, Problem]]:
+    """Files of the plan that are not what was listed, by number."""
+    for number, digest in enumerate(dataset.record.plan.digests):
+        path = dataset.layout.plan_file(number)
+        try:
+            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                yield number, Problem("plan", None, str(path), "it was changed since")
+        except FileNotFoundError:
+            yield number, Problem("plan", None, str(path), "it is gone")
 
 
 def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
@@ -200,7 +216,7 @@ def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
         pq.read_table(pa.BufferReader(aside.read_bytes()))
     except StoreError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         return Problem("unreadable", shard, str(aside), _first_line(error))
     return Problem("unfinished", shard, str(part), "its failures are being done once more")
 

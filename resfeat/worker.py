@@ -33,7 +33,7 @@ from resfeat.job import Job, Placement, ShardResult
 from resfeat.layout import Layout
 from resfeat.runtimes import Network
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema, kept_rows
-from resfeat.sources import exists, folder_of, read
+from resfeat.sources import folder_of, is_there, read
 from resfeat.sources.item import Item
 from resfeat.store import StoreError
 
@@ -136,7 +136,7 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
     written, or the source is gone.
     """
     clock = StageClock()
-    embedded = failed = changed = 0
+    embedded = failed = changed = unread = 0
     try:
         items = plan.read_shard(worker.layout, shard)
         kept = kept_rows(worker.layout, shard)
@@ -151,10 +151,11 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
                 embedded += len(batch.rows)
                 failed += len(batch.failures)
                 changed += batch.changed
+                unread += sum(item.failure.stage == "read" for item in batch.failures)
                 worker.progress[shard] = (embedded + failed, failed)
                 if worker.stopping.is_set():
                     raise Stopped(f"shard {shard} was left unfinished")
-            if not embedded:
+            if unread:
                 _check_sources(worker)
             with clock("write"):
                 part.commit(item.id for item in items)
@@ -179,7 +180,7 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
 def _check_sources(worker: Worker) -> None:
     """Raise ResfeatError where a whole source is gone: its images are not what failed."""
     for root in worker.job.sources:
-        if not exists(root):
+        if not is_there(root):
             raise ResfeatError(
                 f"source {root} is gone: mount it, or bring it back, and give the same command "
                 "again, it resumes"

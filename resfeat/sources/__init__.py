@@ -47,9 +47,9 @@ def read(uri: str) -> tuple[bytes, int, int] | Failure:
     return bucket.read(uri) if is_remote(uri) else directory.read(uri)
 
 
-def exists(root: str) -> bool:
-    """Whether a source is still there."""
-    return bucket.exists(root) if is_remote(root) else os.path.exists(root)
+def is_there(root: str) -> bool:
+    """Whether a source is still there, with anything in it."""
+    return bucket.is_there(root) if is_remote(root) else directory.is_there(root)
 
 
 def folder_of(uri: str) -> str:

@@ -85,7 +85,7 @@ class Prefixes:
         )
 
 
-def exists(root: str) -> bool:
+def is_there(root: str) -> bool:
     """Whether a source is still there."""
     return bool(_info(root.removeprefix(SCHEME)).type != FileType.NotFound)
 

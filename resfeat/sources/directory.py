@@ -112,6 +112,11 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def is_there(root: str) -> bool:
+    """Whether a source is still there. An empty folder is what unmounting leaves."""
+    return bool(os.listdir(root)) if os.path.isdir(root) else os.path.exists(root)
+
+
 def path_of(uri: str) -> Path:
     """The local path that a `file://` URI names."""
     return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))))

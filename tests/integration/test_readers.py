@@ -9,6 +9,7 @@ import pytest
 from datasets import rows, vectors
 
 import resfeat
+from resfeat.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -56,26 +57,10 @@ def test_our_own_reader(inline, expected):
     dataset = resfeat.open_dataset(inline)
     assert dataset.embedded() == 500
     assert sum(dataset.reasons().values()) == 12
-    assert dataset.rows_missing() == 0
+    assert verify(dataset).problems == []
     assert dataset.embeddings.count_rows() == 500
     assert dataset.failures.count_rows() == 12
     batches = list(dataset.vectors(rows=100))
     ids = [name for batch, _ in batches for name in batch.to_pylist()]
     embeddings = np.concatenate([block for _, block in batches])
     check(expected, ids, list(embeddings), [expected[2][0]] * len(ids))
-
-
-def test_a_row_that_is_lost_or_doubled_is_counted(inline, tmp_path):
-    import shutil
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    shutil.copytree(inline, tmp_path / "out")
-    dataset = resfeat.open_dataset(tmp_path / "out")
-    part = dataset.layout.embeddings / dataset.layout.part_name(1)
-    table = pq.read_table(part)
-    pq.write_table(table.slice(2), part)
-    assert dataset.rows_missing() == 2
-    pq.write_table(pa.concat_tables([table, table.slice(0, 3)]), part)
-    assert dataset.rows_missing() == 3

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from object_store import ObjectStore
 from reference import torchvision_model
 from torchvision.models import ResNet50_Weights
 
@@ -43,6 +44,20 @@ def home(photos, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def store(home):
+    """A bucket that holds the photographs, where the command finds its object store."""
+    with ObjectStore() as store:
+        bucket = store.files("bucket")
+        for photo in (home / "photos").rglob("*.jpg"):
+            with bucket.open_output_stream(str(photo.relative_to(home))) as file:
+                file.write(photo.read_bytes())
+        os.environ.update(store.environment)
+        yield
+        for name in store.environment:
+            del os.environ[name]
+
+
 def run(words, folder):
     environment = {**os.environ, "TORCH_HOME": str(folder)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
@@ -50,7 +65,7 @@ def run(words, folder):
     return done.stdout
 
 
-def test_the_commands(home):
+def test_the_commands(home, store):
     assert len(COMMANDS) >= 10
     for command in COMMANDS:
         program, *words = shlex.split(command)
@@ -66,9 +81,9 @@ def test_the_commands(home):
     assert (home / "nearest.png").exists()
 
 
-def test_the_python(home):
+def test_the_python(home, store):
     if not (home / "embeddings").exists():
-        test_the_commands(home)
+        test_the_commands(home, store)
     for block in blocks("python"):
         told = run([sys.executable, "-c", block], home)
         if "print(report" in block:
