@@ -19,7 +19,7 @@ from resfeat.layout import Layout
 from resfeat.plan import Plan
 from resfeat.sink import FAILURES, write_json
 from resfeat.spec import Identity
-from resfeat.store import Location, dataset_of, open_parquet
+from resfeat.store import Location, dataset_of, open_parquet, patiently
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ class Dataset:
 
         wanted = pc.field("id").isin(ids)
         path, store = dataset_of(self.layout.plan)
-        found = ds.dataset(path, filesystem=store, format="parquet").to_table(filter=wanted)
+        plan = ds.dataset(path, filesystem=store, format="parquet")
+        found = patiently(self.layout.plan, lambda: plan.to_table(filter=wanted))
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,14 +37,13 @@ def embed_queries(
     from resfeat.backbones.weights import resolve
     from resfeat.calibration import is_intact
     from resfeat.decode import decode
-    from resfeat.sources import read
-    from resfeat.store import is_remote
+    from resfeat.sources import read, uri_of
 
     identity = dataset.record.identity
     dataset.check_layer(layer)
     pictures = []
     for path in paths:
-        content = read(path if is_remote(path) else Path(path).absolute().as_uri())
+        content = read(uri_of(path))
         picture = (
             content
             if isinstance(content, Failure)

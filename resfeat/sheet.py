@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from resfeat.errors import Failure
 from resfeat.search import Neighbour
-from resfeat.sources import read
+from resfeat.sources import read, uri_of
 
 TILE, CAPTION, GAP = 160, 32, 8
 LETTERS = 24
@@ -33,7 +33,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
     for row, (query, found) in enumerate(zip(queries, neighbours, strict=True)):
-        tiles = [("query", Path(query).name, Path(query).absolute().as_uri())]
+        tiles = [("query", Path(query).name, uri_of(query))]
         tiles += [(f"{n.cosine:.4f}", n.id, uris.get(n.id, "")) for n in found]
         for column, (heading, name, uri) in enumerate(tiles):
             corner = GAP + column * (TILE + GAP), GAP + row * (TILE + CAPTION + GAP)

@@ -156,8 +156,11 @@ def test_status(one_photo, tmp_path, resfeat):
     assert status["complete"] is True and status["writer"] is None and status["runs"] == 1
     assert "complete          yes" in resfeat("status", tmp_path / "out").stdout
     assert "no resfeat dataset" in one_line(resfeat("status", tmp_path), 2)
-    for damaged in ("[]", '{"format": 1}', "{"):
-        (tmp_path / "out" / "_resfeat" / "spec.json").write_text(damaged)
+    spec = tmp_path / "out" / "_resfeat" / "spec.json"
+    other = json.loads(spec.read_text())
+    other["identity"]["pool"] = "max"  # the parts would seem to be another dataset's
+    for damaged in ("[]", '{"format": 1}', "{", json.dumps(other)):
+        spec.write_text(damaged)
         assert "spec.json" in (line := one_line(resfeat("status", tmp_path / "out"), 1)) or (
             "another version" in line
         )

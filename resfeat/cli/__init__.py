@@ -32,8 +32,13 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except ResfeatError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {shown(str(error))}", err=True)
             leave(context, error.exit_code)
+
+
+def shown(text: str) -> str:
+    """The text with its control characters escaped, so that it cannot act on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def leave(context: click.Context, code: int) -> NoReturn:

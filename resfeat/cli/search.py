@@ -6,6 +6,7 @@ import json
 
 import click
 
+from resfeat.cli import shown
 from resfeat.errors import ResfeatError, UsageError
 
 EXAMPLES = """\b
@@ -77,11 +78,6 @@ def search(
     for query, row in zip(queries, found, strict=True):
         click.echo(f"{query}\n  rank  cosine  id")
         for rank, neighbour in enumerate(row, start=1):
-            click.echo(f"  {rank:>4}  {neighbour.cosine:.4f}  {_shown(neighbour.id)}")
+            click.echo(f"  {rank:>4}  {neighbour.cosine:.4f}  {shown(neighbour.id)}")
     if sheet:
         click.echo(f"Picture: {sheet}")
-
-
-def _shown(name: str) -> str:
-    """The name with its control characters escaped, so that it cannot act on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
+from resfeat.cli import shown
+
 if TYPE_CHECKING:
     from resfeat.verify import Verification
 
@@ -64,7 +66,7 @@ def _tell(found: Verification, sent: Sequence[int] | None) -> None:
         problems = [each for each in found.problems if each.kind == kind]
         click.echo(f"{check:<{width}}  {f'{len(problems):,} wrong' if problems else 'yes'}")
         for each in problems[:SHOWN]:
-            click.echo(f"    {_shown(each.path)}: {_shown(each.message)}")
+            click.echo(f"    {shown(each.path)}: {shown(each.message)}")
         if len(problems) > SHOWN:
             click.echo(f"    and {len(problems) - SHOWN:,} more; --json names them all")
     click.echo(
@@ -86,8 +88,3 @@ def _tell(found: Verification, sent: Sequence[int] | None) -> None:
         click.echo(
             f"Wrong: {len(found.bad_shards):,} shards; --repair sends them back to be done again"
         )
-
-
-def _shown(text: str) -> str:
-    """The text with its control characters escaped, so that it cannot act on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

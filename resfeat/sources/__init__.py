@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
@@ -45,6 +46,11 @@ def read(uri: str) -> tuple[bytes, int, int] | Failure:
     Raises ResfeatError where the store that holds it is out of reach.
     """
     return bucket.read(uri) if is_remote(uri) else directory.read(uri)
+
+
+def uri_of(name: str) -> str:
+    """The URI of an image that a user names: a path, or an address already."""
+    return name if is_remote(name) else Path(name).absolute().as_uri()
 
 
 def is_there(root: str) -> bool:

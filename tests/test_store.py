@@ -1,0 +1,258 @@
+"""Objects behind pathlib's interface, and what happens to them when requests fail.
+
+What is tested runs in a process of its own. The store and the proxy are threads of this one, and an
+upload that failed is ended by its destructor, which waits for their answer and lets none run.
+"""
+
+import io
+import multiprocessing
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from object_store import FaultyProxy, ObjectStore
+
+from resfeat.errors import UsageError
+from resfeat.store import (
+    ATTEMPTS,
+    REQUEST_ATTEMPTS,
+    StoreError,
+    draft,
+    locate,
+    open_parquet,
+    remove_all,
+    rename,
+    sha256,
+    write_whole,
+)
+
+LARGE = 12 * 1024**2  # more than the AWS library sends in one piece
+MANY = REQUEST_ATTEMPTS + 2  # faults, more than it gets over by itself
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ObjectStore() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def through(server):
+    with FaultyProxy(server.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def pool(through):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in through.environment.items():
+            patch.setenv(name, value)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(int).result()  # it has the environment now
+            yield pool
+
+
+@pytest.fixture
+def elsewhere(pool):
+    """Call a function in the other process."""
+    return lambda function, *args: pool.submit(function, *args).result(timeout=200)
+
+
+@pytest.fixture
+def proxy(through):
+    through.requests.clear()
+    yield through
+    through.faults, through.down, through.stall = (), False, 60.0
+
+
+@pytest.fixture
+def objects(server):
+    """Another client's view of a bucket of one's own."""
+    resource = boto3.resource(
+        "s3", endpoint_url=server.endpoint, region_name="us-east-1",
+        aws_access_key_id="testing", aws_secret_access_key="testing",
+    )  # fmt: skip
+    bucket = resource.Bucket(f"bucket-{uuid.uuid4().hex}")
+    bucket.create()
+    return bucket
+
+
+@pytest.fixture
+def root(objects):
+    return locate(f"s3://{objects.name}")
+
+
+def content(objects):
+    """All objects; a name that ends in a slash is the marker of a folder."""
+    every = objects.objects.all()
+    return {each.key: each.get()["Body"].read() for each in every if not each.key.endswith("/")}
+
+
+def faults(proxy):
+    return [fault for *_, fault in proxy.requests if fault]
+
+
+def test_a_path_is_read_as_an_address_or_as_a_file():
+    assert locate("s3://bucket/a/b.parquet").parent.name == "a"
+    assert str(locate("s3://bucket/a/") / "b") == "s3://bucket/a/b"
+    assert str(locate("s3://bucket/a/b.xml").with_suffix(".bin")) == "s3://bucket/a/b.bin"
+    assert locate("here") == Path.cwd() / "here"
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///key", "s3://bucket/a/../b", "s3://bucket/.."])
+def test_an_address_that_names_no_object_is_refused(address):
+    with pytest.raises(UsageError, match=f"'{address}' is no address"):
+        locate(address)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/out", "s3a://bucket/out", "hdfs://host/out"])
+def test_an_address_of_another_kind_is_refused_and_not_taken_for_a_folder(address):
+    with pytest.raises(UsageError, match=f"'{address}' is no address"):
+        locate(address)
+
+
+def test_what_was_written_is_read_listed_and_removed(elsewhere, root, objects):
+    elsewhere((root / "a/b/1").write_bytes, b"one")
+    elsewhere((root / "a/2").write_bytes, b"")
+    assert content(objects) == {"a/b/1": b"one", "a/2": b""}
+    assert elsewhere((root / "a/b/1").read_text) == "one"
+    assert elsewhere((root / "a/2").read_bytes) == b""
+    assert {path.name for path in elsewhere(names_below, root / "a")} == {"2", "b"}
+    assert elsewhere((root / "a").is_dir) and not elsewhere((root / "a/2").is_dir)
+    assert elsewhere((root / "a/2").exists) and not elsewhere((root / "a/3").exists)
+    elsewhere((root / "a/2").unlink)
+    assert content(objects) == {"a/b/1": b"one"}
+    elsewhere(rename, root / "a/b/1", root / "c")
+    assert content(objects) == {"c": b"one"}
+    elsewhere(remove_all, root / "a")
+    elsewhere(remove_all, root / "never")
+    assert content(objects) == {"c": b"one"}
+
+
+def names_below(path):
+    return list(path.iterdir())
+
+
+def test_what_is_not_there_is_not_found(elsewhere, root, proxy):
+    for operation in ((root / "no").read_bytes, (root / "no").unlink):
+        with pytest.raises(FileNotFoundError):
+            elsewhere(operation)
+    assert len(proxy.requests) <= 3  # and not asked for again
+    elsewhere((root / "no").unlink, True)
+    assert elsewhere(names_below, root / "no") == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "size"),
+    [("503", 3), ("lost", 3), ("500", LARGE), ("reset", LARGE), ("lost", LARGE), ("cut", LARGE)],
+)
+def test_a_write_gets_through_and_is_whole(fault, size, elsewhere, root, objects, proxy):
+    proxy.faults = [fault] * MANY
+    elsewhere((root / "key").write_bytes, b"x" * size)
+    assert len(faults(proxy)) == MANY
+    assert content(objects) == {"key": b"x" * size}
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "lost", "cut"])
+def test_a_read_gets_through_and_is_whole(fault, elsewhere, root, objects, proxy):
+    objects.put_object(Key="key", Body=b"x" * LARGE)
+    proxy.faults = [None, *[fault] * MANY]
+    assert elsewhere((root / "key").read_bytes) == b"x" * LARGE
+    assert len(faults(proxy)) == MANY
+
+
+@pytest.mark.parametrize("size", [3, LARGE])
+def test_a_write_that_fails_for_good_leaves_what_was_there(size, elsewhere, root, objects, proxy):
+    objects.put_object(Key="key", Body=b"before")
+    proxy.faults = lambda method, _: "500" if method in ("PUT", "POST") else None
+    with pytest.raises(StoreError, match=f"^{root}/key: .*give the same command again"):
+        elsewhere((root / "key").write_bytes, b"x" * size)
+    assert ATTEMPTS <= len(faults(proxy)) <= 3 * ATTEMPTS * REQUEST_ATTEMPTS
+    assert content(objects) == {"key": b"before"}
+
+
+def test_a_refusal_is_not_asked_again(elsewhere, root, proxy):
+    proxy.faults = lambda *_: "403"
+    with pytest.raises(StoreError, match="ACCESS_DENIED"):
+        elsewhere((root / "key").write_bytes, b"x")
+    assert len(proxy.requests) <= 2
+
+
+def test_a_bucket_that_is_missing_is_not_asked_for_again(elsewhere, root, proxy):
+    nowhere = locate(f"{root}-not/key")
+    with pytest.raises(StoreError, match=f"^{nowhere}: .*NO_SUCH_BUCKET"):
+        elsewhere(nowhere.write_bytes, b"x")
+    assert len(proxy.requests) <= 2
+
+
+def test_nothing_is_left_of_an_upload_in_parts(elsewhere, root, objects, server):
+    elsewhere((root / "key").write_bytes, b"x" * LARGE)
+    client = objects.meta.client
+    assert not client.list_multipart_uploads(Bucket=objects.name).get("Uploads")
+
+
+def test_a_removal_of_which_the_answer_was_lost_is_done(elsewhere, root, objects, proxy):
+    """The next attempt finds nothing, which is what was wanted."""
+
+    def lose(method, _):
+        return next(losses, None) if method == "DELETE" else None
+
+    for operation in ((root / "a").unlink, (rename, root / "a", root / "b")):
+        objects.put_object(Key="a", Body=b"x")
+        losses = iter(["lost"] * MANY)
+        proxy.faults = lose
+        elsewhere(*operation) if isinstance(operation, tuple) else elsewhere(operation)
+    # All that one attempt is made of; the next one looked first.
+    assert faults(proxy) == ["lost"] * 2 * (REQUEST_ATTEMPTS + 1)
+    assert content(objects) == {"b": b"x"}
+
+
+def test_a_draft_is_seen_once_it_is_published(elsewhere, root, objects):
+    digest = elsewhere(publish, root / "a" / "part.parquet")
+    (given,) = content(objects).values()
+    assert pq.read_table(io.BytesIO(given)).to_pydict() == {"x": [1, 2, 3]}
+    assert digest == (True, True)
+    elsewhere(write_whole, None, root / "note", b"text")
+    assert content(objects)["note"] == b"text"
+
+
+def publish(target):
+    """Whether there is nothing before, and whether the digest is that of what is there after."""
+    import hashlib
+
+    whole = draft(None, target.name)
+    pq.write_table(pa.table({"x": [1, 2, 3]}), whole.sink)
+    before = sha256(whole)
+    unseen = not target.exists()
+    whole.publish(target)
+    whole.discard()
+    return unseen, hashlib.sha256(target.read_bytes()).hexdigest() == before
+
+
+@pytest.mark.parametrize("fault", ["500", "cut"])
+def test_parquet_is_read_to_its_end_whatever_befalls_a_piece(
+    fault, elsewhere, root, objects, proxy
+):
+    table = pa.table({"x": list(range(50_000)), "y": [str(n) for n in range(50_000)]})
+    written = io.BytesIO()
+    pq.write_table(table, written, row_group_size=10_000, compression="none")
+    objects.put_object(Key="t.parquet", Body=written.getvalue())
+    proxy.faults = [None] * 4 + [fault] * MANY  # once it is open
+    assert elsewhere(read_parquet, root / "t.parquet").equals(table)
+    assert len(faults(proxy)) == MANY
+    pieces = sum((method, fault) == ("GET", None) for method, _, fault in proxy.requests)
+    assert pieces >= 5  # and not all of it at once
+
+
+def test_parquet_that_is_not_there_is_not_found(elsewhere, root):
+    with pytest.raises(FileNotFoundError):
+        elsewhere(read_parquet, root / "t.parquet")
+
+
+def read_parquet(location):
+    with open_parquet(location) as file:
+        return pa.concat_tables(map(file.read_row_group, range(file.num_row_groups)))
