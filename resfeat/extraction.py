@@ -55,7 +55,8 @@ def extract(
     started = time.monotonic()
     layout = Layout(spec.output)
     listing = sources.listing(spec.sources)
-    _check_free(layout, listing)
+    with _writable(layout):
+        _check_free(layout, listing)
     check_runtime(spec.runtime, spec.model, spec.precision)
     with engines.prepare(spec.runtime) as cluster:
         if cluster and _has_work(layout, spec):
@@ -123,6 +124,8 @@ def _embed(
         record = calibrate(layout, record, weights, tally.note)
     items = sample(layout, record.plan.shards, SAMPLE)
     expected = reference(record.identity, weights.tensors, items)
+    if cluster:
+        cluster.ready(stopping)
     if stopping():
         raise Stopped("stopped before the first worker was started")
     with engines.start(spec.runtime, layout, record, weights, tally.todo, cluster) as engine:
@@ -274,27 +277,36 @@ def _output(layout: Layout) -> Iterator[Lock]:
 
     Where it ends without a record, what it made is removed again.
     """
-    made = [
-        folder
-        for folder in ([layout.root, *layout.root.parents] if isinstance(layout.root, Path) else [])
-        if not folder.exists()
-    ]
+    made: list[Path] = []
+    with _writable(layout):
+        try:
+            if isinstance(layout.root, Path):
+                every = [layout.root, *layout.root.parents]
+                made += [folder for folder in every if not folder.exists()]
+            for folder in layout.folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            with run_lock(layout) as lock:
+                try:
+                    _tidy(layout)  # of what a killed run left
+                    yield lock
+                finally:
+                    _tidy(layout)  # of what workers left that were killed or stopped
+                    if not layout.spec.exists():
+                        remove_all(layout.private)
+                        _remove_empty([layout.embeddings, *made])
+        except OSError:
+            _remove_empty(made)
+            raise
+
+
+@contextmanager
+def _writable(layout: Layout) -> Iterator[None]:
+    """Say of what goes wrong with the output's folders what can be done about it."""
     try:
-        for folder in layout.folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        with run_lock(layout) as lock:
-            try:
-                _tidy(layout)  # of what a killed run left
-                yield lock
-            finally:
-                _tidy(layout)  # of what workers left that were killed or stopped
-                if not layout.spec.exists():
-                    remove_all(layout.private)
-                    _remove_empty([layout.embeddings, *made])
+        yield
     except StoreError:
         raise
     except OSError as error:
-        _remove_empty(made)
         raise ResfeatError(
             f"cannot write to {layout.root}: {error.strerror or error}; give a folder that can be "
             "written, with space left, and the same command again"

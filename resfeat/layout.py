@@ -45,8 +45,8 @@ class Layout:
 
     @property
     def folders(self) -> list[Location]:
-        """Those that a dataset has from its beginning."""
-        always = [self.embeddings, self.plan, self.checksums, self.runs]
+        """Those that a dataset has from its beginning; the one that tells of it first."""
+        always = [self.plan, self.embeddings, self.checksums, self.runs]
         return [*always, self.tmp] if self.tmp else always
 
     @staticmethod

@@ -99,7 +99,10 @@ class Worker:
         )
 
     def embed(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Embeddings [N, D] of pictures uint8 [H, W, 3], in batches and threads as in a run."""
+        """Embeddings [N, D] of pictures uint8 [H, W, 3], in batches and threads as in a run.
+
+        Raises ResfeatError where the device's memory does not hold a single one.
+        """
         size = self.placement.batch_size
         batches = []
         for start in range(0, len(pictures), size):
@@ -107,7 +110,13 @@ class Worker:
             batch = self.runtime.empty((size, *some[0].shape))
             batch[: len(some)] = some
             batches.append(self.forwards.submit(forward, self, batch))
-        return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
+        try:
+            return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
+        except torch.OutOfMemoryError as error:
+            raise ResfeatError(
+                "the device's memory does not hold the network and one image: see what else is on "
+                f"it, or give a smaller --model ({str(error).splitlines()[0]})"
+            ) from error
 
     def check_decoders(self) -> None:
         """Raise DecoderHungError where an image has been decoded for too long."""

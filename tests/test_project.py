@@ -46,6 +46,15 @@ def test_the_compose_file_has_a_head_and_workers_that_share_it():
         assert ("--head" in service["entrypoint"]) == (name == "head")
 
 
+def test_the_tests_that_the_table_of_faults_names_are_there():
+    table = (ROOT / "tests" / "README.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", table)
+    assert len(named) > 40
+    for file, test in named:
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {test}(" in path.read_text() or not test, f"{file}::{test}"
+
+
 def test_the_ci_script_is_what_a_person_runs():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     planned = subprocess.run(

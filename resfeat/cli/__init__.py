@@ -42,9 +42,10 @@ def shown(text: str) -> str:
 
 
 def leave(context: click.Context, code: int) -> NoReturn:
-    """Exit, even where a decoder hangs in a thread of this process, which Python would wait for."""
+    """Exit, even where a thread of this process hangs in a decoder, or while it joins Ray: Python
+    would wait for it."""
     for thread in threading.enumerate():
-        if thread.name.startswith("load"):
+        if thread.name.startswith(("load", "ray-init")):
             thread.join(timeout=1)
             if thread.is_alive():
                 sys.stdout.flush()

@@ -120,7 +120,7 @@ def extract(
             )
         except Stopped as stopped:
             click.echo(str(stopped), err=True)
-            context.exit(signals.exit_code)
+            leave(context, signals.exit_code)
     if talk == "json":
         click.echo(json.dumps({"event": "report", **report.as_dict()}))
     elif talk != "quiet":

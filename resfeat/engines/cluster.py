@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from resfeat.errors import ResfeatError
+from resfeat.errors import ResfeatError, Stopped
 from resfeat.machine import cpu_count
 
 # Ray reads these on import. It would print its own words about dead workers to standard output, and
@@ -23,6 +24,8 @@ os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 # what does not fit goes to the disk.
 STORE_BYTES = 2 * 1024**3
 CONNECT_SECONDS = 5.0
+LEAVE_SECONDS = 15.0
+POLL_SECONDS = 0.5
 
 
 class Cluster(AbstractContextManager["Cluster"]):
@@ -43,8 +46,11 @@ class Cluster(AbstractContextManager["Cluster"]):
             self._connected = self._starter.submit(_connect, self._address)
         return self._connected
 
-    def ready(self) -> None:
-        """Wait until Ray can be used. Raises ResfeatError where it cannot."""
+    def ready(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Wait until Ray can be used. Raises ResfeatError where it cannot, Stopped on the way."""
+        while not wait([self.begin()], timeout=POLL_SECONDS).done:
+            if stopping():
+                raise Stopped("stopped while Ray was starting")
         self.begin().result()
 
     def __exit__(
@@ -55,12 +61,14 @@ class Cluster(AbstractContextManager["Cluster"]):
     ) -> None:
         try:
             with suppress(ResfeatError):  # `ready` raised it, or something else has gone first
-                if self._connected and self._connected.result():
+                # One that does not come to an end is left to the end of this process.
+                ended = self._connected and wait([self._connected], timeout=LEAVE_SECONDS).done
+                if ended and ended.pop().result():
                     import ray
 
                     ray.shutdown()
         finally:
-            self._starter.shutdown()
+            self._starter.shutdown(wait=False)
 
 
 def _connect(address: str | None) -> bool:
@@ -104,8 +112,21 @@ def _check_reachable(address: str) -> None:
         named = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
         address = os.environ.get("RAY_ADDRESS") or (named.read_text() if named.exists() else "")
     host, _, port = address.strip().removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    if not port.isdigit():
+        return
+    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    if host in ("127.0.0.1", "localhost"):
+        from ray.util import get_node_ip_address
+
+        # Ray takes that for the machine's own address, and asks there for many minutes.
+        own = get_node_ip_address()  # type: ignore[no-untyped-call]
+        try:
+            socket.create_connection((own, int(port)), CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"it listens on loopback, and Ray would look for it at {own}: start it with "
+                f"--node-ip-address {own}, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0"
+            ) from error
 
 
 def last_line(error: BaseException) -> str:

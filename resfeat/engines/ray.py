@@ -232,13 +232,21 @@ class _Pool:
         """Give shards to the live actors that have room, the emptiest first."""
         for room in range(SHARDS_IN_HAND):
             for member in self._members:
-                if self.waiting and member.live and len(member.in_hand) <= room:
+                if self.waiting and member.live and self._has_room(member, room):
                     shard = self.waiting.popleft()
                     member.in_hand.append(shard)
                     call = member.actor.process.remote(
                         shard, shard in self._careful, [self._network]
                     )
                     self._calls[call] = member, shard
+
+    def _has_room(self, member: _Member, room: int) -> bool:
+        """Whether an actor may have the next shard, beside at most `room` others: none where either
+        has cost so many workers that the next one decides, so that the right one is blamed."""
+        every = [*member.in_hand, self.waiting[0]]
+        if any(self.deaths[shard] == ATTEMPTS - 1 for shard in every):
+            return not member.in_hand
+        return len(member.in_hand) <= room
 
     def collect(self) -> Iterator[ShardResult]:
         """Wait for a call to end, but not for long; give the result if it was a shard's."""

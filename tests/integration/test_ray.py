@@ -1,7 +1,6 @@
 """The Ray engine: dead workers, placement, and errors that come from a worker."""
 
 import json
-import shutil
 import time
 from dataclasses import replace
 
@@ -43,33 +42,6 @@ def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, tmp_
     # One that was still starting is started again by Ray, and no death of a worker at work.
     assert 1 <= report["engine"]["worker_deaths"] <= 2
     assert all(line["done"] <= line["total"] == 512 for line in progress)
-
-
-def test_a_full_disk_is_one_line_that_names_the_folder(photos, tmp_path, resfeat):
-    """A file system of 256 KiB: the plan fits, the embeddings do not."""
-    output = tmp_path / "small"
-    output.mkdir()
-    if not shutil.which("mount") or not _mount_small(output):
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        done = resfeat("extract", photos, "-o", output / "out", "--model", "resnet18",
-                       "--weights", "random:0", "--workers", 1)  # fmt: skip
-        assert done.returncode == 1
-        (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error"))
-        assert str(output / "out") in line and "No space left" in line and "resumes" in line
-        assert not list((output / "out" / "_resfeat" / "tmp").iterdir())
-    finally:
-        _run("umount", output)
-
-
-def _mount_small(folder):
-    return _run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder) == 0
-
-
-def _run(*command):
-    import subprocess
-
-    return subprocess.run([str(word) for word in command], capture_output=True).returncode
 
 
 @pytest.fixture(scope="module")

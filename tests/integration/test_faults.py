@@ -1,0 +1,601 @@
+"""Each fault of the reliability bar, done to real processes; what stays is whole, and goes on."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from broken import write_broken
+from datasets import rows, vectors
+from integration.test_ray import workers_of
+from integration.test_resume import SHARD, wait_for_parts
+from seams import KILL_AT_STEP, after_import
+
+from resfeat.layout import Layout
+from resfeat.sources.directory import read
+
+# Of a shard that is committed for the first time.
+STEPS = ("written", "checked", "failures", "checksums", "embeddings")
+PHOTOS = 70
+ANY_FAILURES = ["--max-error-rate", 1]
+
+
+@pytest.fixture(scope="module")
+def original(photos, tmp_path_factory):
+    """Seventy photographs and the broken files: three shards. Not to be changed."""
+    folder = tmp_path_factory.mktemp("original") / "few"  # which is their label
+    folder.mkdir()
+    for photo in sorted(photos.rglob("*.*"))[::7][:PHOTOS]:
+        shutil.copy2(photo, folder / f"{photo.parent.name}-{photo.name}")
+    write_broken(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(original, choices, resfeat, tmp_path_factory):
+    """The same, extracted in one undisturbed process. Not to be changed."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = resfeat(*extract(original, output, choices))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture
+def few(original, tmp_path):
+    """A copy of the original, to be changed at will."""
+    folder = tmp_path / "few"
+    shutil.copytree(original, folder, symlinks=True, copy_function=_copy)
+    return folder
+
+
+def _copy(source, target):
+    if Path(source).is_fifo():
+        os.mkfifo(target)
+    else:
+        shutil.copy2(source, target)
+
+
+def extract(source, output, choices, *options, workers=0):
+    return ["extract", source, "-o", output, *choices, "--workers", workers, "--shard-size", SHARD,
+            *ANY_FAILURES, *options]  # fmt: skip
+
+
+def start(*arguments, env=None):
+    command = [sys.executable, "-m", "resfeat", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=env, **pipes)
+
+
+def failed(output):
+    """What failed and why, without the places where it lay."""
+    return rows(output, "failures").select(["id", "stage", "reason", "message"])
+
+
+def last_report(output):
+    return json.loads(max(Layout(output).runs.iterdir(), key=os.path.getmtime).read_text())
+
+
+def the_error(done):
+    """The one line of a run that failed."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error"))
+    return line
+
+
+def assert_same(output, expected):
+    assert rows(output).equals(rows(expected))
+    assert failed(output).equals(failed(expected))
+    assert not list(Layout(output).tmp.iterdir())
+
+
+# Each process kills itself in its third commit, at the first step at which none has died yet. By
+# then it is done with what the one before it had in hand: no shard costs three workers.
+DIE_ONCE_AT_EACH_STEP = """
+import os, signal, threading
+
+commits = 0
+counting = threading.Lock()
+
+def on_step(step):
+    global commits
+    with counting:
+        commits += step == "written"
+        if commits < 3:
+            return
+        try:
+            os.close(os.open(os.path.join(os.environ["DIED_AT"], step), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, resfeat, tmp_path):
+    died_at = tmp_path / "died_at"
+    died_at.mkdir()
+    hook = after_import({"resfeat.sink": DIE_ONCE_AT_EACH_STEP}, tmp_path / "hook")
+    output = tmp_path / "out"
+    done = resfeat(
+        *extract(collection, output, choices, "--shard-size", 16, workers=2),
+        env={**hook, "DIED_AT": str(died_at)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in died_at.iterdir()} == set(STEPS)
+    assert last_report(output)["engine"]["worker_deaths"] >= len(STEPS)
+    assert_same(output, inline)
+
+
+def test_the_driver_killed_at_every_step_of_a_commit(few, choices, undisturbed, resfeat, tmp_path):
+    hook = after_import({"resfeat.sink": KILL_AT_STEP}, tmp_path / "hook")
+    for step in STEPS:
+        output = tmp_path / step
+        killed = resfeat(*extract(few, output, choices), env={**hook, "KILL_AT": step})
+        assert killed.returncode == -signal.SIGKILL, (step, killed.stderr)
+        assert len(Layout(output).committed()) == (step == "embeddings")
+        done = resfeat(*extract(few, output, choices))
+        assert done.returncode == 0, (step, done.stderr)
+        assert "was killed: going on" in done.stderr
+        assert_same(output, undisturbed)
+        assert last_report(output)["shards"] == 3 - (step == "embeddings")
+
+
+# A head without a CPU, for the driver, and two machines with one each. Ends with its input.
+THREE_NODES = """
+import json, sys
+from ray.cluster_utils import Cluster
+
+here = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
+nodes = [cluster.add_node(num_cpus=1, **here) for _ in range(2)]
+raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+print(json.dumps(raylets), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def three_nodes(short_folder):
+    """A Ray cluster: the raylets of the two machines that have room, and the environment that leads
+    to it, with its token."""
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.urandom(16).hex(),
+        "RAY_TMPDIR": str(short_folder),
+        # Or Ray would look for the loopback address at that of the network.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", THREE_NODES],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=environment,
+    )  # fmt: skip
+    raylets = json.loads(next(line for line in process.stdout if line.startswith("[")))
+    yield list(map(psutil.Process, raylets)), environment
+    everything = psutil.Process(process.pid).children(recursive=True)
+    process.stdin.close()
+    process.wait(timeout=60)
+    for left in everything:
+        if left.is_running():
+            left.kill()
+
+
+@pytest.fixture
+def short_folder():
+    """A folder for Ray: the paths of its sockets, some levels below, may have 107 bytes."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_path, three_nodes):
+    raylets, environment = three_nodes
+    output = tmp_path / "out"
+    command = extract(collection, output, choices, "--address", "auto", workers=2)
+    process = start(*command, env=environment)
+    wait_for_parts(process, output, 3)
+    assert all(map(shard_workers, raylets))  # one each
+    lost = raylets[0]
+    workers = shard_workers(lost)
+    lost.kill()
+    for worker in workers:
+        worker.kill()
+    _, complained = process.communicate(timeout=300)
+    assert process.returncode == 0, complained
+    assert_same(output, inline)
+    report = last_report(output)
+    assert report["engine"]["worker_deaths"] >= 1 and report["shards"] == 16
+
+
+def shard_workers(raylet):
+    return [
+        child
+        for child in raylet.children(recursive=True)
+        if (child.cmdline() or [""])[0].startswith("ray::RayWorker")
+    ]
+
+
+@contextmanager
+def mounted(folder, size):
+    """A small file system of its own at `folder`."""
+    folder.mkdir()
+    if not shutil.which("mount") or run(
+        "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder
+    ):
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        run("umount", folder)
+
+
+def remount(folder, options):
+    assert run("mount", "-o", f"remount,{options}", folder) == 0
+
+
+def run(*command):
+    return subprocess.run([str(word) for word in command], capture_output=True).returncode
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_holds_no_part_is_one_line_that_names_it(
+    workers, few, choices, undisturbed, resfeat, tmp_path
+):
+    """48 KiB: the plan fits, the embeddings do not; then there is room."""
+    with mounted(tmp_path / "small", "48k") as disk:
+        command = extract(few, disk / "out", choices, workers=workers)
+        line = the_error(resfeat(*command))
+        assert str(disk / "out") in line and "No space left" in line and "resumes" in line
+        layout = Layout(disk / "out")
+        assert not layout.committed() and not list(layout.tmp.iterdir())
+        assert layout.spec.exists()  # the plan is not made again
+        remount(disk, "size=64m")
+        done = resfeat(*command)
+        assert done.returncode == 0, done.stderr
+        assert_same(disk / "out", undisturbed)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_committed(
+    few, choices, undisturbed, resfeat, tmp_path
+):
+    """128 KiB: some of eleven shards fit."""
+    with mounted(tmp_path / "small", "128k") as disk:
+        output = disk / "out"
+        command = extract(few, output, choices, "--shard-size", 8)
+        line = the_error(resfeat(*command))
+        assert str(output) in line and "No space left" in line and "resumes" in line
+        layout = Layout(output)
+        committed = layout.committed()
+        assert 1 <= len(committed) < 11 and not list(layout.tmp.iterdir())
+        stamps = {path: path.stat().st_mtime_ns for path in layout.embeddings.iterdir()}
+        remount(disk, "size=64m")
+        done = resfeat(*command)
+        assert done.returncode == 0, done.stderr
+        assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+        assert_same(output, undisturbed)
+
+
+def test_a_disk_that_holds_no_plan_is_left_as_it_was(few, choices, resfeat, tmp_path):
+    with mounted(tmp_path / "small", "8k") as disk:
+        (disk / "taken").write_bytes(b"x" * 4096)
+        line = the_error(resfeat(*extract(few, disk / "out", choices)))
+        assert str(disk / "out") in line and "No space left" in line and "same command" in line
+        assert [path.name for path in disk.iterdir()] == ["taken"]
+
+
+@pytest.fixture
+def without_rights(tmp_path):
+    """Run the command as one whom the modes of files stop, as they do not stop root."""
+    rights = "-dac_override,-dac_read_search"
+    give_up = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
+    prefix = give_up if os.geteuid() == 0 else []
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    secret.chmod(0)
+    if (prefix and not shutil.which("setpriv")) or run(*prefix, "cat", secret) == 0:
+        pytest.skip("this user may read everything, and cannot give that up")
+
+    def run_command(*arguments):
+        command = [*prefix, sys.executable, "-m", "resfeat", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run_command
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photograph_that_may_not_be_read(workers, few, choices, tmp_path, without_rights):
+    hidden = next(few.glob("*.png"))
+    hidden.chmod(0)
+    output = tmp_path / "out"
+    done = without_rights(*extract(few, output, choices, workers=workers))
+    assert done.returncode == 0, done.stderr
+    (row,) = (row for row in rows(output, "failures").to_pylist() if row["id"] == hidden.name)
+    assert (row["stage"], row["reason"]) == ("read", "permission")
+
+    hidden.chmod(0o644)
+    done = without_rights(*extract(few, output, choices, "--retry-failed", workers=workers))
+    assert done.returncode == 0, done.stderr
+    assert hidden.name in rows(output)["id"].to_pylist()
+    assert hidden.name not in failed(output)["id"].to_pylist()
+
+
+@pytest.mark.parametrize("where", ["the source itself", "a folder in it", "the folder around it"])
+def test_a_source_that_may_not_be_read(where, few, choices, tmp_path, without_rights):
+    source = few.parent / "around" / "few"
+    source.parent.mkdir()
+    few.rename(source)
+    deep = source / "deep"
+    deep.mkdir()
+    folder = {"the source itself": source, "a folder in it": deep}.get(where, source.parent)
+    folder.chmod(0)
+    output = tmp_path / "out"
+    done = without_rights(*extract(source, output, choices))
+    folder.chmod(0o755)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == (2 if folder == source.parent else 1)
+    assert str(folder) in line and ("readable" in line or "check the path" in line)
+    assert not output.exists()
+    done = without_rights(*extract(source, output, choices))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mode", [0o555, 0])
+@pytest.mark.parametrize("made", [True, False])
+def test_an_output_that_may_not_be_written(mode, made, few, choices, tmp_path, without_rights):
+    """The folder of the dataset, or the one that it is to be made in."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    output = folder if made else folder / "out"
+    folder.chmod(mode)
+    done = without_rights(*extract(few, output, choices))
+    folder.chmod(0o755)
+    line = the_error(done)
+    assert str(output) in line and "Permission denied" in line and "can be written" in line
+    assert not list(folder.iterdir())
+    done = without_rights(*extract(few, output, choices))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_system_that_is_read_only(few, choices, resfeat, tmp_path):
+    hook = after_import({"resfeat.sink": KILL_AT_STEP}, tmp_path / "hook")
+    with mounted(tmp_path / "disk", "64m") as disk:
+        new, begun = disk / "new", disk / "begun"
+        killed = resfeat(*extract(few, begun, choices), env={**hook, "KILL_AT": "embeddings"})
+        assert killed.returncode == -signal.SIGKILL
+        before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
+        remount(disk, "ro")
+        for output in (new, begun):
+            line = the_error(resfeat(*extract(few, output, choices)))
+            assert str(output) in line and "Read-only file system" in line
+            assert "can be written" in line
+        assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
+        remount(disk, "rw")
+        assert not new.exists()
+        for output in (new, begun):
+            done = resfeat(*extract(few, output, choices))
+            assert done.returncode == 0, done.stderr
+        assert_same(begun, new)
+
+
+def test_files_that_vanish_or_change_after_they_were_listed(
+    few, choices, undisturbed, resfeat, tmp_path
+):
+    hook = after_import({"resfeat.sink": KILL_AT_STEP}, tmp_path / "hook")
+    output = tmp_path / "out"
+    killed = resfeat(*extract(few, output, choices), env={**hook, "KILL_AT": "written"})
+    assert killed.returncode == -signal.SIGKILL
+    assert not Layout(output).committed()
+    gone, changed, other = sorted(few.glob("*.png"))[::7][:3]
+    gone.unlink()
+    shutil.copy(other, changed)
+    os.utime(changed, ns=(0, 1_700_000_000_123_456_000))
+
+    done = resfeat(*extract(few, output, choices))
+    assert done.returncode == 0, done.stderr
+    assert "Changed since they were listed: 1 images" in done.stdout
+    assert last_report(output)["changed"] == 1
+    (row,) = (row for row in rows(output, "failures").to_pylist() if row["id"] == gone.name)
+    assert (row["stage"], row["reason"]) == ("read", "not_found")
+
+    now, before = rows(output), rows(undisturbed)
+    assert set(now["id"].to_pylist()) == set(before["id"].to_pylist()) - {gone.name}
+    here = {row["id"]: row for row in now.to_pylist()}
+    there = {row["id"]: row for row in before.to_pylist()}
+    assert here[changed.name]["size"] == changed.stat().st_size != there[changed.name]["size"]
+    assert here[changed.name]["mtime"].timestamp() == pytest.approx(1_700_000_000.123456, abs=1e-6)
+    assert np.allclose(
+        here[changed.name]["embedding"], there[other.name]["embedding"], rtol=1e-3, atol=1e-4
+    )
+    assert not np.allclose(
+        here[changed.name]["embedding"], there[changed.name]["embedding"], rtol=1e-3, atol=1e-4
+    )
+    del here[changed.name], there[changed.name], there[gone.name]
+    assert here == there
+
+
+@pytest.mark.parametrize("left", ["more", "less", "other"])
+def test_a_file_that_is_written_to_while_it_is_read(left, tmp_path, monkeypatch):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"before")
+    os.utime(path, (1, 1))
+    fstat = os.fstat
+
+    def and_write(descriptor):
+        status = fstat(descriptor)
+        if status.st_mtime == 1:  # the first time
+            path.write_bytes(
+                {"more": b"before and after", "less": b"bef", "other": b"after."}[left]
+            )
+        return status
+
+    monkeypatch.setattr(os, "fstat", and_write)
+    failure = read(path.as_uri())
+    assert (failure.stage, failure.reason) == ("read", "io_error")
+    assert "written to while it was read" in failure.message
+    assert read(path.as_uri())[0] == path.read_bytes()
+
+
+# The source is moved away by the worker that comes to read this many files from it.
+MOVE_AWAY = """
+import itertools, os, threading
+
+count = itertools.count(1)
+truly_read = read
+
+def read(uri):
+    by_worker = threading.current_thread().name.startswith("load")
+    if by_worker and next(count) == int(os.environ["AFTER"]):
+        os.rename(os.environ["SOURCE"], os.environ["SOURCE"] + " elsewhere")
+    return truly_read(uri)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("after", [65, 75])
+def test_a_source_that_goes_away_during_the_run(
+    after, workers, few, choices, undisturbed, resfeat, tmp_path
+):
+    """Between two shards, and in the middle of one."""
+    output = tmp_path / "out"
+    hook = after_import({"resfeat.sources.directory": MOVE_AWAY}, tmp_path / "hook")
+    line = the_error(
+        resfeat(
+            *extract(few, output, choices, workers=workers),
+            env={**hook, "SOURCE": str(few), "AFTER": str(after)},
+        )
+    )
+    assert f"source {few} is gone" in line and "resumes" in line
+    layout = Layout(output)
+    assert not list(layout.tmp.iterdir())
+    assert len(layout.committed()) < 3
+    expected = set(failed(undisturbed)["id"].to_pylist())
+    if layout.with_failures():
+        assert set(failed(output)["id"].to_pylist()) <= expected
+
+    Path(f"{few} elsewhere").rename(few)
+    done = resfeat(*extract(few, output, choices, workers=workers))
+    assert done.returncode == 0, done.stderr
+    assert_same(output, undisturbed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_writers_that_begin_together(workers, collection, choices, inline, tmp_path):
+    output = tmp_path / "out"
+    both = [start(*extract(collection, output, choices, workers=workers)) for _ in range(2)]
+    ended = {process: process.communicate(timeout=300) for process in both}
+    first, second = sorted(both, key=lambda process: process.returncode)
+    assert (first.returncode, second.returncode) == (0, 1), ended
+    (line,) = ended[second][1].strip().splitlines()
+    assert f"is being written by process {first.pid} on {socket.gethostname()}" in line
+    assert_same(output, inline)
+
+
+def test_ray_listens_to_this_machine_alone(collection, choices, tmp_path):
+    output = tmp_path / "out"
+    process = start(*extract(collection, output, choices, workers=1))
+    wait_for_parts(process, output, 1)
+    assert workers_of(process)
+    driver = psutil.Process(process.pid)
+    listening = {
+        (each.name(), *connection.laddr)
+        for each in [driver, *driver.children(recursive=True)]
+        for connection in each.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    process.terminate()
+    process.communicate(timeout=60)
+    assert any("gcs_server" in name for name, *_ in listening), listening
+    outside = {
+        each for each in listening if each[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    }
+    assert not outside
+
+
+def test_no_secret_of_the_environment_is_written_down(
+    few, choices, resfeat, tmp_path, short_folder
+):
+    names = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DATABASE_PASSWORD", "HF_TOKEN")
+    secrets = {name: f"planted-{number}-{os.urandom(8).hex()}" for number, name in enumerate(names)}
+    output = tmp_path / "out"
+    done = resfeat(
+        *extract(few, output, choices, "--log-json", workers=1),
+        env={**secrets, "RAY_TMPDIR": str(short_folder)},
+    )
+    assert done.returncode == 0, done.stderr
+    written = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    for path in [*short_folder.rglob("*"), *output.rglob("*")]:
+        if path.is_file():
+            written[str(path)] = path.read_bytes()
+    # Ray's own words, and our rows, are among what is searched.
+    assert {"raylet.out", "part-00000.parquet"} <= {Path(name).name for name in written}
+    assert not [
+        (place, name)
+        for place, content in written.items()
+        for name, secret in secrets.items()
+        if secret.encode() in content
+    ]
+
+
+SMALL_DEVICE = """
+# A device that holds so many images; and after so many batches, none, as if others had filled it.
+import os
+
+build = start
+
+def start(*args, **options):
+    runtime, batches = build(*args, **options), []
+    embed = runtime.embed
+
+    def limited(pixels):
+        import torch
+
+        batches.append(len(pixels))
+        if len(batches) > int(os.environ["FULL_AFTER"]) or len(pixels) > int(os.environ["HOLDS"]):
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return embed(pixels)
+
+    runtime.embed = limited
+    return runtime
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_device_without_memory_gets_smaller_batches_and_the_report_says_so(
+    workers, few, undisturbed, choices, resfeat, tmp_path
+):
+    def run(holds, full_after):
+        hook = after_import({"resfeat.runtimes": SMALL_DEVICE}, tmp_path / "hook")
+        output = tmp_path / f"{holds}-{full_after}"
+        done = resfeat("extract", few, "-o", output, *choices, *ANY_FAILURES, "--workers", workers,
+                       "--batch-size", 8, "--runtime", "torch", "--log-json",
+                       env=hook | {"HOLDS": str(holds), "FULL_AFTER": str(full_after)})  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done, output
+
+    halved, output = run(3, 10**6)
+    assert halved.returncode == 0, halved.stderr
+    report = json.loads(halved.stdout.splitlines()[-1])
+    assert any("held 2 images at once and not the 8" in note for note in report["notes"])
+    assert rows(output)["id"].equals(rows(undisturbed)["id"])
+    assert np.allclose(vectors(rows(output)), vectors(rows(undisturbed)), rtol=1e-4, atol=1e-6)
+
+    filled, output = run(8, 6)
+    assert filled.returncode == 0, filled.stderr
+    report = json.loads(filled.stdout.splitlines()[-1])
+    assert report["embedded"] > 0 and report["reasons"]["out_of_memory"] > 8
+    assert report["embedded"] + report["failed"] == report["items"]
+
+    nothing, output = run(0, 10**6)
+    assert nothing.returncode == 0, nothing.stderr
+    report = json.loads(nothing.stdout.splitlines()[-1])
+    assert report["embedded"] == 0 and report["reasons"]["out_of_memory"] == len(rows(undisturbed))
