@@ -18,15 +18,21 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from types import TracebackType
 
 from resfeat.decode import Picture, decode
-from resfeat.errors import Failure
+from resfeat.errors import Failure, ResfeatError
 from resfeat.spec import Decode, Preprocessing
 
 # For one image. The largest that the pixel policy allows take a few seconds, and about 2 GB.
 SECONDS = 30.0
 MEMORY_BYTES = 4 * 1024**3
+# For a child to come up: Python and some libraries, from a disk that may be slow.
+START_SECONDS = 120.0
+# Where this package lies. Children start there: Python looks for modules in the folder that it is
+# started in first, and that may be one of strangers' files.
+HOME = Path(__file__).resolve().parents[1]
 
 
 class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
@@ -70,18 +76,29 @@ class _Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "resfeat.careful", str(theirs.fileno()), str(SECONDS)],
                 pass_fds=[theirs.fileno()],
+                cwd=HOME,
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # a decoder's last words; the failure row says it
                 start_new_session=True,  # what the terminal sends is for the run to heed
             )
         self.is_usable = True
+        try:
+            ready = self._connection.poll(START_SECONDS) and self._connection.recv()
+        except (EOFError, OSError):
+            ready = False
+        if not ready:  # which no image is to blame for
+            self.end()
+            raise ResfeatError(
+                "a decoder process could not be started: is memory short, or limited (ulimit -a)? "
+                f"`{sys.executable} -m resfeat.careful` run in {HOME} may say why"
+            )
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         try:
             self._connection.send((data, preprocessing, way))
             outcome: Picture | Failure = self._connection.recv()
             return outcome
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self.is_usable = False
             return self._death()
 
@@ -100,16 +117,21 @@ class _Child:
 
 def _serve(connection: Connection, seconds: float) -> None:
     """Decode until nobody asks any more, each image within so many seconds."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + MEMORY_BYTES
+    most, allowed = MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if allowed != resource.RLIM_INFINITY:
+        most = min(most, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The alarm ends the process wherever it is, and also where the worker has died meanwhile.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    connection.send(True)
     while True:
         try:
             task = connection.recv()
         except EOFError:  # the worker is done, or dead
             return
+        if task[2] == "turbo":
+            import torch  # noqa: F401 (the first time takes seconds, which are no image's)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         outcome = decode(*task)
         signal.setitimer(signal.ITIMER_REAL, 0)

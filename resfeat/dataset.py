@@ -19,13 +19,13 @@ from resfeat.layout import Layout
 from resfeat.plan import Plan
 from resfeat.sink import FAILURES, write_json
 from resfeat.spec import Identity
-from resfeat.store import Location, dataset_of, open_parquet, patiently
+from resfeat.store import Location, StoreError, dataset_of, open_parquet, patiently
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +131,14 @@ class Dataset:
         committed = set(self.layout.committed())
         for shard in self.layout.with_failures():
             if shard in committed:  # without its embeddings a shard is still to be done
-                with open_part(self.layout.failures / self.layout.part_name(shard)) as part:
-                    counts.update(part.read(columns=["reason"])["reason"].to_pylist())
+                counts.update(self.reasons_in(shard))
         return dict(counts.most_common())
+
+    def reasons_in(self, shard: int) -> list[str]:
+        """The reason of each failure row of a shard that has some."""
+        with open_part(self.layout.failures / self.layout.part_name(shard)) as part:
+            reasons: list[str] = part.read(columns=["reason"])["reason"].to_pylist()
+            return reasons
 
     def vectors(
         self, rows: int = 4096, layer: str | None = None
@@ -174,6 +179,10 @@ def open_part(part: Location) -> pq.ParquetFile:
     """A part. Raises ResfeatError, naming it, where it cannot be read."""
     try:
         return open_parquet(part)
+    except StoreError:
+        raise
+    except FileNotFoundError as error:
+        raise ResfeatError(f"{part} is gone: is a run writing here? Try again") from error
     except (OSError, ValueError) as error:  # of Arrow's own
         raise ResfeatError(
             f"{part} cannot be read ({str(error).splitlines()[0]}): `resfeat verify --repair` "

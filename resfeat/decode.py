@@ -317,6 +317,8 @@ def _resize(
 
 
 def _reason(error: Exception) -> Reason:
+    if "allocate memory" in str(error):  # torch's way to say it
+        return "out_of_memory"
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
         return "truncated"
     return "corrupt"

@@ -89,9 +89,9 @@ def _run(
         try:
             if tally.todo:
                 _embed(spec, layout, record, weights, cluster, lock, tally, stopping)
-        except StoreError:
-            raise  # whoever wants to know how it went can only ask the store
         except ResfeatError as raised:
+            if isinstance(raised, StoreError) and not layout.tmp:
+                raise  # how it went is for the store to know, which is out of reach
             error = raised
         finally:
             if new and tally.todo and not tally.began:
@@ -134,11 +134,23 @@ def _embed(
             given = engine.embed(expected.pictures, stopping)
             tally.parity = compare(given, expected, record.identity, weights.dims)
             _prove(tally, layout, record, spec.min_parity)
-        # What the last run had in hand may be what killed it.
-        suspects = tally.todo[:SHARDS_IN_HAND] if lock.killed else []
-        for result in engine.run(tally.todo, suspects, tally.show, stopping):
-            tally.add(result)
+
+        def show(done: int, failed: int, workers: int) -> None:
             lock.check()
+            tally.show(done, failed, workers)
+
+        suspects = _suspects(layout, record, lock, tally.todo)
+        for result in engine.run(tally.todo, suspects, show, stopping):
+            tally.add(result)
+
+
+def _suspects(layout: Layout, record: Record, lock: Lock, todo: Sequence[int]) -> set[int]:
+    """Shards that may hold what kills a decoder: what the last run had in hand when it was killed,
+    and those that are done once more although they are known to."""
+    dataset, again = Dataset(layout, record), set(layout.committed())
+    killers = {"decoder_crash", "timeout"}
+    known = {n for n in todo if n in again and killers.intersection(dataset.reasons_in(n))}
+    return known | set(todo[:SHARDS_IN_HAND] if lock.killed else [])
 
 
 def _of_the_last(lock: Lock) -> list[str]:
@@ -290,10 +302,11 @@ def _output(layout: Layout) -> Iterator[Lock]:
                     _tidy(layout)  # of what a killed run left
                     yield lock
                 finally:
-                    _tidy(layout)  # of what workers left that were killed or stopped
-                    if not layout.spec.exists():
-                        remove_all(layout.private)
-                        _remove_empty([layout.embeddings, *made])
+                    if not lock.taken.is_set():  # else it is another's
+                        _tidy(layout)  # of what workers left that were killed or stopped
+                        if not layout.spec.exists():
+                            remove_all(layout.private)
+                            _remove_empty([layout.embeddings, *made])
         except OSError:
             _remove_empty(made)
             raise

@@ -18,9 +18,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 
 from resfeat.errors import ResfeatError
@@ -40,13 +40,15 @@ SETTLE_SECONDS = 1.0
 class Writer:
     """A process that writes a dataset.
 
-    began: when the process itself did, in clock ticks since its machine did, as Linux numbers it:
-    a process id alone may be another process by now. started: when its run did. token: of the run.
+    machine: the machine since its last start, and the container on it; the name of a host may be
+    that of several. began: when the process did, since a process id may be another's by now; both
+    as Linux has them, empty elsewhere. started: when its run did. token: of the run.
     """
 
     host: str
+    machine: str
     pid: int
-    began: int
+    began: str
     started: str
     token: str
     beat: int = 0
@@ -58,7 +60,7 @@ class Writer:
     def me(cls) -> Writer:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         me = os.getpid()
-        return cls(socket.gethostname(), me, _began(me) or 0, now, secrets.token_hex(8))
+        return cls(socket.gethostname(), _machine(), me, _began(me), now, secrets.token_hex(8))
 
     @classmethod
     def parse(cls, content: str | bytes) -> Writer | None:
@@ -68,27 +70,53 @@ class Writer:
         except (ValueError, TypeError):
             return None
 
-    def is_gone(self) -> bool:
-        """Whether this is a process of this machine that has ended for sure."""
-        return self.host == socket.gethostname() and _began(self.pid) != self.began
+    def is_alive(self) -> bool | None:
+        """Whether its process is there; None where that cannot be told from here."""
+        if not self.machine or self.machine != _machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # of another user, and there
+        now = _began(self.pid)
+        return now == self.began if now and self.began else True
 
 
-def _began(pid: int) -> int | None:
-    """When a process of this machine began; None where there is none (0 where nobody can say)."""
+def _machine() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip() + " " + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _began(pid: int) -> str:
+    """When a process began, in clock ticks since its machine did; empty where nobody says."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
-    except FileNotFoundError:
-        return None if os.path.exists("/proc/self/stat") else 0
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that is held. killed: who held it last, if that run was killed. check: raises
-    ResfeatError once another has taken it."""
+    """A lock that is held on an output. killed: who held it last, if that run was killed. taken:
+    set once another has it."""
 
+    output: str
     killed: Writer | None
-    check: Callable[[], None] = lambda: None
+    taken: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """Raise ResfeatError once another has it."""
+        if self.taken.is_set():
+            raise ResfeatError(
+                f"another run took {self.output} over, since this one was out of reach of the "
+                "store for too long: nothing is lost; let that one finish"
+            )
 
 
 @contextmanager
@@ -110,7 +138,7 @@ def run_lock(layout: Layout, *, is_run: bool = True) -> Iterator[Lock]:
         killed = Writer.parse(content)
         _overwrite(descriptor, json.dumps(asdict(Writer.me())))
         try:
-            yield Lock(killed)
+            yield Lock(str(layout.root), killed)
         finally:
             _overwrite(descriptor, content if killed and not is_run else "")
 
@@ -119,7 +147,7 @@ def holder(layout: Layout) -> str | None:
     """Who is writing the dataset now; None where nobody is."""
     if isinstance(layout.lock, StorePath):
         writer = _read(layout.lock)
-        return None if writer is None or writer.is_gone() else str(writer)
+        return None if writer is None or writer.is_alive() is False else str(writer)
     with suppress(FileNotFoundError), open(layout.lock, encoding="utf-8") as file:
         if not _try(file.fileno(), fcntl.LOCK_SH, 0):
             return str(Writer.parse(file.read()) or "another process")
@@ -153,7 +181,7 @@ def _overwrite(descriptor: int, content: str) -> None:
 @contextmanager
 def _held_in_store(layout: Layout, lock: StorePath, is_run: bool) -> Iterator[Lock]:
     before = _read(lock)
-    if before and not before.is_gone():
+    if before and before.is_alive() is not False:
         if _is_beating(lock, before):
             raise _refused(layout, before)
         before = _read(lock)  # nobody, if it was given up while we watched
@@ -175,18 +203,12 @@ def _held_in_store(layout: Layout, lock: StorePath, is_run: bool) -> Iterator[Lo
                 count += 1
                 _write(lock, Writer(**{**asdict(me), "beat": count}))
 
-    def check() -> None:
-        if taken.is_set():
-            raise ResfeatError(
-                f"another run took {layout.root} over, since this one was out of reach of the "
-                "store for too long: nothing is lost; let that one finish"
-            )
-
     beats = threading.Thread(target=beat, name="lock", daemon=True)
     beats.start()
     try:
-        yield Lock(before, check)
-        check()
+        held = Lock(str(layout.root), before, taken)
+        yield held
+        held.check()
     finally:
         ended.set()
         beats.join()
@@ -212,8 +234,8 @@ def _write(lock: StorePath, writer: Writer) -> None:
 
 def _is_beating(lock: StorePath, writer: Writer) -> bool:
     """Whether its holder writes the lock, or gives it up, while we watch."""
-    if writer.host == socket.gethostname():
-        return True  # its process is there
+    if writer.is_alive():
+        return True
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(1)

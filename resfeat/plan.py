@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from resfeat.errors import ResfeatError
 from resfeat.layout import Layout
 from resfeat.sources.item import Item
-from resfeat.store import draft, open_parquet, sha256
+from resfeat.store import StoreError, draft, open_parquet, sha256
 
 SHARD_SIZE = 4096
 SHARDS_PER_FILE = 64
@@ -82,10 +83,19 @@ def write_plan(layout: Layout, listing: Iterable[Item], shard_size: int | None) 
 
 
 def read_shard(layout: Layout, shard: int) -> list[Item]:
-    """The items of one shard, in plan order."""
+    """The items of one shard, in plan order. Raises ResfeatError where the plan cannot be read."""
     number, row_group = divmod(shard, SHARDS_PER_FILE)
-    with open_parquet(layout.plan_file(number)) as file:
-        table = file.read_row_group(row_group)
+    try:
+        with open_parquet(layout.plan_file(number)) as file:
+            table = file.read_row_group(row_group).select(SCHEMA.names)
+    except StoreError:
+        raise
+    except (OSError, ValueError, KeyError, IndexError) as error:  # Arrow's own are of these
+        reason = str(error).partition("\n")[0]
+        raise ResfeatError(
+            f"{layout.plan_file(number)}, the listing of shard {shard}, cannot be read ({reason}): "
+            "bring it back, or give a new -o"
+        ) from error
     mtimes = table["mtime"].cast(pa.int64()).to_pylist()
     columns = (table["id"].to_pylist(), table["uri"].to_pylist(), table["size"].to_pylist(), mtimes)
     return [Item(*row) for row in zip(*columns, strict=True)]

@@ -33,7 +33,16 @@ from numpy.typing import NDArray
 from resfeat.errors import Failure, ResfeatError
 from resfeat.layout import Layout
 from resfeat.spec import Identity
-from resfeat.store import Draft, Location, draft, rename, sha256, write_whole
+from resfeat.store import (
+    Draft,
+    Location,
+    draft,
+    make_folder,
+    remove,
+    rename,
+    sha256,
+    write_whole,
+)
 
 Step = Literal["written", "checked", "withdrawn", "failures", "checksums", "embeddings", "tidied"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -222,14 +231,15 @@ class Part(AbstractContextManager["Part"]):
         if again := embeddings.exists():
             if read_json(layout.checksum(self._shard)) == checksums:
                 return  # its twin has done it
-            replaced.parent.mkdir(exist_ok=True)
+            make_folder(replaced.parent)
             rename(embeddings, replaced)
             on_step("withdrawn")
-        if self._failures:
-            failures.parent.mkdir(exist_ok=True)
-            self._failures_draft.publish(failures)
-        else:  # an earlier attempt may have published some
-            failures.unlink(missing_ok=True)
+        try:
+            self._publish_failures(failures)
+        except OSError:
+            if again:
+                rename(replaced, embeddings)  # nothing has changed yet
+            raise
         on_step("failures")
         write_json(layout, layout.checksum(self._shard), checksums)
         on_step("checksums")
@@ -238,6 +248,13 @@ class Part(AbstractContextManager["Part"]):
         if again or replaced.exists():
             replaced.unlink(missing_ok=True)
             on_step("tidied")
+
+    def _publish_failures(self, target: Location) -> None:
+        if self._failures:
+            make_folder(target.parent)
+            self._failures_draft.publish(target)
+        else:  # an earlier attempt may have published some
+            remove(target)
 
     def _write(self) -> None:
         self._flush()

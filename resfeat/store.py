@@ -312,6 +312,20 @@ def write_whole(folder: Path | None, location: Location, content: bytes) -> None
         document.discard()
 
 
+def make_folder(location: Location) -> None:
+    """Make a folder, durably, if it is not there."""
+    if isinstance(location, Path) and not location.exists():
+        location.mkdir(exist_ok=True)
+        _sync(location.parent)
+
+
+def remove(location: Location) -> None:
+    """Remove a file, durably, if it is there."""
+    location.unlink(missing_ok=True)
+    if isinstance(location, Path) and location.parent.exists():
+        _sync(location.parent)
+
+
 def rename(location: Location, target: Location) -> None:
     """Give a file another name, durably. In a store it is copied first, and then removed."""
     if isinstance(location, StorePath) or isinstance(target, StorePath):
@@ -320,11 +334,15 @@ def rename(location: Location, target: Location) -> None:
         return
     os.replace(location, target)
     for parent in {target.parent, location.parent}:
-        folder = os.open(parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Draft(Protocol):

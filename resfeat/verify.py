@@ -58,10 +58,14 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What `verify` found. embedded, failed: rows. duplicates: images with the same embedding, bit
-    for bit, as one before them, which is no error."""
+    """What `verify` found.
+
+    embedded, failed: rows. duplicates: images with the same embedding, bit for bit, as one before
+    them, which is no error. unseen: shards that were not looked at, since their plan is damaged.
+    """
 
     shards: int = 0
+    unseen: int = 0
     embedded: int = 0
     failed: int = 0
     duplicates: int = 0
@@ -76,8 +80,18 @@ class Verification:
 def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> Verification:
     """Look at every row of a dataset. `on_shard` is called after each shard of the plan.
 
-    Raises StoreError where a store is out of reach: that is no damage.
+    Raises StoreError where a store is out of reach, and ResfeatError where a folder of the dataset
+    may not be looked into: that is no damage.
     """
+    try:
+        return _verify(dataset, on_shard)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise ResfeatError(f"cannot look at {dataset.layout.root}: {error}; mend that") from error
+
+
+def _verify(dataset: Dataset, on_shard: Callable[[], object]) -> Verification:
     found = Verification(shards=dataset.record.plan.shards)
     damaged = dict(_of_plan(dataset))
     found.problems += damaged.values()
@@ -86,6 +100,7 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
     once = set(dataset.layout.with_checksums())
     # Where the plan itself is damaged, no part is to blame.
     planned = [n for n in range(found.shards) if n // SHARDS_PER_FILE not in damaged]
+    found.unseen = found.shards - len(planned)
     with ThreadPoolExecutor(cpu_count()) as pool:
         for looked in pool.map(lambda shard: _look_at(dataset, shard, shard in once), planned):
             found.problems += looked.problems
@@ -154,7 +169,7 @@ def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
             raise pa.ArrowInvalid("its rows are not those that were listed")
     except StoreError:
         raise
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (ResfeatError, pa.ArrowException) as error:
         path = layout.plan_file(shard // SHARDS_PER_FILE)
         look.problems.append(Problem("plan", None, str(path), _first_line(error)))
         return look
@@ -209,8 +224,8 @@ def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
     part, aside = layout.embeddings / name, layout.replaced / name
     if not aside.exists():
         if was_committed:
-            # Or was about to be, when its run was killed.
-            return Problem("missing", shard, str(part), "it was committed and is gone")
+            message = "it was committed and is gone, or its run was killed right before"
+            return Problem("missing", shard, str(part), message)
         return Problem("unfinished", shard, str(part), "not done yet")
     try:
         pq.read_table(pa.BufferReader(aside.read_bytes()))

@@ -33,7 +33,7 @@ from resfeat.job import Job, Placement, ShardResult
 from resfeat.layout import Layout
 from resfeat.runtimes import Network
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema, kept_rows
-from resfeat.sources import folder_of, is_there, read
+from resfeat.sources import folder_of, gone, read
 from resfeat.sources.item import Item
 from resfeat.store import StoreError
 
@@ -145,7 +145,8 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
     written, or the source is gone.
     """
     clock = StageClock()
-    embedded = failed = changed = unread = 0
+    embedded = failed = changed = 0
+    unread: list[str] = []
     try:
         items = plan.read_shard(worker.layout, shard)
         kept = kept_rows(worker.layout, shard)
@@ -160,12 +161,15 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
                 embedded += len(batch.rows)
                 failed += len(batch.failures)
                 changed += batch.changed
-                unread += sum(item.failure.stage == "read" for item in batch.failures)
+                unread += [each.uri for each in batch.failures if each.failure.stage == "read"]
                 worker.progress[shard] = (embedded + failed, failed)
                 if worker.stopping.is_set():
                     raise Stopped(f"shard {shard} was left unfinished")
-            if unread:
-                _check_sources(worker)
+            if unread and (root := gone(worker.job.sources, unread)):
+                raise ResfeatError(
+                    f"source {root} is gone: mount it, or bring it back, and give the same command "
+                    "again, it resumes"
+                )
             with clock("write"):
                 part.commit(item.id for item in items)
     except StoreError:
@@ -184,16 +188,6 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
     return ShardResult(
         shard, embedded, failed, len(kept), changed, worker.fits, dict(clock.seconds)
     )
-
-
-def _check_sources(worker: Worker) -> None:
-    """Raise ResfeatError where a whole source is gone: its images are not what failed."""
-    for root in worker.job.sources:
-        if not is_there(root):
-            raise ResfeatError(
-                f"source {root} is gone: mount it, or bring it back, and give the same command "
-                "again, it resumes"
-            )
 
 
 @dataclass
@@ -230,6 +224,8 @@ def _embedded_batches(
 
 def _await(worker: Worker, batch: Future[_Batch]) -> _Batch:
     while not wait([batch], timeout=CHECK_SECONDS).done:
+        if worker.stopping.is_set():
+            raise Stopped("left unfinished")
         worker.check_decoders()
     return batch.result()
 

@@ -16,7 +16,7 @@ from resfeat import careful
 from resfeat.backbones.ours import IMAGENET
 from resfeat.careful import CarefulDecoder
 from resfeat.decode import Picture, decode
-from resfeat.errors import Failure
+from resfeat.errors import Failure, ResfeatError
 
 
 @pytest.fixture
@@ -118,3 +118,34 @@ def test_children_leave_no_descriptor_open(photo, treacherous):
             decoder.decode(photo + b"crash", IMAGENET, "pillow")
             decoder.decode(photo, IMAGENET, "pillow")
     assert opened() == before
+
+
+def test_no_module_of_the_folder_that_the_run_is_started_in_is_run(photo, tmp_path, monkeypatch):
+    """It may be a folder of strangers' files."""
+    for name in ("queue", "random", "numpy"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    with CarefulDecoder(1) as decoder:
+        assert isinstance(decoder.decode(photo, IMAGENET, "pillow"), Picture)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_child_that_cannot_start_is_no_failure_of_an_image(photo, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with CarefulDecoder(1) as decoder, pytest.raises(ResfeatError, match="could not be started"):
+        decoder.decode(photo, IMAGENET, "pillow")
+    assert not children()
+
+
+def test_a_limit_of_the_system_is_kept(photo):
+    """Who may have no more memory than so much still decodes."""
+    script = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (3 * 1024**3,) * 2)\n"
+        "from resfeat.backbones.ours import IMAGENET\n"
+        "from resfeat.careful import CarefulDecoder\n"
+        "with CarefulDecoder(1) as decoder:\n"
+        "    print(type(decoder.decode(sys.stdin.buffer.read(), IMAGENET, 'pillow')).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=photo, capture_output=True)
+    assert done.stdout.strip() == b"Picture", done.stderr

@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from resfeat.errors import Failure, ResfeatError, UsageError
+from resfeat.sources import gone
 from resfeat.sources.directory import Directories, path_of, read
 
 
@@ -138,3 +139,14 @@ def test_no_permission(tmp_path):
     with pytest.raises(ResfeatError, match="cannot list"):
         ids(tmp_path)
     (tmp_path / "a").chmod(0o755)
+
+
+def test_a_source_that_is_gone_is_told_from_a_file_that_is(tmp_path):
+    folder, single = tmp_path / "folder", tmp_path / "single.jpg"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"a")
+    roots, unread = [str(folder), str(single)], [(folder / "b.jpg").as_uri(), single.as_uri()]
+    assert gone(roots, unread) is None  # each was an image that has vanished
+    assert gone(roots, unread[:1]) == str(single)
+    (folder / "a.jpg").unlink()  # as unmounting it would
+    assert gone(roots, unread) == str(folder)

@@ -21,8 +21,8 @@ BEAT = 0.3
 STALE = 2.5
 
 OTHER = {
-    "host": "elsewhere", "pid": 7, "began": 1, "started": "2020-01-01T00:00:00+00:00",
-    "token": "0123",
+    "host": "elsewhere", "machine": "another", "pid": 7, "began": "1", "token": "0123",
+    "started": "2020-01-01T00:00:00+00:00",
 }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_a_lock_of_a_process_of_this_host_that_ended_is_free_at_once(
 ):
     monkeypatch.setattr(locks, "STALE_SECONDS", 60)
     # Our process id, and another beginning: it was given out again.
-    elsewhere.write(host=os.uname().nodename, pid=os.getpid())
+    elsewhere.write(machine=locks._machine(), pid=os.getpid())
     assert holder(layout) is None
     began = time.monotonic()
     with run_lock(layout) as lock:

@@ -39,6 +39,8 @@ def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) 
 
     Each shard is held against the plan and the checksums of its commit, and every vector is looked
     at. Images with equal embeddings are counted, which is no error.
+
+    Exit code 1 where anything is wrong or not done yet, also right after --repair; 0 otherwise.
     """
     from resfeat.dataset import open_dataset
     from resfeat.verify import repair as send_back
@@ -73,6 +75,11 @@ def _tell(found: Verification, sent: Sequence[int] | None) -> None:
         f"{found.embedded:,} embedded and {found.failed:,} failed in {found.shards:,} shards; "
         f"{found.duplicates:,} have the same embedding as another"
     )
+    if found.unseen:
+        click.echo(
+            f"{found.unseen:,} shards were not looked at: bring their plan back from a copy, or "
+            "make the dataset anew"
+        )
     if not found.problems:
         click.echo("Nothing is wrong")
     elif all(each.kind == "unfinished" for each in found.problems):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resfeat import runtimes
-from resfeat.engines import DRAIN_SECONDS, OnProgress, place
+from resfeat.engines import ATTEMPTS, DRAIN_SECONDS, OnProgress, place
 from resfeat.errors import DecoderHungError, ResfeatError, Stopped
 from resfeat.job import SHARDS_IN_HAND, Job, ShardResult
 from resfeat.machine import cpu_count
@@ -73,7 +73,7 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        waiting, careful = deque(shards), set(suspects)
+        waiting, careful, hung = deque(shards), set(suspects), Counter[int]()
         in_hand: dict[Future[ShardResult], int] = {}
         left = len(shards)
         give_up: float | None = None
@@ -94,9 +94,15 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
                     yield call.result()
                     left -= 1
                 except DecoderHungError:
+                    hung[shard] += 1
+                    if hung[shard] >= ATTEMPTS:
+                        raise ResfeatError(
+                            f"shard {shard} hung {ATTEMPTS} workers: look at it in _resfeat/plan"
+                        ) from None
                     given_up = sorted([shard, *self._replace(in_hand)])
                     careful.update(given_up)
-                    waiting.extendleft(reversed(given_up))
+                    if give_up is None:
+                        waiting.extendleft(reversed(given_up))
                     break
             counts = list(self.worker.progress.values())
             on_progress(sum(n for n, _ in counts), sum(failed for _, failed in counts), 1)

@@ -53,9 +53,17 @@ def uri_of(name: str) -> str:
     return name if is_remote(name) else Path(name).absolute().as_uri()
 
 
-def is_there(root: str) -> bool:
-    """Whether a source is still there, with anything in it."""
-    return bucket.is_there(root) if is_remote(root) else directory.is_there(root)
+def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:
+    """A source that is not there any more, or has nothing in it; None where all are there.
+
+    unread: URIs of images that could not be read. One that is a source by itself is only that.
+    """
+    single = {unquote_to_bytes(uri.removeprefix("file://")) for uri in unread}
+    for root in roots:
+        is_there = bucket.is_there if is_remote(root) else directory.is_there
+        if os.fsencode(root) not in single and not is_there(root):
+            return root
+    return None
 
 
 def folder_of(uri: str) -> str:

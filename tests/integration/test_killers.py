@@ -2,11 +2,17 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pyarrow.compute as pc
 import pytest
 from datasets import rows
+from integration.test_resume import wait_for_parts
 from seams import TREACHEROUS, after_import
+
+from resfeat.layout import Layout
 
 CRASH, HANG = "chelsea/killer.jpg", "rocket/killer.jpg"
 
@@ -78,6 +84,28 @@ def test_an_image_that_hangs_in_this_process_is_found(killers, choices, unharmed
     assert "was killed" in done.stderr
     assert "1; their shards were done again" in done.stdout
     check(output, unharmed)
+    # What is known to kill is done once more with the same care.
+    again = resfeat(*command, "--retry-failed", env=treacherous)
+    assert again.returncode == 0, again.stderr
+    check(output, unharmed)
+
+
+def test_a_signal_is_heeded_while_an_image_hangs(killers, choices, tmp_path):
+    sources = {"resfeat.decode": TREACHEROUS, "resfeat.worker": "HUNG_SECONDS = 3600.0"}
+    output = tmp_path / "out"
+    command = ["extract", killers / "rocket", "-o", output, "--workers", 0, "--shard-size", 32]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "resfeat", *map(str, [*command, *choices])],
+        env=after_import(sources, tmp_path / "hook"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_parts(process, output, 1)
+    process.send_signal(signal.SIGINT)
+    _, complained = process.communicate(timeout=30)
+    assert process.returncode == 130, complained
+    assert "Traceback" not in complained
+    assert not list(Layout(output).tmp.iterdir())
 
 
 def test_an_image_that_crashes_while_a_sample_is_taken_harms_nobody(
