@@ -29,7 +29,7 @@ from resfeat.spec import Decode, Preprocessing
 SECONDS = 30.0
 MEMORY_BYTES = 4 * 1024**3
 # For a child to come up: Python and some libraries, from a disk that may be slow.
-START_SECONDS = 120.0
+START_SECONDS = 45.0
 # Where this package lies. Children start there: Python looks for modules in the folder that it is
 # started in first, and that may be one of strangers' files.
 HOME = Path(__file__).resolve().parents[1]

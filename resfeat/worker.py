@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from threading import BoundedSemaphore, Event, Lock
+from threading import BoundedSemaphore, Event, Lock, get_ident
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,7 @@ from resfeat.runtimes import Network
 from resfeat.sink import FailedItem, Part, Row, embeddings_schema, kept_rows
 from resfeat.sources import folder_of, gone, read
 from resfeat.sources.item import Item
+from resfeat.spec import Decode, Preprocessing
 from resfeat.store import StoreError
 
 # Of a shard, beyond the batches that are being embedded: at least this many images, in batches of
@@ -59,7 +60,7 @@ class Worker:
 
     progress: images done and failed so far, by shard in hand. fits: images that the device's memory
     is thought to hold at once. stopping: set it to have shards in hand raise Stopped soon.
-    decoding_since: when the decoding of each image that is being decoded was begun.
+    decoding_since: when each thread that is decoding an image began with it.
     """
 
     def __init__(self, job: Job, placement: Placement, network: Network) -> None:
@@ -78,7 +79,7 @@ class Worker:
         self.fits = placement.batch_size
         self.progress: dict[int, tuple[int, int]] = {}
         self.stopping = Event()
-        self.decoding_since: dict[Item, float] = {}
+        self.decoding_since: dict[int, float] = {}
         self.loaders = _threads("load", placement.cpus + job.reads_ahead)
         self.forwards = _threads("forward", self.forward_threads)
         self.decoding = BoundedSemaphore(placement.cpus)
@@ -118,6 +119,14 @@ class Worker:
                 f"it, or give a smaller --model ({str(error).splitlines()[0]})"
             ) from error
 
+    def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
+        """As `decode.decode`, in this thread, and under the eyes of `check_decoders`."""
+        self.decoding_since[get_ident()] = time.monotonic()
+        try:
+            return decode(data, preprocessing, way)
+        finally:
+            del self.decoding_since[get_ident()]
+
     def check_decoders(self) -> None:
         """Raise DecoderHungError where an image has been decoded for too long."""
         now = time.monotonic()
@@ -154,7 +163,7 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
             Part(worker.layout, shard, worker.schema) as part,
             CarefulDecoder(worker.placement.cpus) if careful else nullcontext() as children,
         ):
-            decoder = children.decode if children else decode
+            decoder = children.decode if children else worker.decode
             for batch in _embedded_batches(worker, items, kept, decoder, clock):
                 with clock("write"):
                     part.add(batch.rows, batch.vectors, batch.failures)
@@ -256,11 +265,7 @@ def _load(
     data, size, mtime = content
     identity = worker.job.identity
     with worker.decoding, clock("decode"):
-        worker.decoding_since[item] = time.monotonic()
-        try:
-            picture = decoder(data, identity.preprocessing, identity.decode)
-        finally:
-            del worker.decoding_since[item]
+        picture = decoder(data, identity.preprocessing, identity.decode)
         if not isinstance(picture, Picture):
             return picture
         place[:] = picture.pixels
