@@ -238,7 +238,7 @@ def test_of_a_good_dataset_nothing_is_wrong(inline, tmp_path, resfeat):
     ]
     told = json.loads(resfeat("verify", layout.root, "--json", "--repair").stdout)
     assert told == {
-        "shards": 4, "embedded": 500, "failed": 12, "duplicates": equal,
+        "shards": 4, "unseen": 0, "embedded": 500, "failed": 12, "duplicates": equal,
         "problems": [], "bad_shards": [], "sent_back": [],
     }  # fmt: skip
 
