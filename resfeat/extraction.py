@@ -94,7 +94,7 @@ def _run(
                 raise  # how it went is for the store to know, which is out of reach
             error = raised
         finally:
-            if new and tally.todo and not tally.began:
+            if new and tally.todo and not tally.began and not lock.taken.is_set():
                 layout.spec.unlink()  # nothing was tried, so nothing is left behind
         if error and not layout.spec.exists():
             raise error

@@ -179,7 +179,8 @@ def forward(output: Path, checkpoint: Path) -> float:
         threads=threads,
         batch_size=batch_size,
     )
-    chosen = pictures(sample(layout, record.plan.shards, batch_size), identity, batch_size)
+    items = sample(layout, record.plan.shards, batch_size)
+    chosen = pictures(items, identity.preprocessing, identity.decode, batch_size)
     pixels = np.stack(list(itertools.islice(itertools.cycle(chosen), batch_size)))
 
     def rate(seconds: float) -> float:

@@ -85,7 +85,8 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
         versions=versions(),
     )
     record.save(layout)
-    tally = Tally(planned, (), lambda progress: None, time.monotonic(), lambda note: None)
+    todo = range(planned.shards)
+    tally = Tally(planned, todo, lambda progress: None, time.monotonic(), lambda note: None)
     engine.RayWorker = Idle  # type: ignore[misc]
     options = RuntimeOptions(workers=2)
     with (
@@ -93,7 +94,7 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
         start(options, layout, record, weights, tally.todo, cluster) as running,
     ):
         tally.engine = running.description
-        for result in running.run(tally.todo, tally.show, lambda: False):
+        for result in running.run(tally.todo, (), tally.show, lambda: False):
             tally.add(result)
     report = tally.report(Dataset(layout, record), {}, None)
     assert (report.embedded, report.shards_left) == (count, 0)

@@ -123,3 +123,12 @@ def test_ray_job(some, tmp_path, head):
     refused = run(*command, "--model", "resnet34", env=head)
     assert refused.returncode != 0 and "another model" in refused.stdout + refused.stderr
     assert "SRC... -o OUT" in run(PIPELINES / "ray_job.sh").stdout
+
+
+def test_the_simulation_of_millions_runs_with_thousands(tmp_path):
+    """`make scale` measures with parts of ours that nothing else puts together so."""
+    script = PIPELINES.parent / "tests" / "benchmarks" / "scale.py"
+    done = run(sys.executable, script, "--one", 5000, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["count"] == 5000 and told["images_per_second"] > 0
