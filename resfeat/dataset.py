@@ -137,7 +137,7 @@ class Dataset:
     def reasons_in(self, shard: int) -> list[str]:
         """The reason of each failure row of a shard that has some."""
         with open_part(self.layout.failures / self.layout.part_name(shard)) as part:
-            reasons: list[str] = part.read(columns=["reason"])["reason"].to_pylist()
+            reasons: list[str] = part.read(["reason"], use_threads=False)["reason"].to_pylist()
             return reasons
 
     def vectors(
@@ -150,7 +150,7 @@ class Dataset:
         column = self.check_layer(layer)
         for shard in self.layout.committed():
             with open_part(self.layout.embeddings / self.layout.part_name(shard)) as part:
-                for batch in part.iter_batches(rows, columns=["id", column]):
+                for batch in part.iter_batches(rows, columns=["id", column], use_threads=False):
                     flat = batch[column].flatten().to_numpy().astype(np.float32, copy=False)
                     yield batch["id"], flat.reshape(batch.num_rows, -1)
 

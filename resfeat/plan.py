@@ -87,7 +87,7 @@ def read_shard(layout: Layout, shard: int) -> list[Item]:
     number, row_group = divmod(shard, SHARDS_PER_FILE)
     try:
         with open_parquet(layout.plan_file(number)) as file:
-            table = file.read_row_group(row_group).select(SCHEMA.names)
+            table = file.read_row_group(row_group, use_threads=False).select(SCHEMA.names)
     except StoreError:
         raise
     except (OSError, ValueError, KeyError, IndexError) as error:  # Arrow's own are of these

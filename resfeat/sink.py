@@ -38,6 +38,7 @@ from resfeat.store import (
     Location,
     draft,
     make_folder,
+    open_parquet,
     remove,
     rename,
     sha256,
@@ -138,7 +139,8 @@ def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.flo
             # Not so for what was set aside: what is noted may already be that of its successor.
             if part.parent == layout.embeddings and hashlib.sha256(content).hexdigest() != noted:
                 raise pa.ArrowInvalid("it is not what was committed")
-            return _rows_of(pq.read_table(pa.BufferReader(content)))
+            with open_parquet(content) as file:
+                return _rows_of(file.read(use_threads=False))
         except (OSError, pa.ArrowException) as error:
             reason = str(error).partition("\n")[0]
             raise ResfeatError(

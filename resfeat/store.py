@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as fs
@@ -30,6 +30,9 @@ import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from resfeat.errors import ResfeatError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 SCHEME = "s3://"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -224,11 +227,25 @@ class StorePath:
 Location = Path | StorePath
 
 
-def open_parquet(location: Location) -> pq.ParquetFile:
-    """A Parquet file, of which only what is asked for is read."""
-    if isinstance(location, Path):
-        return pq.ParquetFile(location)
-    return pq.ParquetFile(_StoreFile(location), pre_buffer=True)
+READ_AHEAD = 1 << 20
+"""Bytes asked of a store at once, so that columns that lie side by side are one request."""
+
+
+def open_parquet(source: Location | bytes) -> pq.ParquetFile:
+    """A Parquet file, of which only what is asked for is read.
+
+    Read it with use_threads=False, so that no thread of Arrow's has a part in it: one that lets go
+    of bytes or a file of Python's while the interpreter ends aborts the process
+    (apache/arrow#34314).
+    """
+    file: Path | io.BufferedReader | pa.BufferReader
+    if isinstance(source, bytes):
+        file = pa.BufferReader(source)
+    elif isinstance(source, StorePath):
+        file = io.BufferedReader(_StoreFile(source), READ_AHEAD)
+    else:
+        file = source
+    return pq.ParquetFile(file, pre_buffer=False)
 
 
 class _StoreFile(io.RawIOBase):
@@ -251,31 +268,28 @@ class _StoreFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = start + offset
         return self._at
 
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        wanted = left if size is None or size < 0 else min(size, left)
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        with memoryview(buffer) as view:
+            wanted = min(len(view), max(0, self._size - self._at))
 
-        def piece() -> bytes:
-            try:
-                content: bytes = self._open().read_at(wanted, self._at)
-                if len(content) != wanted:
-                    raise OSError(f"{len(content):,} of {wanted:,} bytes came")
-                return content
-            except OSError:
-                self._drop()
-                raise
+            def piece() -> bytes:
+                try:
+                    content: bytes = self._open().read_at(wanted, self._at)
+                    if len(content) != wanted:
+                        raise OSError(f"{len(content):,} of {wanted:,} bytes came")
+                    return content
+                except OSError:
+                    self._drop()
+                    raise
 
-        content = patiently(self._location, piece)
+            view[:wanted] = patiently(self._location, piece)
         self._at += wanted
-        return content
+        return wanted
 
     def close(self) -> None:
         self._drop()

@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Dataset
@@ -26,7 +25,7 @@ from resfeat.lock import run_lock
 from resfeat.machine import cpu_count
 from resfeat.plan import SHARDS_PER_FILE, read_shard
 from resfeat.sink import FAILURES, digests
-from resfeat.store import Location, StoreError
+from resfeat.store import Location, StoreError, open_parquet
 
 Kind = Literal[
     "plan", "unfinished", "missing", "unreadable", "checksum", "rows", "identity", "values",
@@ -228,7 +227,8 @@ def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
             return Problem("missing", shard, str(part), message)
         return Problem("unfinished", shard, str(part), "not done yet")
     try:
-        pq.read_table(pa.BufferReader(aside.read_bytes()))
+        with open_parquet(aside.read_bytes()) as file:
+            file.read(use_threads=False)
     except StoreError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -238,7 +238,8 @@ def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
 
 def _table(dataset: Dataset, kind: str, content: bytes) -> pa.Table:
     """A part whose columns can be looked at. Raises OSError or ArrowException for any other."""
-    table = pq.read_table(pa.BufferReader(content))
+    with open_parquet(content) as file:
+        table = file.read(use_threads=False)
     table.validate(full=True)
     identity = dataset.record.identity
     wanted = FAILURES.names if kind == "failures" else ["id", *identity.columns.values()]
