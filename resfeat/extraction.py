@@ -77,7 +77,7 @@ def _run(
     from resfeat.backbones.weights import resolve
 
     weights = resolve(spec)
-    with _output(layout) as lock:
+    with _output(layout, on_note) as lock:
         record = Record.load(layout)
         if new := record is None:
             record = _make_plan(layout, spec, listing, weights, on_progress, stopping)
@@ -284,7 +284,7 @@ def _check_free(layout: Layout, listing: Listing) -> None:
 
 
 @contextmanager
-def _output(layout: Layout) -> Iterator[Lock]:
+def _output(layout: Layout, on_note: Callable[[str], None]) -> Iterator[Lock]:
     """The output folder, made if it is not there, with its lock held.
 
     Where it ends without a record, what it made is removed again.
@@ -297,7 +297,7 @@ def _output(layout: Layout) -> Iterator[Lock]:
                 made += [folder for folder in every if not folder.exists()]
             for folder in layout.folders:
                 folder.mkdir(parents=True, exist_ok=True)
-            with run_lock(layout) as lock:
+            with run_lock(layout, on_wait=on_note) as lock:
                 try:
                     _tidy(layout)  # of what a killed run left
                     yield lock

@@ -18,7 +18,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -120,14 +120,16 @@ class Lock:
 
 
 @contextmanager
-def run_lock(layout: Layout, *, is_run: bool = True) -> Iterator[Lock]:
+def run_lock(
+    layout: Layout, *, is_run: bool = True, on_wait: Callable[[str], None] = lambda why: None
+) -> Iterator[Lock]:
     """Hold the dataset's lock. Raises ResfeatError, naming the holder, where another has it.
 
     is_run: whether what follows goes on with the work of a run that was killed; what does not
-    leaves word of that run for the one that will.
+    leaves word of that run for the one that will. on_wait: is told before it takes long.
     """
     if isinstance(layout.lock, StorePath):
-        with _held_in_store(layout, layout.lock, is_run) as lock:
+        with _held_in_store(layout, layout.lock, is_run, on_wait) as lock:
             yield lock
         return
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -179,10 +181,12 @@ def _overwrite(descriptor: int, content: str) -> None:
 
 
 @contextmanager
-def _held_in_store(layout: Layout, lock: StorePath, is_run: bool) -> Iterator[Lock]:
+def _held_in_store(
+    layout: Layout, lock: StorePath, is_run: bool, on_wait: Callable[[str], None]
+) -> Iterator[Lock]:
     before = _read(lock)
     if before and before.is_alive() is not False:
-        if _is_beating(lock, before):
+        if _is_beating(lock, before, on_wait):
             raise _refused(layout, before)
         before = _read(lock)  # nobody, if it was given up while we watched
     me = Writer.me()
@@ -232,10 +236,11 @@ def _write(lock: StorePath, writer: Writer) -> None:
     lock.write_bytes(json.dumps(asdict(writer)).encode())
 
 
-def _is_beating(lock: StorePath, writer: Writer) -> bool:
+def _is_beating(lock: StorePath, writer: Writer, on_wait: Callable[[str], None]) -> bool:
     """Whether its holder writes the lock, or gives it up, while we watch."""
     if writer.is_alive():
         return True
+    on_wait(f"{writer} was writing here: looking for {STALE_SECONDS:.0f} s whether it still is")
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(1)

@@ -126,9 +126,10 @@ def test_a_lock_that_another_host_keeps_beating_is_refused_by_name(layout, elsew
 
 def test_a_lock_that_another_host_left_is_stale_after_a_while(layout, elsewhere):
     elsewhere.write()
-    began = time.monotonic()
-    with run_lock(layout) as lock:
+    began, told = time.monotonic(), []
+    with run_lock(layout, on_wait=told.append) as lock:
         assert time.monotonic() - began >= STALE
+        assert len(told) == 1 and "process 7 on elsewhere" in told[0]
         assert lock.killed.host == "elsewhere"
         assert elsewhere.read()["host"] == os.uname().nodename
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
@@ -80,6 +81,7 @@ def _connect(address: str | None) -> bool:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     from ray.exceptions import RayError
+    from ray.job_config import JobConfig
 
     if ray.is_initialized():
         return False
@@ -97,6 +99,9 @@ def _connect(address: str | None) -> bool:
                 num_cpus=cpu_count(),
                 include_dashboard=False,
                 object_store_memory=STORE_BYTES,
+                # Ray would put the folder that we stand in before all others on its workers' path,
+                # and import a torch.py that lies there. Python itself does so for `python -m` only.
+                job_config=JobConfig(_client_job=os.getcwd() not in sys.path),
                 **quiet,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:

@@ -5,9 +5,9 @@
 
 Each contender of `peers.py` is a process of its own, without a GPU, and embeds the same JPEGs with
 the same random weights: first `--count` of the usual size and then, some of them, `--large` of 12
-megapixels. After each run of resfeat the forward pass of the dataset that it made is
-measured alone; at the end, so is decoding. Prints tables and, unless `--only` is given, writes
-them to RESULTS.md beside this file.
+megapixels. After each run of resfeat the forward pass of the dataset that it made is measured
+alone; at the end, so is decoding. Prints tables and, unless `--only` is given, writes them to
+RESULTS.md beside this file.
 
 Two contenders need an environment of their own, which `--python` names:
 

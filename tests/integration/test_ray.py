@@ -1,8 +1,11 @@
 """The Ray engine: dead workers, placement, and errors that come from a worker."""
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -42,6 +45,19 @@ def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, tmp_
     # One that was still starting is started again by Ray, and no death of a worker at work.
     assert 1 <= report["engine"]["worker_deaths"] <= 2
     assert all(line["done"] <= line["total"] == 512 for line in progress)
+
+
+def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, checkpoint, tmp_path):
+    for module in ("torch", "numpy", "pyarrow", "openvino", "simplejpeg", "click", "queue"):
+        (tmp_path / f"{module}.py").write_text("open('run', 'w'); raise SystemExit(__name__)")
+    command = Path(sys.executable).with_name("resfeat")
+    done = subprocess.run(
+        [command, "extract", photos / "chelsea", "-o", "out", "--workers", "1",
+         "--model", "resnet18", "--weights", checkpoint],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
