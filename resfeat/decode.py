@@ -3,7 +3,7 @@
 JPEG, PNG, WebP, GIF, BMP and TIFF, recognised by content and not by name. The first frame; EXIF
 orientation applied; alpha composited on white; palette and grey to RGB; CMYK as Pillow converts
 it; 16-bit grey scaled, not clipped. A truncated file is a failure, never half a picture. A change
-to any of this is a change of `spec.PIXEL_POLICY`.
+to any of this is a change of `spec.PIXEL_POLICY`. What would take too long is a failure as well.
 
 There are two ways. "pillow" gives the pixels of torchvision's transforms on a Pillow 13 image, to
 the last bit, whatever the version of Pillow. "turbo" is several times faster and differs from it
@@ -18,6 +18,7 @@ may move by a level or two, bicubic ones by more, and nearest ones may be their 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from resfeat.spec import Decode, Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit: twice Image.MAX_IMAGE_PIXELS
+# Of a progressive JPEG, of which each scan, of a few bytes, may go over all pixels. Encoders write
+# about ten.
+MAX_SCANS = 100
 LONGEST = 8
 # Of a larger picture, this many pixels are converted at a time: whole copies add up to gigabytes.
 BAND = 8_000_000
@@ -48,6 +52,8 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _WHITE = (255, 255, 255, 255)
+# Of JPEG: any marker but those within a scan, and the two that matter.
+_MARKER, _SCAN, _END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]"), b"\xff\xda", b"\xff\xd9"
 # Tags of TIFF, and of EXIF.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _ORIENTATION = 0x0112
@@ -90,7 +96,7 @@ def decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | 
         return Failure("decode", "too_many_pixels", f"more than {MAX_PIXELS:,} pixels")
     # Decoders raise nearly anything for a broken file, so nothing narrower keeps the run alive.
     except Exception as error:
-        return Failure("decode", _reason(error), f"{type(error).__name__}: {error}"[:300])
+        return Failure("decode", _reason(error, data), f"{type(error).__name__}: {error}"[:300])
 
 
 class _RefusedError(Exception):
@@ -108,6 +114,8 @@ def _decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture:
             raise _RefusedError(
                 "too_many_pixels", f"{image.width} x {image.height}; {MAX_PIXELS:,} at most"
             )
+        if image.info.get("progressive") and (scans := _scans(data)) > MAX_SCANS:
+            raise _RefusedError("too_large", f"a JPEG of {scans:,} scans; {MAX_SCANS} at most")
         if way == "turbo" and (picture := _decode_jpeg(data, image, preprocessing)):
             return picture
         image.load()
@@ -156,6 +164,18 @@ def _open(data: bytes) -> Image.Image:
                 raise _RefusedError("format_not_allowed", message) from None
         start = data[:24].decode("ascii", "backslashreplace")
         raise _RefusedError("unidentified", f"not an image: starts with {start!r}") from None
+
+
+def _scans(data: bytes) -> int:
+    """How often a JPEG's data go over the picture, or more, where that is not too often."""
+    if (most := data.count(_SCAN)) <= MAX_SCANS:
+        return most
+    # The same two bytes may stand in what a camera adds: only those of the picture itself count.
+    scans, at = 0, 2
+    while (marker := _MARKER.search(data, at)) and marker[0] != _END:
+        scans += marker[0] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _bands(
@@ -316,9 +336,11 @@ def _resize(
     return columns.resize(size, resample, box=(0, top, width, bottom))
 
 
-def _reason(error: Exception) -> Reason:
+def _reason(error: Exception, data: bytes) -> Reason:
     if "allocate memory" in str(error):  # torch's way to say it
         return "out_of_memory"
-    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+    # What libwebp says of a WebP that ends too early is what it says of any broken one.
+    is_short = data[:4] == b"RIFF" and 8 + int.from_bytes(data[4:8], "little") > len(data)
+    if is_short or isinstance(error, EOFError) or "truncated" in str(error).lower():
         return "truncated"
     return "corrupt"

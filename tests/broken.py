@@ -20,7 +20,7 @@ EXPECTED = {
     "lfs.jpg": ("decode", "unidentified"),
     "half.jpg": ("decode", "truncated"),
     "half.png": ("decode", "truncated"),
-    "half.webp": ("decode", "corrupt"),
+    "half.webp": ("decode", "truncated"),
     "badsum.png": ("decode", "corrupt"),
     "postscript.jpg": ("decode", "format_not_allowed"),
     "huge.png": ("decode", "too_many_pixels"),
