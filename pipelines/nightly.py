@@ -17,7 +17,6 @@ import json
 import subprocess
 import sys
 from datetime import date
-from pathlib import Path
 
 import click
 
@@ -27,13 +26,13 @@ from resfeat.verify import verify
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("source")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def main(source: str, output: Path, options: tuple[str, ...]) -> None:
+def main(source: str, output: str, options: tuple[str, ...]) -> None:
     """Embed what SOURCE holds today into OUTPUT/<date>, and check every row of it."""
-    today = output / date.today().isoformat()
+    today = f"{output.rstrip('/')}/{date.today().isoformat()}"
 
-    command = [sys.executable, "-m", "resfeat", "extract", source, "-o", str(today), *options]
+    command = [sys.executable, "-m", "resfeat", "extract", source, "-o", today, *options]
     code = subprocess.run(command, check=False).returncode
     if code not in (0, 3):  # 3: finished, with many failures; the check is still worth having
         sys.exit(code)

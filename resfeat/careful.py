@@ -47,6 +47,9 @@ class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
         """As `decode.decode`, and a Failure for what crashes or hangs that."""
         child = self._idle.get()
         try:
+            if child and not child.is_alive():  # killed while it had nothing to do
+                child.end()
+                child = None
             child = child or _Child()
             outcome = child.decode(data, preprocessing, way)
         finally:
@@ -92,6 +95,9 @@ class _Child:
                 "a decoder process could not be started: is memory short, or limited (ulimit -a)? "
                 f"`{sys.executable} -m resfeat.careful` run in {HOME} may say why"
             )
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         try:

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -170,21 +171,37 @@ class Dataset:
 
         wanted = pc.field("id").isin(ids)
         path, store = dataset_of(self.layout.plan)
-        plan = ds.dataset(path, filesystem=store, format="parquet")
-        found = patiently(self.layout.plan, lambda: plan.to_table(filter=wanted))
+
+        def look() -> pa.Table:
+            plan = ds.dataset(path, filesystem=store, format="parquet")
+            return plan.to_table(columns=["id", "uri"], filter=wanted)
+
+        try:
+            found = patiently(self.layout.plan, look) if store else look()
+        except StoreError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ResfeatError(
+                f"{self.layout.plan}, the listing, cannot be read ({reason}): bring it back from a "
+                "copy"
+            ) from error
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
 
 
-def open_part(part: Location) -> pq.ParquetFile:
-    """A part. Raises ResfeatError, naming it, where it cannot be read."""
+@contextmanager
+def open_part(part: Location) -> Iterator[pq.ParquetFile]:
+    """A part, to be read. Raises ResfeatError, naming it, where that fails, be it half-way."""
     try:
-        return open_parquet(part)
+        with open_parquet(part) as file:
+            yield file
     except StoreError:
         raise
     except FileNotFoundError as error:
         raise ResfeatError(f"{part} is gone: is a run writing here? Try again") from error
-    except (OSError, ValueError) as error:  # of Arrow's own
+    except (OSError, ValueError, KeyError) as error:  # Arrow's own are of these
+        reason = str(error).partition("\n")[0]
         raise ResfeatError(
-            f"{part} cannot be read ({str(error).splitlines()[0]}): `resfeat verify --repair` "
-            "sends what is damaged back to be done again"
+            f"{part} cannot be read ({reason}): `resfeat verify --repair` sends what is damaged "
+            "back to be done again"
         ) from error

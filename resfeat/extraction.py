@@ -150,7 +150,10 @@ def _suspects(layout: Layout, record: Record, lock: Lock, todo: Sequence[int]) -
     dataset, again = Dataset(layout, record), set(layout.committed())
     killers = {"decoder_crash", "timeout"}
     known = {n for n in todo if n in again and killers.intersection(dataset.reasons_in(n))}
-    return known | set(todo[:SHARDS_IN_HAND] if lock.killed else [])
+    if not lock.killed:
+        return known
+    # Of shards that are done once more it cannot be told which that run had come to.
+    return known | again.intersection(todo) | set(todo[:SHARDS_IN_HAND])
 
 
 def _of_the_last(lock: Lock) -> list[str]:

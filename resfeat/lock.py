@@ -66,9 +66,10 @@ class Writer:
     def parse(cls, content: str | bytes) -> Writer | None:
         """The writer that a lock names; None where it names nobody."""
         try:
-            return cls(**json.loads(content))
+            writer = cls(**json.loads(content))
         except (ValueError, TypeError):
             return None
+        return writer if isinstance(writer.pid, int) else None
 
     def is_alive(self) -> bool | None:
         """Whether its process is there; None where that cannot be told from here."""

@@ -239,8 +239,9 @@ class Part(AbstractContextManager["Part"]):
         try:
             self._publish_failures(failures)
         except OSError:
-            if again:
-                rename(replaced, embeddings)  # nothing has changed yet
+            # It may have been done, and only the answer lost; what is set aside is not lost either.
+            if again and _digest(failures) == digests(layout, self._shard).get("failures"):
+                rename(replaced, embeddings)
             raise
         on_step("failures")
         write_json(layout, layout.checksum(self._shard), checksums)
@@ -312,6 +313,13 @@ def read_json(location: Location) -> object:
     try:
         return json.loads(location.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
+        return None
+
+
+def _digest(location: Location) -> str | None:
+    try:
+        return hashlib.sha256(location.read_bytes()).hexdigest()
+    except FileNotFoundError:
         return None
 
 

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 SCHEME = "s3://"
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+# With one slash: what a Path makes of an address.
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(s3|gs|https?):/")
 CONNECT_SECONDS = 5
 REQUEST_SECONDS = 10  # without a byte
 # By the AWS library, of each request. Its attempts come out of one budget for all requests, which a

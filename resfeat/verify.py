@@ -116,14 +116,18 @@ def _verify(dataset: Dataset, on_shard: Callable[[], object]) -> Verification:
     return found
 
 
-def repair(dataset: Dataset, found: Verification) -> list[int]:
+def repair(
+    dataset: Dataset, found: Verification, on_wait: Callable[[str], None] = lambda why: None
+) -> list[int]:
     """Send the bad shards back: what is left of them is removed, and the extract command does them
     again. Gives the numbers of those that it had not to do anyway. Raises ResfeatError while the
-    dataset is being written, and where nothing can be removed from it."""
+    dataset is being written, and where nothing can be removed from it.
+
+    on_wait: as `run_lock` has it."""
     layout = dataset.layout
     sent = []
     try:
-        with run_lock(layout, is_run=False):
+        with run_lock(layout, is_run=False, on_wait=on_wait):
             for shard in found.bad_shards:
                 # Once more, now that nobody writes: what was in hand may be done by now. And where
                 # a shard is only unfinished, what is set aside of it are rows that it will keep.

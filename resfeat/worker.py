@@ -188,9 +188,11 @@ def process_shard(worker: Worker, shard: int, *, careful: bool = False) -> Shard
             f"shard {shard} of {worker.layout.root}: {error}; "
             "mend that and give the same command again, it resumes"
         ) from error
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # the latter of torch and OpenVINO
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ResfeatError(
-            f"shard {shard} of {worker.layout.root}: {error}; give a smaller --batch-size"
+            f"shard {shard} of {worker.layout.root}: {reason}; is memory short? "
+            "give a smaller --batch-size"
         ) from error
     finally:
         worker.progress.pop(shard, None)

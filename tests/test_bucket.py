@@ -8,6 +8,7 @@ from urllib.parse import quote
 import boto3
 import pytest
 from object_store import FaultyProxy, ObjectStore
+from pyarrow.fs import FileInfo
 
 from resfeat import store as stores
 from resfeat.errors import Failure, UsageError
@@ -55,6 +56,20 @@ def put(server, proxy):
 
 def ids(*sources):
     return [item.id for item in listing([str(source) for source in sources])]
+
+
+def test_a_store_that_lists_milliseconds_changes_no_object(put, monkeypatch):
+    """The header of an object has whole seconds, as all times of the server here."""
+    root = put("a.jpg")
+    info = bucket._info
+
+    def to_the_millisecond(path):
+        there = info(path)
+        return FileInfo(there.path, there.type, mtime_ns=there.mtime_ns + 345_000_000, size=5)
+
+    monkeypatch.setattr(bucket, "_info", to_the_millisecond)
+    (item,) = listing([f"{root}/a.jpg"])
+    assert item.mtime == bucket.read(item.uri)[2]
 
 
 def test_a_tree_gives_the_same_ids_in_the_same_order_as_on_a_disk(put, tmp_path):

@@ -72,6 +72,15 @@ def test_a_broken_image_is_the_failure_that_it_is_without(photo):
         assert decoder.decode(broken, IMAGENET, "pillow") == decode(broken, IMAGENET, "pillow")
 
 
+def test_a_child_that_is_killed_while_it_waits_is_no_images_fault(photo):
+    with CarefulDecoder(1) as decoder:
+        assert isinstance(decoder.decode(photo, IMAGENET, "pillow"), Picture)
+        (child,) = children()
+        child.kill()
+        child.wait()
+        assert isinstance(decoder.decode(photo, IMAGENET, "pillow"), Picture)
+
+
 def test_a_child_is_kept_until_an_image_kills_it(photo, treacherous):
     with CarefulDecoder(1) as decoder:
         decoder.decode(photo, IMAGENET, "pillow")

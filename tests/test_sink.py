@@ -142,6 +142,32 @@ def test_a_shard_is_visible_whole_or_not_at_all(step, layout, identity, stop_at)
     assert ids(layout) == ["a.jpg", "z.jpg"] and not layout.with_failures()
 
 
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_change_of_failures_of_which_the_answer_is_an_error(
+    is_done, layout, identity, monkeypatch
+):
+    """It may have come about all the same: then the old embeddings would be one image short."""
+    commit(layout, identity, ["a.jpg"], [FAILED])
+    remove = sink.remove
+
+    def remove_and_fail(location):
+        if is_done:
+            remove(location)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(sink, "remove", remove_and_fail)
+    with pytest.raises(OSError, match="no answer"):
+        commit(layout, identity, ["a.jpg", "z.jpg"], [])
+    if is_done:
+        assert not layout.committed()
+    else:
+        assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
+    assert "a.jpg" in sink.kept_rows(layout, 0)
+    monkeypatch.setattr(sink, "remove", remove)
+    commit(layout, identity, ["a.jpg", "z.jpg"], [])
+    assert ids(layout) == ["a.jpg", "z.jpg"] and not layout.with_failures()
+
+
 def test_rows_that_are_kept_are_the_rows_that_were_committed(layout, identity):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True)
     with Part(layout, 0, schema) as part:

@@ -109,7 +109,9 @@ def test_an_address_that_names_no_object_is_refused(address):
         locate(address)
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/out", "s3a://bucket/out", "hdfs://host/out"])
+@pytest.mark.parametrize(
+    "address", ["gs://bucket/out", "s3a://bucket/out", "hdfs://host/out", "s3:/a/path/of/it"]
+)
 def test_an_address_of_another_kind_is_refused_and_not_taken_for_a_folder(address):
     with pytest.raises(UsageError, match=f"'{address}' is no address"):
         locate(address)

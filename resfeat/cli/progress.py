@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from resfeat.cli import shown
+
 if TYPE_CHECKING:
     from resfeat.report import Progress
 
@@ -55,7 +57,7 @@ class Bar(Quiet):
 
     def note(self, text: str) -> None:
         self._close()
-        click.echo(f"Note: {text}", err=True)
+        click.echo(f"Note: {shown(text)}", err=True)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -82,7 +84,7 @@ class Lines(Quiet):
             self.line(progress, self._speed(progress, now))
 
     def note(self, text: str) -> None:
-        click.echo(f"Note: {text}", err=True)
+        click.echo(f"Note: {shown(text)}", err=True)
 
     def line(self, progress: Progress, speed: float | None) -> None:
         """Print one line; `speed` is images per second since the first, if there was time."""

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from resfeat.cli import shown
+
 
 @click.command(epilog="\b\nExample:\n  resfeat status embeddings")
 @click.argument("output", metavar="OUT")
@@ -44,7 +46,7 @@ def status(output: str, as_json: bool) -> None:
         return
     width = max(map(len, told))
     for name, value in told.items():
-        click.echo(f"{name:<{width}}  {_text(value)}")
+        click.echo(f"{name:<{width}}  {shown(_text(value))}")
 
 
 def _text(value: object) -> str:

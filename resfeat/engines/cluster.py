@@ -79,12 +79,18 @@ def _connect(address: str | None) -> bool:
         # Whoever reaches a Ray may run code there. This is Ray's switch for listening on loopback
         # only, on any system; it is read on import.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Under `uv run` it would send all that lies in the current folder to its workers.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
+    from ray._private import ray_constants
     from ray.exceptions import RayError
     from ray.job_config import JobConfig
 
     if ray.is_initialized():
         return False
+    if not address:  # once more for who imported Ray before they called us
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -100,8 +106,8 @@ def _connect(address: str | None) -> bool:
                 include_dashboard=False,
                 object_store_memory=STORE_BYTES,
                 # Ray would put the folder that we stand in before all others on its workers' path,
-                # and import a torch.py that lies there. Python itself does so for `python -m` only.
-                job_config=JobConfig(_client_job=os.getcwd() not in sys.path),
+                # and import a torch.py that lies there, even where our own path has no such folder.
+                job_config=JobConfig(_client_job=not {"", os.getcwd()}.intersection(sys.path)),
                 **quiet,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:

@@ -13,7 +13,7 @@ from resfeat.errors import Failure, UsageError
 from resfeat.sources import bucket, directory
 from resfeat.sources.item import Item
 from resfeat.sources.rules import printable
-from resfeat.store import is_remote
+from resfeat.store import is_remote, locate
 
 
 class Listing(Protocol):
@@ -33,6 +33,9 @@ def listing(sources: Sequence[str]) -> Listing:
     """A listing of directories on a disk, or of prefixes in a store. Raises UsageError where a
     source is missing, or lies within another."""
     remote = [is_remote(source) for source in sources]
+    for source, is_address in zip(sources, remote, strict=True):
+        if not is_address:
+            locate(source)  # or it is an address of another kind
     if not any(remote):
         return directory.Directories(sources)
     if not all(remote):

@@ -81,7 +81,9 @@ class Prefixes:
             id=printable(info.path.removeprefix(self._base)),
             uri=SCHEME + quote(info.path),
             size=info.size,
-            mtime=info.mtime_ns // 1000,
+            # In whole seconds, as the header has it that comes with an object; some stores list
+            # milliseconds.
+            mtime=info.mtime_ns // 10**9 * 10**6,
         )
 
 

@@ -139,7 +139,7 @@ def read(uri: str) -> tuple[bytes, int, int] | Failure:
         if failure := unfit(status.st_size):
             return failure
         with open(descriptor, "rb", closefd=False) as file:
-            data = file.read()
+            data = file.read(status.st_size + 1)  # it may grow without end
         now = os.fstat(descriptor)
     except OSError as error:
         return _failure(error)

@@ -49,15 +49,17 @@ def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, tmp_
 
 def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, checkpoint, tmp_path):
     for module in ("torch", "numpy", "pyarrow", "openvino", "simplejpeg", "click", "queue"):
-        (tmp_path / f"{module}.py").write_text("open('run', 'w'); raise SystemExit(__name__)")
-    command = Path(sys.executable).with_name("resfeat")
+        (tmp_path / f"{module}.py").write_text("open('ran', 'w'); raise SystemExit(__name__)")
+    command = [Path(sys.executable).with_name("resfeat"), "extract", photos / "chelsea", "-o",
+               "out", "--workers", "1", "--model", "resnet18", "--weights", checkpoint]  # fmt: skip
+    # Below `uv run`, which Ray looks for among its parents, it would also be packed and sent.
+    (tmp_path / "run").write_text("import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))")
     done = subprocess.run(
-        [command, "extract", photos / "chelsea", "-o", "out", "--workers", "1",
-         "--model", "resnet18", "--weights", checkpoint],
-        cwd=tmp_path, capture_output=True, text=True,
+        ["uv", "run", *command], executable=sys.executable, cwd=tmp_path, capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture(scope="module")

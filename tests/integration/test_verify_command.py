@@ -15,6 +15,8 @@ import pytest
 from datasets import rows, vectors
 from test_resume import start, wait_for_parts
 
+from resfeat.dataset import open_dataset
+from resfeat.errors import ResfeatError
 from resfeat.layout import Layout
 from resfeat.plan import read_shard
 from resfeat.verify import CHECKS
@@ -249,13 +251,16 @@ def test_it_leaves_no_thread_behind_that_could_abort_the_exit(inline):
     """Arrow's own threads abort a process that ends while they let go of what is Python's: about
     once in a hundred runs, so the threads are counted instead."""
     script = """
-import os, sys
+import os, sys, time
 from resfeat.dataset import open_dataset
 from resfeat.verify import verify
 dataset = open_dataset(sys.argv[1])
 before = len(os.listdir("/proc/self/task"))
 assert verify(dataset).problems == []
-print(len(os.listdir("/proc/self/task")) - before)
+deadline = time.monotonic() + 5  # our own have ended, and take a moment to be gone
+while (more := len(os.listdir("/proc/self/task")) - before) and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(more)
 """
     done = subprocess.run([sys.executable, "-c", script, inline], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
@@ -288,6 +293,22 @@ def test_each_damage_is_named_and_nothing_else(damage, inline, tmp_path, resfeat
                 .strip()
                 .startswith(tuple(f"{path}: " for other, path in expected if other == kind))
             )
+
+
+def test_damage_that_a_reader_meets_half_way_is_one_line(inline, tmp_path):
+    layout = copy(inline, tmp_path)
+    for path in (part(layout), failures(layout), layout.plan_file(0)):
+        data = path.read_bytes()
+        path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+    dataset = open_dataset(layout.root)
+    for what, use in (
+        (part(layout), lambda: list(dataset.vectors())),
+        (failures(layout), dataset.reasons),
+        (layout.plan, lambda: dataset.uris([read_shard(Layout(inline), 0)[0].id])),
+    ):
+        with pytest.raises(ResfeatError, match=rf"^{what}.* cannot be read \(.*\): ") as told:
+            use()
+        assert "\n" not in str(told.value)
 
 
 def test_damage_in_several_shards_is_mended_by_repair_and_the_same_command(
