@@ -30,6 +30,8 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._number:
+            return  # one more while the process ends must not change how it ends
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -123,7 +123,7 @@ def test_a_second_signal_stops_at_once(collection, tmp_path):
     output = tmp_path / "out"
     process = start("extract", collection, "-o", output, "--model", "resnet152", "--weights",
                     "random:0", "--workers", 0)  # fmt: skip
-    while not any(Layout(output).tmp.glob("*")):  # a shard is in hand
+    while not any(Layout(output).tmp.glob("*-part-*")):  # a shard is in hand
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -133,6 +133,19 @@ def test_a_second_signal_stops_at_once(collection, tmp_path):
     process.wait(timeout=2)
     assert process.returncode == 130
     assert Layout(output).committed() == []
+
+
+def test_a_second_signal_while_the_process_ends_is_still_ours():
+    script = """
+import os, signal
+from resfeat.cli.signals import StopSignals
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received() and signals.exit_code == 143
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
 
 
 def test_a_run_killed_while_it_listed_is_no_obstacle(photos, tmp_path, resfeat):
