@@ -10,13 +10,10 @@ import pytest
 # The real command on real images, of which the model gets to see 32 x 32 pixels, so that 25,000 of
 # them take a minute. What is measured is the peak resident size of the driver and of its worker.
 PROGRAM = """
-import dataclasses, json, resource, sys, threading, time
+import json, sys, threading, time
 import psutil
 from resfeat import ExtractSpec, RuntimeOptions, extract
-from resfeat.backbones import weights
 
-full = weights._preprocessing
-weights._preprocessing = lambda entry: dataclasses.replace(full(entry), resize=36, crop=32)
 source, output, workers = sys.argv[1:]
 peak = {"driver": 0, "worker": 0}
 
@@ -35,7 +32,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 report = extract(ExtractSpec(
     sources=(source,), output=output, model="resnet18", weights="random:0", shard_size=128,
-    runtime=RuntimeOptions(workers=int(workers)),
+    resize=36, crop=32, runtime=RuntimeOptions(workers=int(workers)),
 ))
 print(json.dumps({**peak, "items": report.items, "embedded": report.embedded}))
 """
