@@ -6,9 +6,9 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,19 +78,15 @@ def _connect(address: str | None) -> bool:
     if not address:
         # Whoever reaches a Ray may run code there. This is Ray's switch for listening on loopback
         # only, on any system; it is read on import.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # Under `uv run` it would send all that lies in the current folder to its workers.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
-    from ray._private import ray_constants
     from ray.exceptions import RayError
     from ray.job_config import JobConfig
 
     if ray.is_initialized():
         return False
-    if not address:  # once more for who imported Ray before they called us
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -100,21 +96,39 @@ def _connect(address: str | None) -> bool:
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(
-                address="local",
-                num_cpus=cpu_count(),
-                include_dashboard=False,
-                object_store_memory=STORE_BYTES,
-                # Ray would put the folder that we stand in before all others on its workers' path,
-                # and import a torch.py that lies there, even where our own path has no such folder.
-                job_config=JobConfig(_client_job=not {"", os.getcwd()}.intersection(sys.path)),
-                **quiet,
-            )
+            with _alone():
+                ray.init(
+                    address="local",
+                    num_cpus=cpu_count(),
+                    include_dashboard=False,
+                    object_store_memory=STORE_BYTES,
+                    # Ray would put the folder that we stand in before all others on its workers'
+                    # path, and import a torch.py that lies there, even where ours has none such.
+                    job_config=JobConfig(_client_job=not {"", os.getcwd()}.intersection(sys.path)),
+                    **quiet,
+                )
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         where = f"join Ray at {address}" if address else "start Ray"
         hint = "check --address" if address else "--workers 0 does without it"
         raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
     return True
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """The switches of `_connect` once more, for who imported Ray before they called us; afterwards
+    their own Ray is as it was."""
+    from ray._private import ray_constants
+
+    names = ("ENABLE_RAY_CLUSTER", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
+    before = {name: getattr(ray_constants, name, True) for name in names}
+    try:
+        for name in names:
+            setattr(ray_constants, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(ray_constants, name, value)
 
 
 def _check_reachable(address: str) -> None:

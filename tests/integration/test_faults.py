@@ -500,9 +500,14 @@ def test_two_writers_that_begin_together(workers, collection, choices, inline, t
     assert_same(output, inline)
 
 
-def test_ray_listens_to_this_machine_alone(collection, choices, tmp_path):
+@pytest.mark.parametrize("before", ["", "import ray; "])
+def test_ray_listens_to_this_machine_alone(before, collection, choices, tmp_path):
     output = tmp_path / "out"
-    process = start(*extract(collection, output, choices, workers=1))
+    script = f"{before}from resfeat.cli import main; main()"
+    words = [sys.executable, "-c", script, *extract(collection, output, choices, workers=1)]
+    process = subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     wait_for_parts(process, output, 1)
     assert workers_of(process)
     driver = psutil.Process(process.pid)
