@@ -21,7 +21,7 @@ from datetime import date
 import click
 
 from resfeat import open_dataset
-from resfeat.verify import verify
+from resfeat.dataset.verify import verify
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

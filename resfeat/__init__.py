@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resfeat.dataset import open_dataset
     from resfeat.errors import ResfeatError
     from resfeat.extraction import extract
-    from resfeat.report import Report
+    from resfeat.reporting.report import Report
     from resfeat.spec import ExtractSpec, RuntimeOptions
 
 __version__ = "0.1.0"
@@ -32,11 +32,11 @@ __all__ = [
 
 _HOME = {
     "ExtractSpec": "resfeat.spec",
-    "Report": "resfeat.report",
+    "Report": "resfeat.reporting.report",
     "ResfeatError": "resfeat.errors",
     "RuntimeOptions": "resfeat.spec",
     "extract": "resfeat.extraction",
-    "open_dataset": "resfeat.dataset",
+    "open_dataset": "resfeat.dataset.reader",
 }
 
 

@@ -49,6 +49,10 @@ class ResfeatError(Exception):
     exit_code = 1
 
 
+class StoreError(ResfeatError):
+    """An object store is out of reach, or refuses."""
+
+
 class UsageError(ResfeatError):
     """The command cannot be carried out as it was given. Exit code 2."""
 
@@ -57,6 +61,11 @@ class UsageError(ResfeatError):
 
 class Stopped(ResfeatError):  # noqa: N818 (it is no error of anybody's)
     """The run was asked to stop and did; the same command resumes it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
 class DecoderHungError(Exception):

@@ -6,26 +6,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resfeat import engines, sources
-from resfeat.dataset import Dataset, Record
-from resfeat.errors import ResfeatError, Stopped, UsageError
-from resfeat.job import SHARDS_IN_HAND
-from resfeat.layout import Layout
-from resfeat.lock import Lock, run_lock
-from resfeat.plan import write_plan
-from resfeat.report import Progress, Report, Tally, versions
+from resfeat.dataset import Dataset, Layout, Lock, Record, run_lock, write_json
+from resfeat.errors import ResfeatError, Stopped, StoreError, UsageError
+from resfeat.plan import Shard, write_plan
+from resfeat.reporting.report import Report, versions
+from resfeat.reporting.tally import Progress, Tally
 from resfeat.runtimes import REFERENCE
 from resfeat.runtimes import check as check_runtime
-from resfeat.sink import write_json
 from resfeat.sources import Listing
 from resfeat.sources.item import Item
 from resfeat.sources.rules import printable
 from resfeat.spec import ExtractSpec, Identity
-from resfeat.store import Location, StoreError, remove_all
+from resfeat.storage import Location, remove_all
+from resfeat.worker import SHARDS_IN_HAND
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -54,7 +52,7 @@ def extract(
     """
     started = time.monotonic()
     layout = Layout(spec.output)
-    listing = sources.listing(spec.sources)
+    listing = sources.listing(spec.sources, spec.label_from)
     with _writable(layout):
         _check_free(layout, listing)
     check_runtime(spec.runtime, spec.model, spec.precision)
@@ -116,13 +114,13 @@ def _embed(
     stopping: Callable[[], bool],
 ) -> None:
     """Do the shards that are to be done, by workers that were first held against the reference."""
-    from resfeat.calibration import calibrate
-    from resfeat.parity import SAMPLE, compare, differs, reference
-    from resfeat.sample import sample
+    from resfeat.fidelity.calibration import calibrate
+    from resfeat.fidelity.parity import SAMPLE, compare, differs, reference
+    from resfeat.fidelity.sample import sample
 
     if record.identity.precision == "int8":
         record = calibrate(layout, record, weights, tally.note)
-    items = sample(layout, record.plan.shards, SAMPLE)
+    items = sample(layout, record.plan, SAMPLE)
     expected = reference(record.identity, weights.tensors, items)
     if cluster:
         cluster.ready(stopping)
@@ -144,16 +142,20 @@ def _embed(
             tally.add(result)
 
 
-def _suspects(layout: Layout, record: Record, lock: Lock, todo: Sequence[int]) -> set[int]:
+def _suspects(layout: Layout, record: Record, lock: Lock, todo: Sequence[Shard]) -> set[Shard]:
     """Shards that may hold what kills a decoder: what the last run had in hand when it was killed,
     and those that are done once more although they are known to."""
     dataset, again = Dataset(layout, record), set(layout.committed())
     killers = {"decoder_crash", "timeout"}
-    known = {n for n in todo if n in again and killers.intersection(dataset.reasons_in(n))}
+    known = {
+        shard
+        for shard in todo
+        if shard.number in again and killers.intersection(dataset.reasons_in(shard.number))
+    }
     if not lock.killed:
         return known
     # Of shards that are done once more it cannot be told which that run had come to.
-    return known | again.intersection(todo) | set(todo[:SHARDS_IN_HAND])
+    return known | {s for s in todo if s.number in again} | set(todo[:SHARDS_IN_HAND])
 
 
 def _of_the_last(lock: Lock) -> list[str]:
@@ -168,11 +170,11 @@ def _has_work(layout: Layout, spec: ExtractSpec) -> bool:
     return record is None or bool(_todo(layout, record, spec))
 
 
-def _todo(layout: Layout, record: Record, spec: ExtractSpec) -> list[int]:
+def _todo(layout: Layout, record: Record, spec: ExtractSpec) -> list[Shard]:
     """Shards that are not done, and, where that is asked for, those with failures."""
     again = set(layout.with_failures()) if spec.retry_failed else set()
     done = set(layout.committed()) - again
-    return [shard for shard in range(record.plan.shards) if shard not in done]
+    return [shard for number, shard in record.plan.shards.items() if number not in done]
 
 
 def _make_plan(
@@ -195,7 +197,7 @@ def _make_plan(
                     raise Stopped("stopped while listing: nothing was written")
             yield item
 
-    plan = write_plan(layout, watched(), spec.shard_size)
+    plan = write_plan(layout.plan, layout.tmp, watched(), spec.shard_size)
     if not plan.items:
         skipped = ", ".join(f"{count} {kind}" for kind, count in listing.skipped.most_common(3))
         raise UsageError(
@@ -209,7 +211,7 @@ def _make_plan(
         sources=tuple(listing.roots),
         label_from=spec.label_from,
         plan=plan,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
     )
     record.save(layout)
@@ -218,7 +220,7 @@ def _make_plan(
 
 def _prove(tally: Tally, layout: Layout, record: Record, least: float | None) -> None:
     """Write down how near the run is to the reference, if that is near enough."""
-    from resfeat.parity import check
+    from resfeat.fidelity.parity import check
 
     parity = tally.parity
     if parity is None:

@@ -1,4 +1,4 @@
-"""Reading datasets in tests, with pyarrow alone."""
+"""Reading datasets in tests: the rows with pyarrow alone, the plan with our own reader."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
+
+from resfeat.dataset import Layout, Record
+from resfeat.plan import read_shard
+from resfeat.sources import Item
 
 
 def rows(output: Path, kind: str = "embeddings") -> pa.Table:
@@ -19,3 +23,8 @@ def vectors(table: pa.Table) -> NDArray[np.float32]:
     """The embeddings of rows as an array [N, D]."""
     flat = table["embedding"].combine_chunks().flatten().to_numpy()
     return flat.reshape(len(table), -1)
+
+
+def planned(layout: Layout, shard: int) -> list[Item]:
+    """The items of a shard, as they were listed."""
+    return read_shard(layout.plan, Record.load(layout).plan.shards[shard])

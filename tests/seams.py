@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-# Run after "resfeat.sink": the process kills itself at the step of a commit that KILL_AT names.
+# Run after "resfeat.dataset.commit": the process kills itself at the step that KILL_AT names.
 KILL_AT_STEP = """
 import os, signal
 
@@ -15,7 +15,7 @@ def on_step(step):
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
-# Run after "resfeat.decode": images that do to the decoder what a hostile one might.
+# Run after "resfeat.decoding.decode": images that do to the decoder what a hostile one might.
 TREACHEROUS = """
 import os, signal, time
 
@@ -69,7 +69,7 @@ def after_import(sources: Mapping[str, str], folder: Path) -> dict[str, str]:
     """The environment of a Python, and of those that it starts, in which source is run inside a
     module as soon as that is imported, before whoever imports it sees it.
 
-    sources: Python source by name of the module, {"resfeat.sink": "def on_step(step): ..."}.
+    sources: Python source by name of the module.
     folder: to write the hook into; one for each hook.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from resfeat.backbones import torchvision as of_torchvision
 from resfeat.backbones.ours import IMAGENET
 from resfeat.backbones.torchvision import names
 from resfeat.backbones.weights import resolve
-from resfeat.decode import decode
+from resfeat.decoding.decode import decode
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resfeat import bench as module
 from resfeat.cli import main
+from resfeat.reporting import bench as module
 from resfeat.sources.item import Item
 
 MODEL = ("--model", "cifar_resnet20", "--images", "40")

@@ -12,16 +12,16 @@ from broken import encode
 from PIL import Image
 from seams import TREACHEROUS, after_import
 
-from resfeat import careful
 from resfeat.backbones.ours import IMAGENET
-from resfeat.careful import CarefulDecoder
-from resfeat.decode import Picture, decode
+from resfeat.decoding import careful
+from resfeat.decoding.careful import CarefulDecoder
+from resfeat.decoding.decode import Picture, decode
 from resfeat.errors import Failure, ResfeatError
 
 
 @pytest.fixture
 def treacherous(monkeypatch, tmp_path):
-    environment = after_import({"resfeat.decode": TREACHEROUS}, tmp_path / "hook")
+    environment = after_import({"resfeat.decoding.decode": TREACHEROUS}, tmp_path / "hook")
     monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
     monkeypatch.setattr(careful, "SECONDS", 1.0)
 
@@ -97,7 +97,7 @@ def test_a_child_does_not_outlive_who_made_it(photo, treacherous):
     """Not even one that hangs: nobody would be left to end it."""
     script = (
         "import os, signal, sys, threading, time\n"
-        "from resfeat import careful\n"
+        "from resfeat.decoding import careful\n"
         "from resfeat.backbones.ours import IMAGENET\n"
         "careful.SECONDS = 2.0\n"
         "decoder = careful.CarefulDecoder(1)\n"
@@ -152,7 +152,7 @@ def test_a_limit_of_the_system_is_kept(photo):
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (3 * 1024**3,) * 2)\n"
         "from resfeat.backbones.ours import IMAGENET\n"
-        "from resfeat.careful import CarefulDecoder\n"
+        "from resfeat.decoding.careful import CarefulDecoder\n"
         "with CarefulDecoder(1) as decoder:\n"
         "    print(type(decoder.decode(sys.stdin.buffer.read(), IMAGENET, 'pillow')).__name__)\n"
     )

@@ -10,8 +10,8 @@ from PIL import Image, ImageFile
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import functional as F  # noqa: N812
 
-from resfeat import decode as module
-from resfeat.decode import Picture
+from resfeat.decoding import decode as module
+from resfeat.decoding.decode import Picture
 from resfeat.errors import REASONS, Failure
 from resfeat.sources.directory import read
 from resfeat.spec import Preprocessing

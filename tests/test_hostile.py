@@ -22,8 +22,8 @@ import torch
 from hostile import Outcomes, write_hostile
 from PIL import Image
 
-from resfeat import decode as module
-from resfeat.decode import decode
+from resfeat.decoding import decode as module
+from resfeat.decoding.decode import decode
 from resfeat.errors import REASONS, Failure
 from resfeat.sources.directory import Directories, read
 from resfeat.spec import Preprocessing

@@ -11,11 +11,11 @@ import boto3
 import pytest
 from object_store import FaultyProxy, ObjectStore
 
-from resfeat import lock as locks
-from resfeat import store as stores
+from resfeat.dataset import Layout
+from resfeat.dataset import lock as locks
+from resfeat.dataset.lock import holder, run_lock
 from resfeat.errors import ResfeatError
-from resfeat.layout import Layout
-from resfeat.lock import holder, run_lock
+from resfeat.storage import remote as stores
 
 BEAT = 0.3
 STALE = 2.5

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resfeat import ExtractSpec, RuntimeOptions, extract
+from resfeat.dataset import Layout
 from resfeat.errors import ResfeatError
-from resfeat.layout import Layout
-from resfeat.parity import SAMPLE, SAMPLE_OF_REFERENCE, Parity, check, cosine
+from resfeat.fidelity.parity import SAMPLE, SAMPLE_OF_REFERENCE, Parity, check, cosine
+from resfeat.fidelity.sample import CANDIDATES, sample
 from resfeat.plan import write_plan
-from resfeat.sample import CANDIDATES, sample
 from resfeat.sources.item import Item
 from resfeat.spec import Identity, Preprocessing
 
@@ -60,8 +60,8 @@ def test_the_sample_is_spread_over_the_plan(tmp_path_factory, items, shard_size)
     layout.plan.mkdir(parents=True)
     layout.tmp.mkdir()
     listing = (Item(f"{n:05d}", f"file:///{n}", 1, 1) for n in range(items))
-    plan = write_plan(layout, listing, shard_size)
-    numbers = [int(item.id) for item in sample(layout, plan.shards, SAMPLE)]
+    plan = write_plan(layout.plan, layout.tmp, listing, shard_size)
+    numbers = [int(item.id) for item in sample(layout, plan, SAMPLE)]
     assert len(set(numbers)) == len(numbers) >= min(items, SAMPLE)
     assert len(numbers) <= 2 * CANDIDATES * SAMPLE
     if items >= 2 * SAMPLE:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resfeat import plan
-from resfeat.layout import Layout
-from resfeat.plan import read_shard, shard_size_for, write_plan
+from resfeat.dataset import Layout
+from resfeat.plan import read_shard, write_plan
+from resfeat.plan.files import shard_size_for
 from resfeat.sources.item import Item
 
 
@@ -32,10 +33,10 @@ def test_every_item_is_in_exactly_one_shard(tmp_path_factory, count, size):
     layout = Layout(tmp_path_factory.mktemp("plan"))
     layout.plan.mkdir(parents=True)
     layout.tmp.mkdir()
-    made = write_plan(layout, items(count), size)
-    shards = [read_shard(layout, shard) for shard in range(made.shards)]
+    made = write_plan(layout.plan, layout.tmp, items(count), size)
+    shards = [read_shard(layout.plan, shard) for shard in made.shards.values()]
     assert list(itertools.chain(*shards)) == items(count)
-    assert [len(shard) for shard in shards] == [made.length(n) for n in range(made.shards)]
+    assert [len(shard) for shard in shards] == [shard.rows for shard in made.shards.values()]
     assert made.items == count
     assert made.shard_size == (size or shard_size_for(count))
 
@@ -50,14 +51,19 @@ def test_small_collections_are_cut_finer(count, size):
 
 def test_a_listing_longer_than_what_is_held_back(layout, monkeypatch):
     monkeypatch.setattr(plan, "SHARD_SIZE", 256)  # holds back 32 x 256 rows
-    made = write_plan(layout, iter(items(8192 + 300)), None)
-    assert (made.items, made.shards, made.shard_size) == (8492, 34, 256)
-    assert [len(read_shard(layout, n)) for n in (0, 31, 32, 33)] == [256, 256, 256, 44]
+    made = write_plan(layout.plan, layout.tmp, iter(items(8192 + 300)), None)
+    assert (made.items, len(made.shards), made.shard_size) == (8492, 34, 256)
+    assert [len(read_shard(layout.plan, made.shards[n])) for n in (0, 31, 32, 33)] == [
+        256,
+        256,
+        256,
+        44,
+    ]
 
 
 def test_one_row_group_a_shard_and_many_shards_a_file(layout):
-    made = write_plan(layout, items(200), 1)
-    files = [pq.ParquetFile(layout.plan_file(n)) for n in range(4)]
+    made = write_plan(layout.plan, layout.tmp, items(200), 1)
+    files = [pq.ParquetFile(layout.plan / made.files[n].name) for n in range(4)]
     assert [file.num_row_groups for file in files] == [64, 64, 64, 8]
-    assert made.shards == 200
-    assert read_shard(layout, 199) == items(200)[199:]
+    assert len(made.shards) == 200
+    assert read_shard(layout.plan, made.shards[199]) == items(200)[199:]

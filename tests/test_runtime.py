@@ -13,13 +13,13 @@ from resfeat import runtimes
 from resfeat.backbones import build
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
-from resfeat.job import Placement
-from resfeat.parity import cosine
+from resfeat.fidelity.parity import cosine
 from resfeat.runtimes.embedder import fold_batch_norm
 from resfeat.runtimes.openvino import OpenVINORuntime, convert, has_bf16, load, quantise
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
-from resfeat.worker import Worker, forward
+from resfeat.worker.messages import Placement
+from resfeat.worker.worker import Worker, forward
 
 BATCH = 4
 
@@ -36,7 +36,7 @@ def runtime(weights):
 
 @pytest.fixture(scope="module")
 def pixels(photos):
-    from resfeat.decode import decode
+    from resfeat.decoding.decode import decode
 
     identity = resolve(FeatureSpec(model="resnet18", weights="random:0")).identity
     paths = sorted(photos.rglob("*.jpg"))[:: len(list(photos.rglob("*.jpg"))) // 8][:8]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from resfeat.search import search
+from resfeat.downstream.search import search
 
 QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0]
 

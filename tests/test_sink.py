@@ -7,11 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from resfeat import sink
 from resfeat.backbones.weights import resolve
+from resfeat.dataset import FailedItem, Layout, Part, Row, embeddings_schema
+from resfeat.dataset import commit as sink
 from resfeat.errors import Failure, ResfeatError
-from resfeat.layout import Layout
-from resfeat.sink import FailedItem, Part, Row, embeddings_schema
 from resfeat.spec import FeatureSpec, Identity
 
 

@@ -16,11 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from object_store import FaultyProxy, ObjectStore
 
-from resfeat.errors import UsageError
-from resfeat.store import (
-    ATTEMPTS,
-    REQUEST_ATTEMPTS,
-    StoreError,
+from resfeat.errors import StoreError, UsageError
+from resfeat.storage import (
     draft,
     locate,
     open_parquet,
@@ -29,6 +26,7 @@ from resfeat.store import (
     sha256,
     write_whole,
 )
+from resfeat.storage.remote import ATTEMPTS, REQUEST_ATTEMPTS
 
 LARGE = 12 * 1024**2  # more than the AWS library sends in one piece
 MANY = REQUEST_ATTEMPTS + 2  # faults, more than it gets over by itself

@@ -2,7 +2,7 @@
 
 import pytest
 
-from resfeat import verdict
+from resfeat.reporting import limits as verdict
 
 
 @pytest.mark.parametrize(

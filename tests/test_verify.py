@@ -12,20 +12,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import planned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resfeat.backbones.weights import resolve
-from resfeat.dataset import Record, open_dataset
-from resfeat.errors import Failure, ResfeatError
-from resfeat.layout import Layout
-from resfeat.lock import run_lock
-from resfeat.plan import read_shard, write_plan
-from resfeat.sink import FailedItem, Part, Row, digests, embeddings_schema, kept_rows
+from resfeat.dataset import (
+    FailedItem,
+    Layout,
+    Part,
+    Record,
+    Row,
+    digests,
+    embeddings_schema,
+    kept_rows,
+    open_dataset,
+)
+from resfeat.dataset.lock import run_lock
+from resfeat.dataset.verify import repair, verify
+from resfeat.errors import Failure, ResfeatError, StoreError
+from resfeat.plan import write_plan
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec
-from resfeat.store import StoreError
-from resfeat.verify import repair, verify
 
 SHARDS, SHARD, DIM = 4, 6, 8
 DIMS = {"layer3": DIM, "avgpool": DIM}
@@ -50,7 +58,7 @@ def whole(record, tmp_path_factory):
         folder.mkdir(parents=True)
     count = SHARDS * SHARD
     items = [Item(f"{n:02}.jpg", f"/photos/{n:02}.jpg", 1000 + n, n) for n in range(count)]
-    record(write_plan(layout, iter(items), SHARD)).save(layout)
+    record(write_plan(layout.plan, layout.tmp, iter(items), SHARD)).save(layout)
     for shard in range(SHARDS):
         do(layout, shard)
     return open_dataset(layout.root)
@@ -59,7 +67,7 @@ def whole(record, tmp_path_factory):
 def do(layout, shard):
     """What a worker makes of a shard, always the same."""
     identity = open_dataset(layout.root).record.identity
-    items = read_shard(layout, shard)
+    items = planned(layout, shard)
     good = [item for item in items if item.mtime not in FAILED]
     failure = Failure("decode", "truncated", "cut off")
     failed = [FailedItem(item.id, item.uri, failure) for item in items if item not in good]
@@ -210,7 +218,7 @@ def test_what_readers_pass_over_is_no_problem(dataset):
 
 
 def test_of_a_damaged_plan_each_file_is_named_once(dataset):
-    plan = dataset.layout.plan_file(0)
+    plan = dataset.layout.plan / "plan-00000.parquet"
     table = pq.read_table(plan)
     os.truncate(plan, 100)
     assert found(dataset) == [("plan", str(plan))]
@@ -224,7 +232,7 @@ def test_of_a_damaged_plan_each_file_is_named_once(dataset):
 
 
 def test_an_id_that_is_listed_twice(dataset):
-    plan = dataset.layout.plan_file(0)
+    plan = dataset.layout.plan / "plan-00000.parquet"
     table = pq.read_table(plan)
     ids = table["id"].to_pylist()
     pq.write_table(with_column("id", [*ids[:-1], ids[0]])(table), plan, row_group_size=SHARD)

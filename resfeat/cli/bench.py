@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from resfeat.cli import options
 
 if TYPE_CHECKING:
-    from resfeat.bench import Bench
+    from resfeat.reporting.bench import Bench
 
 EXAMPLES = """\b
 Examples:
@@ -43,7 +43,7 @@ def bench(context: click.Context, /, images: int, as_json: bool, **choices: Any)
     Nothing is kept. Random weights are as fast as any, so they are what is taken unless --weights
     names others. One worker is measured, in this process.
     """
-    from resfeat.bench import bench as run
+    from resfeat.reporting.bench import bench as run
     from resfeat.spec import FeatureSpec, RuntimeOptions
 
     if context.get_parameter_source("weights") is ParameterSource.DEFAULT:

@@ -14,7 +14,7 @@ from resfeat.cli.signals import StopSignals
 from resfeat.errors import Stopped
 
 if TYPE_CHECKING:
-    from resfeat.report import Report
+    from resfeat.reporting.report import Report
 
 TOO_MANY_FAILED = 3
 

@@ -13,7 +13,7 @@ import click
 from resfeat.cli import shown
 
 if TYPE_CHECKING:
-    from resfeat.report import Progress
+    from resfeat.reporting.tally import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 

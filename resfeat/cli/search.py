@@ -47,8 +47,8 @@ def search(
 
     Exact cosine over all rows. A query is embedded as the dataset's own images were.
     """
-    from resfeat import search as searching
     from resfeat.dataset import open_dataset
+    from resfeat.downstream import search as searching
 
     dataset = open_dataset(output)
     if not dataset.embedded():
@@ -56,7 +56,7 @@ def search(
     vectors = searching.embed_queries(dataset, queries, layer)
     found = searching.search(dataset, vectors, k, layer)
     if sheet:
-        from resfeat.sheet import contact_sheet
+        from resfeat.downstream.sheet import contact_sheet
 
         uris = dataset.uris([neighbour.id for row in found for neighbour in row])
         try:

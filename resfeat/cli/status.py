@@ -14,8 +14,7 @@ from resfeat.cli import shown
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(output: str, as_json: bool) -> None:
     """Say what the dataset OUT is and how far it has come."""
-    from resfeat.dataset import open_dataset
-    from resfeat.lock import holder
+    from resfeat.dataset import holder, open_dataset
 
     dataset = open_dataset(output)
     record, plan = dataset.record, dataset.record.plan
@@ -31,7 +30,7 @@ def status(output: str, as_json: bool) -> None:
         "fingerprint": record.identity.fingerprint,
         "sources": list(record.sources),
         "created": record.created,
-        "shards": plan.shards,
+        "shards": len(plan.shards),
         "shards_committed": committed,
         "images": plan.items,
         "embedded": dataset.embedded(),
@@ -39,7 +38,7 @@ def status(output: str, as_json: bool) -> None:
         "reasons": reasons,
         "runs": len(list(dataset.layout.runs.iterdir())),
         "writer": holder(dataset.layout),
-        "complete": committed == plan.shards,
+        "complete": committed == len(plan.shards),
     }
     if as_json:
         click.echo(json.dumps(told))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from resfeat.cli import shown
 
 if TYPE_CHECKING:
-    from resfeat.verify import Verification
+    from resfeat.dataset.verify import Verification
 
 EXAMPLES = """\b
 Examples:
@@ -43,11 +43,11 @@ def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) 
     Exit code 1 where anything is wrong or not done yet, also right after --repair; 0 otherwise.
     """
     from resfeat.dataset import open_dataset
-    from resfeat.verify import repair as send_back
-    from resfeat.verify import verify as look
+    from resfeat.dataset.verify import repair as send_back
+    from resfeat.dataset.verify import verify as look
 
     dataset = open_dataset(output)
-    shards = dataset.record.plan.shards
+    shards = len(dataset.record.plan.shards)
     with tqdm(total=shards, unit=" shards", leave=False, disable=not sys.stderr.isatty()) as bar:
         found = look(dataset, bar.update)
 
@@ -65,7 +65,7 @@ def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) 
 
 def _tell(found: Verification, sent: Sequence[int] | None) -> None:
     """The checks and what they found. sent: shards that were sent back, None if none were to be."""
-    from resfeat.verify import CHECKS
+    from resfeat.dataset.verify import CHECKS
 
     width = max(map(len, CHECKS.values()))
     for kind, check in CHECKS.items():

@@ -23,14 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.engines.cluster import Cluster
-from resfeat.job import READ_AHEAD, READ_AHEAD_IN_STORE, Job, Placement, ShardResult
+from resfeat.plan import Shard
 from resfeat.runtimes import BATCH_SIZE, choose
-from resfeat.store import is_remote
+from resfeat.storage import is_remote
+from resfeat.worker import READ_AHEAD, READ_AHEAD_IN_STORE, Job, Placement, ShardResult
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
-    from resfeat.dataset import Record
-    from resfeat.layout import Layout
+    from resfeat.dataset import Layout, Record
     from resfeat.spec import Identity, RuntimeOptions
 
 # How long shards in hand may take to finish once the run is asked to stop.
@@ -62,8 +62,8 @@ class Engine(Protocol):
 
     def run(
         self,
-        shards: Sequence[int],
-        suspects: Collection[int],
+        shards: Sequence[Shard],
+        suspects: Collection[Shard],
         on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
@@ -84,7 +84,7 @@ def start(
     layout: Layout,
     record: Record,
     weights: Weights,
-    shards: Sequence[int],
+    shards: Sequence[Shard],
     cluster: Cluster | None,
 ) -> AbstractContextManager[Engine]:
     """The engine that the options ask for, ready to run these shards; on Ray, if there is one."""

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from resfeat.errors import ResfeatError, Stopped
-from resfeat.machine import cpu_count
+from resfeat.runtimes.hardware import cpu_count
 
 # Ray reads these on import. It would print its own words about dead workers to standard output, and
 # its C++ part would take SIGTERM away from us and abort.

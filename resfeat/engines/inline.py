@@ -18,12 +18,14 @@ from torch import Tensor
 from resfeat import runtimes
 from resfeat.engines import ATTEMPTS, DRAIN_SECONDS, OnProgress, place
 from resfeat.errors import DecoderHungError, ResfeatError, Stopped
-from resfeat.job import SHARDS_IN_HAND, Job, ShardResult
-from resfeat.machine import cpu_count
+from resfeat.plan import Shard
 from resfeat.runtimes import keeps_to_the_cpu
+from resfeat.runtimes.hardware import cpu_count
 from resfeat.spec import RuntimeOptions
-from resfeat.store import Location
-from resfeat.worker import Worker, process_shard
+from resfeat.storage import Location
+from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult
+from resfeat.worker.shard import process_shard
+from resfeat.worker.worker import Worker
 
 
 class InlineEngine(AbstractContextManager["InlineEngine"]):
@@ -68,13 +70,13 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
 
     def run(
         self,
-        shards: Sequence[int],
-        suspects: Collection[int],
+        shards: Sequence[Shard],
+        suspects: Collection[Shard],
         on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        waiting, careful, hung = deque(shards), set(suspects), Counter[int]()
-        in_hand: dict[Future[ShardResult], int] = {}
+        waiting, careful, hung = deque(shards), set(suspects), Counter[Shard]()
+        in_hand: dict[Future[ShardResult], Shard] = {}
         left = len(shards)
         give_up: float | None = None
         on_progress(0, 0, 1)
@@ -89,7 +91,7 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
                 )
                 in_hand[call] = shard
             for call in wait(in_hand, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                shard = in_hand.pop(call, -1)
+                shard = in_hand.pop(call)
                 try:
                     yield call.result()
                     left -= 1
@@ -111,7 +113,7 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         if left:
             raise Stopped("stopped as asked")
 
-    def _replace(self, in_hand: dict[Future[ShardResult], int]) -> list[int]:
+    def _replace(self, in_hand: dict[Future[ShardResult], Shard]) -> list[Shard]:
         """Put another worker in the place of one that hangs, whose threads cannot be ended. Gives
         the shards that it had in hand besides, once they are let go."""
         self.worker.stopping.set()

@@ -30,11 +30,13 @@ from resfeat import __version__, runtimes
 from resfeat.engines import ATTEMPTS, DRAIN_SECONDS, OnProgress, place
 from resfeat.engines.cluster import Cluster, last_line
 from resfeat.errors import DecoderHungError, ResfeatError, Stopped
-from resfeat.job import SHARDS_IN_HAND, Job, Placement, ShardResult
+from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
 from resfeat.spec import Identity, RuntimeOptions
-from resfeat.store import Location
-from resfeat.worker import Worker, process_shard
+from resfeat.storage import Location
+from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult
+from resfeat.worker.shard import process_shard
+from resfeat.worker.worker import Worker
 
 # One CPU worker gets no more cores than this by default; larger machines get more workers.
 CPUS_PER_WORKER = 8
@@ -59,7 +61,9 @@ class RayWorker:
         return __version__
 
     @ray.method(concurrency_group="shards")
-    def process(self, shard: int, careful: bool, network: list[ray.ObjectRef[Any]]) -> ShardResult:
+    def process(
+        self, shard: Shard, careful: bool, network: list[ray.ObjectRef[Any]]
+    ) -> ShardResult:
         try:
             return process_shard(self._ready_worker(network), shard, careful=careful)
         except DecoderHungError:
@@ -72,7 +76,7 @@ class RayWorker:
         return self._ready_worker(network).embed(pictures)
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> dict[int, tuple[int, int]]:
+    def progress(self) -> dict[Shard, tuple[int, int]]:
         """Images done and failed so far, by shard in hand."""
         return dict(self._worker.progress) if self._worker else {}
 
@@ -98,7 +102,7 @@ class _Member:
 
     actor: Any
     live: bool = False
-    in_hand: deque[int] = field(default_factory=deque)
+    in_hand: deque[Shard] = field(default_factory=deque)
 
 
 class RayEngine(AbstractContextManager["RayEngine"]):
@@ -169,8 +173,8 @@ class RayEngine(AbstractContextManager["RayEngine"]):
 
     def run(
         self,
-        shards: Sequence[int],
-        suspects: Collection[int],
+        shards: Sequence[Shard],
+        suspects: Collection[Shard],
         on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
@@ -202,19 +206,19 @@ class _Pool:
         self,
         members: Sequence[_Member],
         network: ray.ObjectRef[Any],
-        shards: Sequence[int],
-        suspects: Collection[int] = (),
+        shards: Sequence[Shard],
+        suspects: Collection[Shard] = (),
     ) -> None:
         self.waiting = deque(shards)
         self._careful = set(suspects)
         self.left = len(shards)
         self._members = members
         self._network = network
-        self.deaths: Counter[int] = Counter()
+        self.deaths: Counter[Shard] = Counter()
         # Every call under way: whose it is, and the shard, or None for `start`.
-        self._calls: dict[ray.ObjectRef[Any], tuple[_Member, int | None]] = {}
+        self._calls: dict[ray.ObjectRef[Any], tuple[_Member, Shard | None]] = {}
         self._asked: dict[ray.ObjectRef[Any], _Member] = {}
-        self._heard: dict[int, tuple[int, int]] = {}
+        self._heard: dict[Shard, tuple[int, int]] = {}
         for member in members:
             self._await_start(member)
 

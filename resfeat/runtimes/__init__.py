@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from resfeat.spec import Identity, RuntimeOptions
-    from resfeat.store import Location
+    from resfeat.storage import Location
 
 # What every embedding is checked against: torch in this precision, on a CPU.
 REFERENCE: Precision = "fp32"

@@ -29,7 +29,7 @@ from resfeat.errors import ResfeatError
 from resfeat.runtimes import Network
 from resfeat.runtimes.embedder import Embedder
 from resfeat.spec import Identity
-from resfeat.store import Location
+from resfeat.storage import Location
 
 # What each precision makes of the layers that it does not quantise.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}

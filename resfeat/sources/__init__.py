@@ -10,10 +10,11 @@ from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
 from resfeat.errors import Failure, UsageError
-from resfeat.sources import bucket, directory
+from resfeat.sources import directory, prefix
 from resfeat.sources.item import Item
-from resfeat.sources.rules import printable
-from resfeat.store import is_remote, locate
+from resfeat.storage import is_remote, locate
+
+__all__ = ["Item", "Listing", "gone", "listing", "read", "uri_of"]
 
 
 class Listing(Protocol):
@@ -29,18 +30,19 @@ class Listing(Protocol):
     def __iter__(self) -> Iterator[Item]: ...
 
 
-def listing(sources: Sequence[str]) -> Listing:
+def listing(sources: Sequence[str], label_from: str | None = None) -> Listing:
     """A listing of directories on a disk, or of prefixes in a store. Raises UsageError where a
-    source is missing, or lies within another."""
+    source is missing, or lies within another. label_from: "parent" labels each image with the name
+    of its folder."""
     remote = [is_remote(source) for source in sources]
     for source, is_address in zip(sources, remote, strict=True):
         if not is_address:
             locate(source)  # or it is an address of another kind
     if not any(remote):
-        return directory.Directories(sources)
+        return directory.Directories(sources, label_from)
     if not all(remote):
         raise UsageError("sources on a disk and in a store cannot be mixed: make two datasets")
-    return bucket.Prefixes(sources)
+    return prefix.Prefixes(sources, label_from)
 
 
 def read(uri: str) -> tuple[bytes, int, int] | Failure:
@@ -48,7 +50,7 @@ def read(uri: str) -> tuple[bytes, int, int] | Failure:
 
     Raises ResfeatError where the store that holds it is out of reach.
     """
-    return bucket.read(uri) if is_remote(uri) else directory.read(uri)
+    return prefix.read(uri) if is_remote(uri) else directory.read(uri)
 
 
 def uri_of(name: str) -> str:
@@ -63,12 +65,7 @@ def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:
     """
     single = {unquote_to_bytes(uri.removeprefix("file://")) for uri in unread}
     for root in roots:
-        is_there = bucket.is_there if is_remote(root) else directory.is_there
+        is_there = prefix.is_there if is_remote(root) else directory.is_there
         if os.fsencode(root) not in single and not is_there(root):
             return root
     return None
-
-
-def folder_of(uri: str) -> str:
-    """Name of the folder that an image lies in."""
-    return printable(os.fsdecode(unquote_to_bytes(uri.split("/")[-2])))

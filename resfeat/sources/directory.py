@@ -20,7 +20,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from resfeat.errors import Failure, Reason, ResfeatError, UsageError
 from resfeat.sources.item import Item
-from resfeat.sources.rules import base_of, check_apart, passed_over, printable, unfit
+from resfeat.sources.rules import base_of, check_apart, folder_of, passed_over, printable, unfit
 
 
 class Directories:
@@ -33,7 +33,8 @@ class Directories:
     Raises UsageError where a source is missing or lies within another.
     """
 
-    def __init__(self, sources: Sequence[str]) -> None:
+    def __init__(self, sources: Sequence[str], label_from: str | None = None) -> None:
+        self._labelled = label_from == "parent"
         # By components, so that whatever lies within a folder sorts right behind it.
         self.roots = sorted(map(os.path.abspath, sources), key=lambda root: root.split(os.sep))
         self.skipped: Counter[str] = Counter()
@@ -93,6 +94,7 @@ class Directories:
             uri="file://" + quote_from_bytes(os.fsencode(path)),
             size=status.st_size,
             mtime=status.st_mtime_ns // 1000,
+            label=folder_of(path) if self._labelled else None,
         )
 
 

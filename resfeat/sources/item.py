@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One input image, as it was listed.
+class Item(NamedTuple):
+    """One input image, as it was listed. A tuple, since a listing makes millions of them.
 
-    id: its path relative to the source, unique in the dataset.
-    uri: where its bytes are, percent-encoded, so that any file name survives.
+    id: unique in the dataset; of a file, its path relative to the source.
+    uri: the file or object that holds its bytes, percent-encoded, so that any name survives.
     size: bytes.
-    mtime: last modification, microseconds since 1970 in UTC.
+    mtime: last modification, microseconds since 1970 in UTC. With the size, its version.
+    offset: where its bytes begin in a file that holds several images; None for a whole file.
+    label: what `--label-from` makes of its place.
+    carried: values of the columns that travel with it unchanged, in the order of
+        `Listing.carried`.
     """
 
     id: str
     uri: str
     size: int
     mtime: int
+    offset: int | None = None
+    label: str | None = None
+    carried: tuple[Any, ...] = ()

@@ -52,6 +52,11 @@ def printable(path: str) -> str:
     return text
 
 
+def folder_of(path: str) -> str:
+    """Name of the folder that an image lies in."""
+    return printable(os.path.basename(os.path.dirname(path)))
+
+
 def unfit(size: int) -> Failure | None:
     """Why a file of this many bytes is not read; None where it is."""
     if size > MAX_BYTES:

@@ -40,12 +40,11 @@ from torchvision.models import get_model
 from resfeat import runtimes
 from resfeat.backbones.ours import default_pixels
 from resfeat.backbones.weights import resolve
-from resfeat.dataset import Record
-from resfeat.decode import decode
-from resfeat.layout import Layout
-from resfeat.machine import hardware
-from resfeat.report import versions
-from resfeat.sample import pictures, sample
+from resfeat.dataset import Layout, Record
+from resfeat.decoding.decode import decode
+from resfeat.fidelity.sample import pictures, sample
+from resfeat.reporting.report import versions
+from resfeat.runtimes.hardware import hardware
 from resfeat.spec import FeatureSpec
 
 HERE = Path(__file__).parent
@@ -196,7 +195,7 @@ def forward(output: Path, checkpoint: Path) -> float:
         threads=threads,
         batch_size=batch_size,
     )
-    items = sample(layout, record.plan.shards, batch_size)
+    items = sample(layout, record.plan, batch_size)
     chosen = pictures(items, identity.preprocessing, identity.decode, batch_size)
     pixels = np.stack(list(itertools.islice(itertools.cycle(chosen), batch_size)))
 

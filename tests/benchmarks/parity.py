@@ -31,9 +31,9 @@ from reference import torchvision_model  # noqa: E402
 
 from resfeat import runtimes  # noqa: E402
 from resfeat.backbones.ours import LIKE_TORCHVISION, default_pixels  # noqa: E402
-from resfeat.calibration import PICTURES  # noqa: E402
-from resfeat.decode import decode  # noqa: E402
-from resfeat.parity import cosine  # noqa: E402
+from resfeat.decoding.decode import decode  # noqa: E402
+from resfeat.fidelity.calibration import PICTURES  # noqa: E402
+from resfeat.fidelity.parity import cosine  # noqa: E402
 from resfeat.runtimes import OFFERED, REFERENCE  # noqa: E402
 from resfeat.runtimes.torch import TorchRuntime  # noqa: E402
 from resfeat.spec import Identity  # noqa: E402

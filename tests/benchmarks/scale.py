@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import click
@@ -24,16 +24,15 @@ import numpy as np
 
 from resfeat import __version__, plan
 from resfeat.backbones.weights import resolve
-from resfeat.dataset import Dataset, Record
+from resfeat.dataset import Dataset, Layout, Part, Record, Row, embeddings_schema
 from resfeat.engines import prepare, start
 from resfeat.engines import ray as engine
-from resfeat.job import ShardResult
-from resfeat.layout import Layout
-from resfeat.machine import hardware
-from resfeat.report import Tally, versions
-from resfeat.sink import Part, Row, embeddings_schema
+from resfeat.reporting.report import versions
+from resfeat.reporting.tally import Tally
+from resfeat.runtimes.hardware import hardware
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
+from resfeat.worker.messages import ShardResult
 
 HERE = Path(__file__).parent
 # Short vectors: what is measured is the driver, and not how fast a disk takes the values.
@@ -48,7 +47,7 @@ class Idle(engine.RayWorker):
 
     def process(self, shard, careful, network):
         layout, identity = Layout(self._job.output), self._job.identity
-        items = plan.read_shard(layout, shard)
+        items = plan.read_shard(layout.plan, shard)
         with Part(layout, shard, embeddings_schema(identity, DIMENSIONS, with_label=False)) as part:
             rows = [Row(item.id, 500, 375, item.size, item.mtime) for item in items]
             part.add(rows, np.zeros((len(rows), 8), np.float32))
@@ -73,7 +72,7 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
         each.mkdir(parents=True)
     weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
     started = time.perf_counter()
-    planned = plan.write_plan(layout, listing(count), None)
+    planned = plan.write_plan(layout.plan, layout.tmp, listing(count), None)
     listed = time.perf_counter() - started
     record = Record(
         identity=weights.identity,
@@ -81,11 +80,11 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
         sources=(),
         label_from=None,
         plan=planned,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
     )
     record.save(layout)
-    todo = range(planned.shards)
+    todo = list(planned.shards.values())
     tally = Tally(planned, todo, lambda progress: None, time.monotonic(), lambda note: None)
     engine.RayWorker = Idle  # type: ignore[misc]
     options = RuntimeOptions(workers=2)

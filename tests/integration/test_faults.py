@@ -20,7 +20,7 @@ from integration.test_ray import workers_of
 from integration.test_resume import SHARD, wait_for_parts
 from seams import KILL_AT_STEP, after_import
 
-from resfeat.layout import Layout
+from resfeat.dataset import Layout
 from resfeat.sources.directory import read
 
 # Of a shard that is committed for the first time.
@@ -123,7 +123,7 @@ def on_step(step):
 def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, resfeat, tmp_path):
     died_at = tmp_path / "died_at"
     died_at.mkdir()
-    hook = after_import({"resfeat.sink": DIE_ONCE_AT_EACH_STEP}, tmp_path / "hook")
+    hook = after_import({"resfeat.dataset.commit": DIE_ONCE_AT_EACH_STEP}, tmp_path / "hook")
     output = tmp_path / "out"
     done = resfeat(
         *extract(collection, output, choices, "--shard-size", 16, workers=2),
@@ -136,7 +136,7 @@ def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, r
 
 
 def test_the_driver_killed_at_every_step_of_a_commit(few, choices, undisturbed, resfeat, tmp_path):
-    hook = after_import({"resfeat.sink": KILL_AT_STEP}, tmp_path / "hook")
+    hook = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "hook")
     for step in STEPS:
         output = tmp_path / step
         killed = resfeat(*extract(few, output, choices), env={**hook, "KILL_AT": step})
@@ -367,7 +367,7 @@ def test_an_output_that_may_not_be_written(mode, made, few, choices, tmp_path, w
 
 
 def test_a_file_system_that_is_read_only(few, choices, resfeat, tmp_path):
-    hook = after_import({"resfeat.sink": KILL_AT_STEP}, tmp_path / "hook")
+    hook = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "hook")
     with mounted(tmp_path / "disk", "64m") as disk:
         new, begun = disk / "new", disk / "begun"
         killed = resfeat(*extract(few, begun, choices), env={**hook, "KILL_AT": "embeddings"})
@@ -390,7 +390,7 @@ def test_a_file_system_that_is_read_only(few, choices, resfeat, tmp_path):
 def test_files_that_vanish_or_change_after_they_were_listed(
     few, choices, undisturbed, resfeat, tmp_path
 ):
-    hook = after_import({"resfeat.sink": KILL_AT_STEP}, tmp_path / "hook")
+    hook = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "hook")
     output = tmp_path / "out"
     killed = resfeat(*extract(few, output, choices), env={**hook, "KILL_AT": "written"})
     assert killed.returncode == -signal.SIGKILL

@@ -17,7 +17,7 @@ from datasets import rows, vectors
 from resfeat import open_dataset
 from resfeat.backbones.ours import BACKBONES
 from resfeat.cli import main
-from resfeat.parity import cosine
+from resfeat.fidelity.parity import cosine
 
 CHOICES = ["--model", "resnet18", "--weights", "random:0"]
 

@@ -12,7 +12,7 @@ from datasets import rows
 from integration.test_resume import wait_for_parts
 from seams import TREACHEROUS, after_import
 
-from resfeat.layout import Layout
+from resfeat.dataset import Layout
 
 CRASH, HANG = "chelsea/killer.jpg", "rocket/killer.jpg"
 
@@ -41,9 +41,9 @@ def unharmed(killers, choices, resfeat, tmp_path_factory):
 @pytest.fixture
 def treacherous(tmp_path):
     sources = {
-        "resfeat.decode": TREACHEROUS,
-        "resfeat.careful": "SECONDS = 3.0",
-        "resfeat.worker": "HUNG_SECONDS = 5.0",
+        "resfeat.decoding.decode": TREACHEROUS,
+        "resfeat.decoding.careful": "SECONDS = 3.0",
+        "resfeat.worker.worker": "HUNG_SECONDS = 5.0",
     }
     return after_import(sources, tmp_path / "hook")
 
@@ -91,7 +91,10 @@ def test_an_image_that_hangs_in_this_process_is_found(killers, choices, unharmed
 
 
 def test_a_signal_is_heeded_while_an_image_hangs(killers, choices, tmp_path):
-    sources = {"resfeat.decode": TREACHEROUS, "resfeat.worker": "HUNG_SECONDS = 3600.0"}
+    sources = {
+        "resfeat.decoding.decode": TREACHEROUS,
+        "resfeat.worker.worker": "HUNG_SECONDS = 3600.0",
+    }
     output = tmp_path / "out"
     command = ["extract", killers / "rocket", "-o", output, "--workers", 0, "--shard-size", 32]
     process = subprocess.Popen(

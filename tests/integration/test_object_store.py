@@ -24,8 +24,8 @@ from datasets import rows
 from object_store import FaultyProxy, ObjectStore, RandomFaults
 from photos import write_photos
 
-from resfeat.layout import Layout
-from resfeat.parity import SAMPLE
+from resfeat.dataset import Layout
+from resfeat.fidelity.parity import SAMPLE
 
 PHOTOS = 60
 SHARD = 16
@@ -139,7 +139,8 @@ def finished(source, objects, store, options, resfeat):
 
 def start(*arguments, env, patch=""):
     """The command; `patch` is Python that runs before it, to shorten its waiting."""
-    code = f"import resfeat.cli, resfeat.lock, resfeat.store\n{patch}\nresfeat.cli.main()"
+    modules = "resfeat.cli, resfeat.dataset.lock, resfeat.storage.remote"
+    code = f"import {modules}\n{patch}\nresfeat.cli.main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**os.environ, **env}, **pipes)
@@ -224,7 +225,7 @@ def test_from_store_to_store_is_the_same_as_from_disk_to_disk(finished, undistur
         return pq.read_table(content)["id"].to_pylist()
 
     plan = bucket.Object("out/_resfeat/plan/plan-00000.parquet").get()["Body"].read()
-    assert planned(io.BytesIO(plan)) == planned(Layout(undisturbed).plan_file(0))
+    assert planned(io.BytesIO(plan)) == planned(Layout(undisturbed).plan / "plan-00000.parquet")
     uris = {row["id"]: row["uri"] for row in table(bucket, "failures").to_pylist()}
     assert uris == {name: f"{source}/{name}" for name in BAD}
 
@@ -232,7 +233,7 @@ def test_from_store_to_store_is_the_same_as_from_disk_to_disk(finished, undistur
 def test_nothing_else_is_written_or_read(finished, objects):
     bucket, requests, _ = finished
     layout = Layout("s3://finished/out")
-    allowed = [layout.spec, layout.plan_file(0)]
+    allowed = [layout.spec, layout.plan / "plan-00000.parquet"]
     for shard in range(SHARDS):
         name = layout.part_name(shard)
         allowed += [layout.embeddings / name, layout.failures / name, layout.checksum(shard)]
@@ -334,7 +335,7 @@ def test_requests_that_stall_are_given_up_and_sent_again(
 
     proxy.faults = rule
     command = ["extract", source, "-o", f"s3://{bucket.name}/out", *options]
-    run = start(*command, env=proxy.environment, patch="resfeat.store.REQUEST_SECONDS = 2")
+    run = start(*command, env=proxy.environment, patch="resfeat.storage.remote.REQUEST_SECONDS = 2")
     _, complained = run.communicate(timeout=120)
     assert run.returncode == 0, complained
     assert whole(bucket, undisturbed)
@@ -347,7 +348,7 @@ def test_a_store_that_goes_away_ends_the_run_in_one_line_and_the_next_goes_on(
     output = f"s3://{bucket.name}/out"
     command = ["extract", source, "-o", output, *options]
     proxy.faults = after_parts(2, lambda: setattr(proxy, "down", True))
-    run = start(*command, env=proxy.environment, patch="resfeat.store.ATTEMPTS = 2")
+    run = start(*command, env=proxy.environment, patch="resfeat.storage.remote.ATTEMPTS = 2")
     _, complained = run.communicate(timeout=150)
     line = one_line(complained, run.returncode, 1)
     assert "s3://" in line and "give the same command again" in line

@@ -9,7 +9,7 @@ import pytest
 from datasets import rows, vectors
 
 import resfeat
-from resfeat.verify import verify
+from resfeat.dataset.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from reference import torchvision_model
 from torchvision.models import ResNet50_Weights
 
 from resfeat.backbones.ours import LIKE_TORCHVISION
-from resfeat.parity import LEAST, LEAST_OTHERWISE
+from resfeat.fidelity.parity import LEAST, LEAST_OTHERWISE
 from resfeat.runtimes import OFFERED, REFERENCE
 
 ROOT = Path(__file__).parents[2]

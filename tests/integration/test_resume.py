@@ -9,10 +9,9 @@ import time
 import psutil
 import pyarrow.dataset as ds
 import pytest
-from datasets import rows
+from datasets import planned, rows
 
-from resfeat.layout import Layout
-from resfeat.plan import read_shard
+from resfeat.dataset import Layout
 
 SHARD = 32
 
@@ -70,7 +69,7 @@ def test_sigkill_half_way(workers, copied, choices, inline, resfeat, tmp_path):
 
     # Whatever was read again would now be missing and become a failure row.
     for shard in committed:
-        for item in read_shard(layout, shard):
+        for item in planned(layout, shard):
             (copied / item.id).unlink()
     stamps = {path: path.stat().st_mtime_ns for path in layout.embeddings.iterdir()}
 
@@ -153,7 +152,7 @@ def test_a_run_killed_while_it_listed_is_no_obstacle(photos, tmp_path, resfeat):
     layout = Layout(output)
     for folder in layout.folders:
         folder.mkdir(parents=True)
-    layout.plan_file(0).write_bytes(b"half a file")
+    (layout.plan / "plan-00000.parquet").write_bytes(b"half a file")
     (layout.tmp / "abc-part-00000.parquet").write_bytes(b"half a part")
     done = resfeat("extract", photos / "chelsea", "-o", output, "--model", "resnet18",
                    "--weights", "random:0", "--workers", 0)  # fmt: skip
@@ -210,12 +209,12 @@ def test_a_reader_that_globs_during_the_run_sees_whole_parts_only(collection, tm
             seen.add(len(table))
             for part in (output / "embeddings").iterdir():
                 shard = int(part.stem.rpartition("-")[2])
-                planned = {item.id for item in read_shard(Layout(output), shard)}
+                listed = {item.id for item in planned(Layout(output), shard)}
                 ids = ds.dataset(part).to_table(columns=["id"])["id"].to_pylist()
                 failures = output / "failures" / part.name
                 if failures.exists():
                     ids += ds.dataset(failures).to_table(columns=["id"])["id"].to_pylist()
-                assert set(ids) == planned and len(ids) == len(planned)
+                assert set(ids) == listed and len(ids) == len(listed)
     assert process.returncode == 0
     assert len(seen) > 3  # it grew while we looked
 

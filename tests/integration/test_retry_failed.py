@@ -10,14 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from datasets import rows, vectors
+from datasets import planned, rows, vectors
 from seams import KILL_AT_STEP, after_import
 
 from resfeat import open_dataset
 from resfeat.cli import main
-from resfeat.plan import read_shard
-from resfeat.sink import STEPS
-from resfeat.verify import repair, verify
+from resfeat.dataset.commit import STEPS
+from resfeat.dataset.verify import repair, verify
 
 IMAGES, SHARD, BATCH = 24, 8, 4
 # Some in the first shard, none in the second, and all that are in the third.
@@ -146,15 +145,15 @@ def last_report(output):
 
 def check_every_image_is_one_row(output):
     dataset = open_dataset(output)
-    for shard in range(dataset.record.plan.shards):
+    for shard in dataset.record.plan.shards:
         part = dataset.layout.part_name(shard)
         tables = [pq.read_table(dataset.layout.embeddings / part)]
         if (dataset.layout.failures / part).exists():
             tables.append(pq.read_table(dataset.layout.failures / part))
         embedded, *others = (table["id"].to_pylist() for table in tables)
-        planned = [item.id for item in read_shard(dataset.layout, shard)]
-        assert embedded == [each for each in planned if each in set(embedded)]  # in plan order
-        assert sorted(sum(others, embedded)) == planned
+        ids = [item.id for item in planned(dataset.layout, shard)]
+        assert embedded == [each for each in ids if each in set(embedded)]  # in plan order
+        assert sorted(sum(others, embedded)) == ids
     assert verify(dataset).problems == []
 
 
@@ -218,7 +217,7 @@ def test_without_the_option_what_failed_stays_failed(case, whole, resfeat):
 def test_killed_at_any_step_it_loses_nothing(step, case, whole, undisturbed, resfeat, tmp_path):
     earlier = rows(case.output)
     mend(case, whole)
-    env = after_import({"resfeat.sink": KILL_AT_STEP}, tmp_path / "seam")
+    env = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "seam")
     killed = resfeat(*case.retry, env={**env, "KILL_AT": step})
     assert killed.returncode == -signal.SIGKILL
 

@@ -23,7 +23,7 @@ from broken import write_broken
 from datasets import rows
 from integration.test_resume import title
 
-from resfeat.layout import Layout
+from resfeat.dataset import Layout
 
 PHOTOS = 150
 # Whole batches, of whatever size: an image keeps its place in its batch, and with it its bits.

@@ -12,14 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import rows, vectors
+from datasets import planned, rows, vectors
 from test_resume import start, wait_for_parts
 
-from resfeat.dataset import open_dataset
+from resfeat.dataset import Layout, open_dataset
+from resfeat.dataset.verify import CHECKS
 from resfeat.errors import ResfeatError
-from resfeat.layout import Layout
-from resfeat.plan import read_shard
-from resfeat.verify import CHECKS
 
 SHARD = 1
 
@@ -133,12 +131,12 @@ def row_doubled(layout):
 
 
 def id_of_another_shard(layout):
-    rewrite(layout, with_id(0, read_shard(layout, SHARD + 1)[0].id), noted=True)
+    rewrite(layout, with_id(0, planned(layout, SHARD + 1)[0].id), noted=True)
     return {("rows", part(layout))}
 
 
 def id_of_a_row_before(layout):
-    rewrite(layout, with_id(1, read_shard(layout, SHARD)[0].id), noted=True)
+    rewrite(layout, with_id(1, planned(layout, SHARD)[0].id), noted=True)
     return {("rows", part(layout))}
 
 
@@ -206,8 +204,8 @@ def foreign_folder(layout):
 
 
 def plan_truncated(layout):
-    os.truncate(layout.plan_file(0), 1000)
-    return {("plan", layout.plan_file(0))}
+    os.truncate(layout.plan / "plan-00000.parquet", 1000)
+    return {("plan", layout.plan / "plan-00000.parquet")}
 
 
 def never_done(layout):
@@ -253,7 +251,7 @@ def test_it_leaves_no_thread_behind_that_could_abort_the_exit(inline):
     script = """
 import os, sys, time
 from resfeat.dataset import open_dataset
-from resfeat.verify import verify
+from resfeat.dataset.verify import verify
 dataset = open_dataset(sys.argv[1])
 before = len(os.listdir("/proc/self/task"))
 assert verify(dataset).problems == []
@@ -297,14 +295,14 @@ def test_each_damage_is_named_and_nothing_else(damage, inline, tmp_path, resfeat
 
 def test_damage_that_a_reader_meets_half_way_is_one_line(inline, tmp_path):
     layout = copy(inline, tmp_path)
-    for path in (part(layout), failures(layout), layout.plan_file(0)):
+    for path in (part(layout), failures(layout), layout.plan / "plan-00000.parquet"):
         data = path.read_bytes()
         path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
     dataset = open_dataset(layout.root)
     for what, use in (
         (part(layout), lambda: list(dataset.vectors())),
         (failures(layout), dataset.reasons),
-        (layout.plan, lambda: dataset.uris([read_shard(Layout(inline), 0)[0].id])),
+        (layout.plan, lambda: dataset.uris([planned(Layout(inline), 0)[0].id])),
     ):
         with pytest.raises(ResfeatError, match=rf"^{what}.* cannot be read \(.*\): ") as told:
             use()
@@ -337,9 +335,7 @@ def test_damage_in_several_shards_is_mended_by_repair_and_the_same_command(
 
     again = resfeat("extract", collection, "-o", layout.root, "--workers", 0, *choices)
     assert again.returncode == 0, again.stderr
-    assert (
-        f"This run: {sum(len(read_shard(layout, shard)) for shard in bad)} images" in again.stdout
-    )
+    assert f"This run: {sum(len(planned(layout, shard)) for shard in bad)} images" in again.stdout
     for folder in ("embeddings", "failures", "_resfeat/checksums", "_resfeat/plan"):
         files = {path.name: path.read_bytes() for path in (layout.root / folder).iterdir()}
         assert files == {path.name: path.read_bytes() for path in (inline / folder).iterdir()}

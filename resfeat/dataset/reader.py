@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,71 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from resfeat.errors import ResfeatError, UsageError
-from resfeat.layout import Layout
-from resfeat.plan import Plan
-from resfeat.sink import FAILURES, write_json
-from resfeat.spec import Identity
-from resfeat.store import Location, StoreError, dataset_of, open_parquet, patiently
+from resfeat.dataset.layout import Layout
+from resfeat.dataset.record import Record
+from resfeat.dataset.schema import FAILURES
+from resfeat.errors import ResfeatError, StoreError, UsageError
+from resfeat.storage import Location, dataset_of, open_parquet, patiently
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
-
-FORMAT = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """`_resfeat/spec.json`: what the dataset is. Written once, when its plan is complete.
-
-    weights: what to give as --weights to find the same weights again. parity: how near to the
-    reference a sample of the embeddings was when it was first measured; None for the reference.
-    quantised: the digest of the network that int8 embeddings come from; None for others.
-    """
-
-    identity: Identity
-    weights: str
-    sources: tuple[str, ...]
-    label_from: str | None
-    plan: Plan
-    created: str
-    versions: Mapping[str, str]
-    parity: Mapping[str, float] | None = None
-    quantised: str | None = None
-
-    def save(self, layout: Layout) -> None:
-        content = {
-            "format": FORMAT,
-            "fingerprint": self.identity.fingerprint,
-            **asdict(self),
-        }
-        write_json(layout, layout.spec, content)
-
-    @classmethod
-    def load(cls, layout: Layout) -> Record | None:
-        """The record of the dataset at `layout`; None where there is none."""
-        try:
-            content = json.loads(layout.spec.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError) as error:
-            raise ResfeatError(f"cannot read {layout.spec}: {error}") from error
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise ResfeatError(
-                f"{layout.root} was written by another version of resfeat: read it with that one"
-            )
-        try:
-            fingerprint = content.pop("fingerprint")
-            content["identity"] = Identity.from_dict(content["identity"])
-            if content["identity"].fingerprint != fingerprint:
-                raise ValueError("its fingerprint is not that of its identity")
-            digests = tuple(content["plan"].pop("digests", ()))
-            content["plan"] = Plan(**content["plan"], digests=digests)
-            content["sources"] = tuple(content["sources"])
-            return cls(**content)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ResfeatError(f"{layout.spec} is damaged ({error}): restore it") from error
 
 
 def open_dataset(output: str | os.PathLike[str]) -> Dataset:

@@ -5,7 +5,7 @@ hung it, the shard is done again with each image decoded in a child that has a l
 of memory: the image that is to blame becomes a failure row, and the rest of the shard survives. A
 child costs a start of Python, so it is kept until an image kills it.
 
-Run as a module, this is the child: `python -m resfeat.careful DESCRIPTOR SECONDS`.
+Run as a module, this is the child: `python -m resfeat.decoding.careful DESCRIPTOR SECONDS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 
-from resfeat.decode import Picture, decode
+from resfeat.decoding.decode import Picture, decode
 from resfeat.errors import Failure, ResfeatError
 from resfeat.spec import Decode, Preprocessing
 
@@ -77,7 +77,13 @@ class _Child:
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "resfeat.careful", str(theirs.fileno()), str(SECONDS)],
+                [
+                    sys.executable,
+                    "-m",
+                    __name__,
+                    str(theirs.fileno()),
+                    str(SECONDS),
+                ],
                 pass_fds=[theirs.fileno()],
                 cwd=HOME,
                 stdin=subprocess.DEVNULL,
@@ -93,7 +99,7 @@ class _Child:
             self.end()
             raise ResfeatError(
                 "a decoder process could not be started: is memory short, or limited (ulimit -a)? "
-                f"`{sys.executable} -m resfeat.careful` run in {HOME} may say why"
+                f"`{sys.executable} -m resfeat.decoding.careful` run in {HOME} may say why"
             )
 
     def is_alive(self) -> bool:

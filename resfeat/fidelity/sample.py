@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat import plan
-from resfeat.careful import CarefulDecoder
-from resfeat.decode import Picture
+from resfeat.dataset import Layout
+from resfeat.decoding.careful import CarefulDecoder
+from resfeat.decoding.decode import Picture
 from resfeat.errors import Failure
-from resfeat.layout import Layout
+from resfeat.plan import Plan, read_shard
 from resfeat.sources import read
 from resfeat.sources.item import Item
 from resfeat.spec import Decode, Preprocessing
@@ -21,14 +21,15 @@ from resfeat.spec import Decode, Preprocessing
 CANDIDATES = 4
 
 
-def sample(layout: Layout, shards: int, wanted: int) -> list[Item]:
+def sample(layout: Layout, plan: Plan, wanted: int) -> list[Item]:
     """Items for about `wanted` pictures, in an order that spreads the first ones, too."""
     count = CANDIDATES * wanted
-    chosen = sorted({shards * n // count for n in range(count)})
+    shards = list(plan.shards.values())
+    chosen = sorted({len(shards) * n // count for n in range(count)})
     each = -(-count // len(chosen))
     candidates: list[Item] = []
-    for shard in chosen:
-        items = plan.read_shard(layout, shard)
+    for place in chosen:
+        items = read_shard(layout.plan, shards[place])
         candidates += items[:: max(1, len(items) // each)][:each]
     stride = max(1, len(candidates) // wanted)
     return [item for start in range(stride) for item in candidates[start::stride]]

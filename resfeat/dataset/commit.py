@@ -18,10 +18,8 @@ attempt replaces its twin with the same rows.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -30,10 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from resfeat.errors import Failure, ResfeatError
-from resfeat.layout import Layout
-from resfeat.spec import Identity
-from resfeat.store import (
+from resfeat.dataset.documents import read_json, write_json
+from resfeat.dataset.layout import Layout
+from resfeat.dataset.schema import FAILURES, FailedItem, Row
+from resfeat.errors import ResfeatError
+from resfeat.storage import (
     Draft,
     Location,
     draft,
@@ -42,7 +41,6 @@ from resfeat.store import (
     remove,
     rename,
     sha256,
-    write_whole,
 )
 
 Step = Literal["written", "checked", "withdrawn", "failures", "checksums", "embeddings", "tidied"]
@@ -55,71 +53,6 @@ def on_step(step: Step) -> None:
 
 # Rows are flushed in groups of this many: a bound on memory that leaves groups worth scanning.
 ROW_GROUP = 1024
-
-FAILURES = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-    ]
-)
-
-
-def embeddings_schema(
-    identity: Identity,
-    dims: Mapping[str, int],
-    *,
-    with_label: bool,
-    parity: Mapping[str, float] | None = None,
-    quantised: str | None = None,
-) -> pa.Schema:
-    """The columns of `embeddings/`, with the identity as JSON under the metadata key `resfeat`.
-
-    dims: length of each layer's embedding. parity, quantised: as the record has them.
-    """
-    value = pa.field("element", pa.type_for_alias(identity.dtype), nullable=False)
-    fields = [
-        pa.field("id", pa.string(), nullable=False),
-        *(
-            pa.field(column, pa.list_(value, dims[layer]), nullable=False)
-            for layer, column in identity.columns.items()
-        ),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
-    ]
-    if with_label:
-        fields.append(pa.field("label", pa.string()))
-    described = {"fingerprint": identity.fingerprint, **identity.as_dict()}
-    if parity:
-        described["parity"] = dict(parity)
-    if quantised:
-        described["quantised"] = quantised
-    return pa.schema(fields, metadata={"resfeat": json.dumps(described, sort_keys=True)})
-
-
-@dataclass(frozen=True)
-class Row:
-    """One embedded image: all its columns but the embedding itself."""
-
-    id: str
-    width: int
-    height: int
-    size: int
-    mtime: int
-    label: str | None = None
-
-
-@dataclass(frozen=True)
-class FailedItem:
-    """One image that gave no embedding."""
-
-    id: str
-    uri: str
-    failure: Failure
 
 
 def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.floating]]]:
@@ -301,19 +234,6 @@ class Part(AbstractContextManager["Part"]):
         self._writer.write_table(pa.table(columns, schema=self._schema))
         self._embedded += len(rows)
         self._rows, self._vectors = [], []
-
-
-def write_json(layout: Layout, location: Location, content: object) -> None:
-    """Write a small JSON document into a dataset, whole or not at all."""
-    write_whole(layout.tmp, location, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def read_json(location: Location) -> object:
-    """A JSON document of a dataset; None where there is none, or none that can be read."""
-    try:
-        return json.loads(location.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _digest(location: Location) -> str | None:

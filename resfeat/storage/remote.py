@@ -1,42 +1,31 @@
-"""Files on a disk or in an object store, behind the part of pathlib's interface that we need.
+"""Objects in a store, behind the part of pathlib's interface that we need.
 
-A local path is a `pathlib.Path`, an object is a `StorePath`; code that takes a `Location` takes
-either. Objects are read and written through pyarrow.fs. Every request has a time limit and is
-repeated with growing pauses, and a whole operation is repeated where that did not help, so that
-what is raised in the end means that the store is out of reach, or says no.
-
-Visible whole or not at all: a `Draft` is where a file is written before it is published, in a
-hidden folder on a disk and in memory for a store. Publishing is an atomic rename or one PUT.
+Objects are read and written through pyarrow.fs. Every request has a time limit and is repeated with
+growing pauses, and a whole operation is repeated where that did not help. A StoreError therefore
+means that the store is out of reach, or says no.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as fs
-import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.errors import StoreError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 SCHEME = "s3://"
-# With one slash: what a Path makes of an address.
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(s3|gs|https?):/")
 CONNECT_SECONDS = 5
 REQUEST_SECONDS = 10  # without a byte
 # By the AWS library, of each request. Its attempts come out of one budget for all requests, which a
@@ -48,26 +37,6 @@ REFUSALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH"
 MISSING = "NO_SUCH_BUCKET"
 
 T = TypeVar("T")
-
-
-def is_remote(name: str | os.PathLike[str]) -> bool:
-    """Whether this names something in an object store."""
-    return str(name).startswith(SCHEME)
-
-
-def locate(name: str | os.PathLike[str]) -> Location:
-    """The file or folder of this name: an absolute path, or an object of an s3:// address.
-
-    Raises UsageError for any other address, which a path would make a local folder of.
-    """
-    if not is_remote(name):
-        if ADDRESS.match(str(name)):
-            raise UsageError(f"'{name}' is no address that we know: give {SCHEME}BUCKET/PREFIX")
-        return Path(name).absolute()
-    path = PurePosixPath(str(name).removeprefix(SCHEME))
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise UsageError(f"'{name}' is no address of an object: give {SCHEME}BUCKET/PREFIX")
-    return StorePath(path)
 
 
 @lru_cache
@@ -86,10 +55,6 @@ def store(bucket: str) -> fs.S3FileSystem:
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=REQUEST_ATTEMPTS),
     )
-
-
-class StoreError(ResfeatError, OSError):
-    """A store is out of reach, or refuses."""
 
 
 def patiently(what: object, operation: Callable[[], T]) -> T:
@@ -225,31 +190,7 @@ class StorePath:
         return patiently(self, lambda: self.store.get_file_info(str(self.path)))
 
 
-Location = Path | StorePath
-
-
-READ_AHEAD = 1 << 20
-"""Bytes asked of a store at once, so that columns that lie side by side are one request."""
-
-
-def open_parquet(source: Location | bytes) -> pq.ParquetFile:
-    """A Parquet file, of which only what is asked for is read.
-
-    Read it with use_threads=False, so that no thread of Arrow's has a part in it: one that lets go
-    of bytes or a file of Python's while the interpreter ends aborts the process
-    (apache/arrow#34314).
-    """
-    file: Path | io.BufferedReader | pa.BufferReader
-    if isinstance(source, bytes):
-        file = pa.BufferReader(source)
-    elif isinstance(source, StorePath):
-        file = io.BufferedReader(_StoreFile(source), READ_AHEAD)
-    else:
-        file = source
-    return pq.ParquetFile(file, pre_buffer=False)
-
-
-class _StoreFile(io.RawIOBase):
+class StoreFile(io.RawIOBase):
     """An object as a file of which each piece is read patiently."""
 
     def __init__(self, location: StorePath) -> None:
@@ -300,138 +241,3 @@ class _StoreFile(io.RawIOBase):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def dataset_of(location: Location) -> tuple[str, fs.FileSystem | None]:
-    """A folder as `pyarrow.dataset.dataset` takes it: its path, and the file system of that."""
-    if isinstance(location, Path):
-        return str(location), None
-    return str(location.path), location.store
-
-
-def remove_all(location: Location) -> None:
-    """Remove a folder and all that is in it, if it is there."""
-    if isinstance(location, Path):
-        shutil.rmtree(location, ignore_errors=True)
-    else:
-        location.remove_all()
-
-
-def write_whole(folder: Path | None, location: Location, content: bytes) -> None:
-    """Write a small file by way of a draft in `folder`."""
-    document = draft(folder, location.name)
-    try:
-        document.write(content)
-        document.publish(location)
-    finally:
-        document.discard()
-
-
-def make_folder(location: Location) -> None:
-    """Make a folder, durably, if it is not there."""
-    if isinstance(location, Path) and not location.exists():
-        location.mkdir(exist_ok=True)
-        _sync(location.parent)
-
-
-def remove(location: Location) -> None:
-    """Remove a file, durably, if it is there."""
-    location.unlink(missing_ok=True)
-    if isinstance(location, Path) and location.parent.exists():
-        _sync(location.parent)
-
-
-def rename(location: Location, target: Location) -> None:
-    """Give a file another name, durably. In a store it is copied first, and then removed."""
-    if isinstance(location, StorePath) or isinstance(target, StorePath):
-        target.write_bytes(location.read_bytes())
-        location.unlink()
-        return
-    os.replace(location, target)
-    for parent in {target.parent, location.parent}:
-        _sync(parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class Draft(Protocol):
-    """A file that is being written, seen by nobody until it is published."""
-
-    @property
-    def sink(self) -> Path | pa.BufferOutputStream:
-        """What to write to, until `reopen` is called."""
-        ...
-
-    def write(self, content: bytes) -> None:
-        """Write all of it at once."""
-        ...
-
-    def reopen(self) -> pa.NativeFile:
-        """What was written, whole."""
-        ...
-
-    def publish(self, target: Any) -> None:
-        """Put the file in its place, so that it survives a power cut."""
-        ...
-
-    def discard(self) -> None:
-        """Forget it, unless it was published."""
-        ...
-
-
-def draft(folder: Path | None, name: str) -> Draft:
-    """A new draft: in a folder on the file system of its target, or, for a store, in memory."""
-    return _StoreDraft() if folder is None else _DiskDraft(folder, name)
-
-
-def sha256(draft: Draft) -> str:
-    """Digest of a draft that is whole, 64 hex digits."""
-    with draft.reopen() as file:
-        return hashlib.sha256(file.read_buffer()).hexdigest()
-
-
-class _DiskDraft:
-    def __init__(self, folder: Path, name: str) -> None:
-        # Unique, so that a worker thought dead and its successor never write to one file.
-        self.sink = folder / f"{uuid.uuid4().hex[:12]}-{name}"
-
-    def write(self, content: bytes) -> None:
-        self.sink.write_bytes(content)
-
-    def reopen(self) -> pa.NativeFile:
-        return pa.OSFile(str(self.sink))
-
-    def publish(self, target: Path) -> None:
-        with open(self.sink, "rb") as file:
-            os.fsync(file.fileno())
-        rename(self.sink, target)
-
-    def discard(self) -> None:
-        self.sink.unlink(missing_ok=True)
-
-
-class _StoreDraft:
-    def __init__(self) -> None:
-        self.sink = pa.BufferOutputStream()
-
-    def write(self, content: bytes) -> None:
-        self.sink.write(content)
-
-    @cached_property
-    def _content(self) -> pa.Buffer:
-        return self.sink.getvalue()
-
-    def reopen(self) -> pa.NativeFile:
-        return pa.BufferReader(self._content)
-
-    def publish(self, target: StorePath) -> None:
-        target.write_bytes(self._content)
-
-    def discard(self) -> None:
-        """It is gone as soon as nobody holds it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from resfeat.job import READ_AHEAD, SHARDS_IN_HAND
+from resfeat.worker import READ_AHEAD, SHARDS_IN_HAND
 
 # The model counts as kept waiting when its share of waiting for pixels is above this.
 WAITING = 0.2

@@ -2,7 +2,7 @@
 
 import uuid
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from urllib.parse import quote
 
 import boto3
@@ -10,10 +10,9 @@ import pytest
 from object_store import FaultyProxy, ObjectStore
 from pyarrow.fs import FileInfo
 
-from resfeat import store as stores
-from resfeat.errors import Failure, UsageError
-from resfeat.sources import bucket, folder_of, listing, rules
-from resfeat.store import StoreError
+from resfeat.errors import Failure, StoreError, UsageError
+from resfeat.sources import listing, prefix, rules
+from resfeat.storage import remote as stores
 
 ODD = ["a b.jpg", "100%.jpg", "%41.jpg", "a+b.jpg", "#1.jpg", "what?.jpg", "-rf.jpg", " lead.jpg",
        "\u00e9.jpg", "e\u0301.jpg", "\u65e5\u672c/\u8a9e.png", "a&b=c;d.jpg", "[a]*.jpg", "'\".jpg",
@@ -61,15 +60,15 @@ def ids(*sources):
 def test_a_store_that_lists_milliseconds_changes_no_object(put, monkeypatch):
     """The header of an object has whole seconds, as all times of the server here."""
     root = put("a.jpg")
-    info = bucket._info
+    info = prefix._info
 
     def to_the_millisecond(path):
         there = info(path)
         return FileInfo(there.path, there.type, mtime_ns=there.mtime_ns + 345_000_000, size=5)
 
-    monkeypatch.setattr(bucket, "_info", to_the_millisecond)
+    monkeypatch.setattr(prefix, "_info", to_the_millisecond)
     (item,) = listing([f"{root}/a.jpg"])
-    assert item.mtime == bucket.read(item.uri)[2]
+    assert item.mtime == prefix.read(item.uri)[2]
 
 
 def test_a_tree_gives_the_same_ids_in_the_same_order_as_on_a_disk(put, tmp_path):
@@ -88,7 +87,7 @@ def test_a_tree_gives_the_same_ids_in_the_same_order_as_on_a_disk(put, tmp_path)
     assert [item.size for item in in_store] == [item.size for item in on_disk]
     assert there.skipped == here.skipped == {"hidden": 2, ".json": 1, "resfeat output": 1}
     for item in in_store:
-        data, size, mtime = bucket.read(item.uri)
+        data, size, mtime = prefix.read(item.uri)
         # The bytes are the key: had its name been misread, they would be those of another.
         key = f"deep/in/{item.id}" if "\\" not in item.id else "deep/in/back\\x41.jpg"
         assert (data.decode(), size, mtime) == (key, item.size, item.mtime)
@@ -99,7 +98,7 @@ def test_an_object_beside_its_own_prefix_is_an_image_like_those_below_it(put):
     root = put("in/a", "in/a/b", "in/a/b/c")
     assert ids(f"{root}/in") == ["a", "a/b", "a/b/c"]
     for name in ("in/a", "in/a/b", "in/a/b/c"):
-        assert bucket.read(f"{root}/{name}")[0] == name.encode()
+        assert prefix.read(f"{root}/{name}")[0] == name.encode()
 
 
 @pytest.mark.parametrize(
@@ -131,8 +130,8 @@ def test_several_prefixes_and_single_objects_count_from_their_common_parent(put)
 
 def test_the_folder_of_an_image_is_what_it_is_called_in_the_key(put):
     root = put("in/a +%41/1.jpg")
-    (item,) = listing([f"{root}/in"])
-    assert folder_of(item.uri) == "a +%41"
+    (item,) = listing([f"{root}/in"], "parent")
+    assert item.label == "a +%41"
 
 
 def test_sources_that_overlap_or_are_missing_are_refused(put):
@@ -173,15 +172,15 @@ def test_a_listing_of_more_than_a_page_is_whole_whatever_befalls_the_second(put,
 
 def test_an_empty_object_is_a_failure(put):
     root = put("1.jpg", body=b"")
-    assert bucket.read(f"{root}/1.jpg").reason == "empty"
+    assert prefix.read(f"{root}/1.jpg").reason == "empty"
 
 
 def test_a_file_over_the_limit_is_not_read(put, proxy, monkeypatch):
     root = put("small.jpg", body=b"x" * 1000)
     put("large.jpg", body=b"x" * 1001)
     monkeypatch.setattr(rules, "MAX_BYTES", 1000)
-    assert bucket.read(f"{root}/small.jpg")[1] == 1000
-    failure = bucket.read(f"{root}/large.jpg")
+    assert prefix.read(f"{root}/small.jpg")[1] == 1000
+    failure = prefix.read(f"{root}/large.jpg")
     assert (failure.stage, failure.reason) == ("read", "too_large")
     assert "1,001 bytes; 1,000 at most" in failure.message
     # It costs a look at its length, not its download.
@@ -190,12 +189,12 @@ def test_a_file_over_the_limit_is_not_read(put, proxy, monkeypatch):
 
 def test_an_object_that_is_gone_or_forbidden_is_a_failure(put, proxy):
     root = put("1.jpg", "2.jpg")
-    assert bucket.read(f"{root}/gone.jpg") == Failure("read", "not_found", "no such object")
+    assert prefix.read(f"{root}/gone.jpg") == Failure("read", "not_found", "no such object")
     proxy.faults = lambda _, path: "403" if "1.jpg" in path else None
     proxy.requests.clear()
-    assert bucket.read(f"{root}/1.jpg").reason == "permission"
+    assert prefix.read(f"{root}/1.jpg").reason == "permission"
     assert len(proxy.requests) == 1  # asking again would not help
-    assert bucket.read(f"{root}/2.jpg")[0] == b"2.jpg"
+    assert prefix.read(f"{root}/2.jpg")[0] == b"2.jpg"
 
 
 def test_an_object_that_cannot_be_read_is_a_failure_and_a_store_that_cannot_is_an_error(
@@ -205,18 +204,18 @@ def test_an_object_that_cannot_be_read_is_a_failure_and_a_store_that_cannot_is_a
     monkeypatch.setattr(stores, "REQUEST_ATTEMPTS", 1)
     root = put("1.jpg")
     proxy.faults = lambda _, path: "500" if "1.jpg" in path else None
-    assert bucket.read(f"{root}/1.jpg").reason == "io_error"
+    assert prefix.read(f"{root}/1.jpg").reason == "io_error"
     proxy.down = True
     with pytest.raises(StoreError, match=f"^{root}"):
-        bucket.read(f"{root}/1.jpg")
+        prefix.read(f"{root}/1.jpg")
 
 
 def test_the_time_of_an_object_is_that_of_its_content(put):
-    before = datetime.now(timezone.utc).timestamp()
+    before = datetime.now(UTC).timestamp()
     root = put("in/1.jpg")
     (item,) = listing([f"{root}/in"])
-    assert before - 1 <= item.mtime / 1e6 <= datetime.now(timezone.utc).timestamp()
-    assert bucket.read(item.uri)[2] == item.mtime
+    assert before - 1 <= item.mtime / 1e6 <= datetime.now(UTC).timestamp()
+    assert prefix.read(item.uri)[2] == item.mtime
 
 
 def test_the_folders_above_a_source_are_not_looked_at(put, proxy):

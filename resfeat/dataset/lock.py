@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
-from resfeat.errors import ResfeatError
-from resfeat.layout import Layout
-from resfeat.store import StorePath
+from resfeat.dataset.layout import Layout
+from resfeat.errors import ResfeatError, StoreError
+from resfeat.storage import StorePath
 
 # `resfeat status` holds the lock for an instant while it looks; that is no reason to refuse.
 PATIENCE_SECONDS = 0.5
@@ -58,7 +58,7 @@ class Writer:
 
     @classmethod
     def me(cls) -> Writer:
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         me = os.getpid()
         return cls(socket.gethostname(), _machine(), me, _began(me), now, secrets.token_hex(8))
 
@@ -200,7 +200,7 @@ def _held_in_store(
     def beat() -> None:
         count = 0
         while not ended.wait(BEAT_SECONDS):
-            with suppress(OSError):  # out of reach for now; the next beat may come through
+            with suppress(StoreError):  # out of reach for now; the next beat may come through
                 there = _read(lock)
                 if there and there.token != me.token:
                     taken.set()
@@ -217,7 +217,7 @@ def _held_in_store(
     finally:
         ended.set()
         beats.join()
-        with suppress(OSError):
+        with suppress(StoreError):
             # Not that of another who took it since the last beat.
             if (there := _read(lock)) and there.token == me.token:
                 if before and not is_run:

@@ -10,12 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from resfeat.dataset import Record
+from resfeat.dataset import Layout, Record
 from resfeat.errors import ResfeatError
-from resfeat.layout import Layout
-from resfeat.parity import SAMPLE
-from resfeat.sample import pictures, sample
-from resfeat.store import Location, write_whole
+from resfeat.fidelity.parity import SAMPLE
+from resfeat.fidelity.sample import pictures, sample
+from resfeat.storage import Location, write_whole
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -57,7 +56,7 @@ def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]
     from resfeat.runtimes.openvino import quantise
 
     started = time.monotonic()
-    items = sample(layout, record.plan.shards, SAMPLE + PICTURES)
+    items = sample(layout, record.plan, SAMPLE + PICTURES)
     # From the end: those at the beginning are for measuring parity.
     chosen = pictures(
         reversed(items), record.identity.preprocessing, record.identity.decode, PICTURES

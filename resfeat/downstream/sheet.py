@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from resfeat.downstream.search import Neighbour
 from resfeat.errors import Failure
-from resfeat.search import Neighbour
 from resfeat.sources import read, uri_of
 
 TILE, CAPTION, GAP = 160, 32, 8

@@ -13,10 +13,10 @@ from urllib.parse import quote, unquote
 
 from pyarrow.fs import FileInfo, FileSelector, FileType, S3FileSystem
 
-from resfeat.errors import Failure, UsageError
+from resfeat.errors import Failure, StoreError, UsageError
 from resfeat.sources.item import Item
-from resfeat.sources.rules import base_of, check_apart, passed_over, printable, unfit
-from resfeat.store import SCHEME, StoreError, is_refused, patiently, store
+from resfeat.sources.rules import base_of, check_apart, folder_of, passed_over, printable, unfit
+from resfeat.storage import SCHEME, is_refused, patiently, store
 
 # Parts of a key that a path cannot have: two slashes in a row leave an empty one. The AWS library
 # would read another object in its place.
@@ -30,7 +30,8 @@ class Prefixes:
     is out of reach or does not let us look.
     """
 
-    def __init__(self, sources: Sequence[str]) -> None:
+    def __init__(self, sources: Sequence[str], label_from: str | None = None) -> None:
+        self._labelled = label_from == "parent"
         paths = {source.removeprefix(SCHEME).rstrip("/") for source in sources}
         self._paths = sorted(paths, key=lambda path: path.split("/"))
         self.roots = [SCHEME + path for path in self._paths]
@@ -84,6 +85,7 @@ class Prefixes:
             # In whole seconds, as the header has it that comes with an object; some stores list
             # milliseconds.
             mtime=info.mtime_ns // 10**9 * 10**6,
+            label=folder_of(info.path) if self._labelled else None,
         )
 
 

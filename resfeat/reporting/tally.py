@@ -1,116 +1,21 @@
-"""The run report: what a run did, how fast, and what held it back."""
+"""Adding up a run while it goes on."""
 
 from __future__ import annotations
 
-import platform
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from resfeat import __version__, verdict
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
-from resfeat.job import ShardResult
-from resfeat.machine import hardware
-from resfeat.plan import Plan
+from resfeat.plan import Plan, Shard
+from resfeat.reporting.report import Report, new_run_id
+from resfeat.worker import ShardResult
 
 if TYPE_CHECKING:
-    from resfeat.parity import Parity
-
-LIBRARIES = (
-    "torch", "torchvision", "openvino", "nncf", "pillow", "simplejpeg", "pyarrow", "ray"
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What one run did, and where the dataset stands after it.
-
-    precision: of the dataset's forward passes. items, embedded, failed, reasons: the whole dataset.
-    images, images_failed: this run alone, in shards that it committed. kept: images in those that
-    were embedded before, and were not done again. changed: files that were not
-    as listed any more when they were read. start_seconds: from the call until the first worker is
-    live. seconds: from then to the last commit. stages: busy seconds by stage, added up over
-    threads and workers; `wait` is the time that the model waited for pixels. skipped: files that
-    were passed over in listing, by extension. notes: what a user should know of how the weights
-    were read. parity: how near a sample was to the reference; None for the reference itself.
-    """
-
-    run_id: str
-    status: Literal["finished", "interrupted", "failed"]
-    output: str
-    precision: str
-    items: int
-    embedded: int
-    failed: int
-    reasons: Mapping[str, int]
-    images: int = 0
-    images_failed: int = 0
-    kept: int = 0
-    changed: int = 0
-    shards: int = 0
-    shards_left: int = 0
-    start_seconds: float = 0.0
-    seconds: float = 0.0
-    stages: Mapping[str, float] = field(default_factory=dict)
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    parity: Parity | None = None
-    error: str | None = None
-
-    @property
-    def images_per_second(self) -> float:
-        """Images of this run by the time from the first live worker to the last commit."""
-        return self.images / self.seconds if self.seconds else 0.0
-
-    @property
-    def error_rate(self) -> float:
-        """Share of the dataset's items that gave no embedding, 0 to 1."""
-        return self.failed / self.items if self.items else 0.0
-
-    @property
-    def bottleneck(self) -> str | None:
-        """The stage that decided the speed: read, decode, embed or write. None if nothing ran."""
-        if not self.engine:
-            return None
-        return verdict.bottleneck(self.stages, self.engine["cpus"], self.engine["reads_ahead"])
-
-    @property
-    def waited(self) -> float:
-        """Share of its time, 0 to 1, that the model waited for pixels."""
-        return verdict.waited(self.stages)
-
-    @property
-    def verdict(self) -> str | None:
-        """A sentence on what limited the run. None if nothing ran."""
-        if not self.engine:
-            return None
-        return verdict.verdict(
-            self.stages,
-            device=self.engine["device"],
-            cpus=self.engine["cpus"],
-            precision=self.precision,
-            reads_ahead=self.engine["reads_ahead"],
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as it is written to `_resfeat/runs/`."""
-        return {
-            **asdict(self),
-            "images_per_second": round(self.images_per_second, 2),
-            "bottleneck": self.bottleneck,
-            "waited": round(self.waited, 4),
-            "verdict": self.verdict,
-            "hardware": hardware(),
-            "versions": versions(),
-        }
+    from resfeat.fidelity.parity import Parity
 
 
 @dataclass(frozen=True)
@@ -129,7 +34,7 @@ class Progress:
 class Tally:
     """Adds up a run as its shards are committed.
 
-    todo: numbers of the shards that are to be done, ascending. started: when the run was
+    todo: the shards that are to be done. started: when the run was
     asked for, by `time.monotonic`. on_note: is told what `note` is. engine, parity: to be set to
     what the engine says of itself, and to what was measured.
     """
@@ -137,14 +42,14 @@ class Tally:
     def __init__(
         self,
         plan: Plan,
-        todo: Sequence[int],
+        todo: Sequence[Shard],
         on_progress: Callable[[Progress], None],
         started: float,
         on_note: Callable[[str], None],
     ) -> None:
         self.todo = todo
         self._plan = plan
-        self._before = plan.items - sum(map(plan.length, todo))
+        self._before = plan.items - sum(shard.rows for shard in todo)
         self._on_progress = on_progress
         self._started = started
         self._first_worker: float | None = None
@@ -236,17 +141,3 @@ def _status(error: ResfeatError | None) -> Literal["finished", "interrupted", "f
     if error is None:
         return "finished"
     return "interrupted" if isinstance(error, Stopped) else "failed"
-
-
-def new_run_id() -> str:
-    """Sorts by time, and differs between two runs of the same second."""
-    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the libraries that an embedding or a run depends on."""
-    ours = {"python": platform.python_version(), "resfeat": __version__}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):  # some are extras
-            ours[name] = version(name)
-    return ours

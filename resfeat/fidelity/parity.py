@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resfeat.errors import ResfeatError
-from resfeat.job import Placement
+from resfeat.fidelity.sample import pictures
 from resfeat.runtimes import REFERENCE
 from resfeat.runtimes.torch import TorchRuntime
-from resfeat.sample import pictures
 from resfeat.sources.item import Item
 from resfeat.spec import Decode, Identity
+from resfeat.worker import Placement
 
 # Images that are compared. In the reference's own precision a runtime does the same arithmetic in
 # another order, and the first few show whether it does.

@@ -35,8 +35,8 @@ def embed_queries(
     """
     from resfeat import runtimes
     from resfeat.backbones.weights import resolve
-    from resfeat.calibration import is_intact
-    from resfeat.decode import decode
+    from resfeat.decoding.decode import decode
+    from resfeat.fidelity.calibration import is_intact
     from resfeat.sources import read, uri_of
 
     identity = dataset.record.identity

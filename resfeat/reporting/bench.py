@@ -9,28 +9,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import numpy as np
 
-from resfeat import verdict
 from resfeat.backbones.weights import Weights, resolve
-from resfeat.calibration import calibrate
-from resfeat.dataset import Record
-from resfeat.decode import Picture, decode
+from resfeat.dataset import Layout, Part, Record, Row
+from resfeat.decoding.decode import Picture, decode
 from resfeat.engines import as_job
 from resfeat.engines.inline import InlineEngine
 from resfeat.errors import Failure, UsageError
-from resfeat.job import Placement, ShardResult
-from resfeat.layout import Layout
+from resfeat.fidelity.calibration import calibrate
 from resfeat.plan import write_plan
-from resfeat.report import versions
+from resfeat.reporting import limits as verdict
+from resfeat.reporting.report import versions
 from resfeat.runtimes import check
-from resfeat.sink import Part, Row
 from resfeat.sources import listing, read
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import Worker, forward
+from resfeat.worker import Placement, ShardResult
+from resfeat.worker.worker import Worker, forward
 
 # Each stage alone is repeated for at least this long.
 SECONDS = 3.0
@@ -89,11 +87,13 @@ def bench(
             on_step("the forward pass")
             forward_rate = _forward(worker, pictures)
             on_step("writing")
-            write_rate = _write(worker, layout, items, record.plan.shards)
+            write_rate = _write(worker, layout, items, len(record.plan.shards))
             on_step("the whole job")
             started = time.perf_counter()
             results = list(
-                engine.run(range(record.plan.shards), (), lambda *counts: None, lambda: False)
+                engine.run(
+                    list(record.plan.shards.values()), (), lambda *counts: None, lambda: False
+                )
             )
             whole = len(items) / (time.perf_counter() - started)
     rates = {"read": read_rate, "decode": decode_rate, "embed": forward_rate, "write": write_rate}
@@ -145,8 +145,8 @@ def _dataset(
             weights=weights.origin,
             sources=tuple(sources),
             label_from=None,
-            plan=write_plan(layout, items, SHARD),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            plan=write_plan(layout.plan, layout.tmp, items, SHARD),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
         )
         record.save(layout)

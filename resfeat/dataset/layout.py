@@ -20,7 +20,7 @@ import os
 import re
 from pathlib import Path
 
-from resfeat.store import Location, locate
+from resfeat.storage import Location, locate
 
 _PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
 
@@ -56,9 +56,6 @@ class Layout:
 
     def checksum(self, shard: int) -> Location:
         return self.checksums / f"part-{shard:05d}.json"
-
-    def plan_file(self, number: int) -> Location:
-        return self.plan / f"plan-{number:05d}.parquet"
 
     def run_report(self, run_id: str) -> Location:
         return self.runs / f"{run_id}.json"

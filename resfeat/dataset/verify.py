@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,14 +18,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from resfeat.dataset import Dataset
-from resfeat.errors import REASONS, ResfeatError
-from resfeat.layout import Layout
-from resfeat.lock import run_lock
-from resfeat.machine import cpu_count
-from resfeat.plan import SHARDS_PER_FILE, read_shard
-from resfeat.sink import FAILURES, digests
-from resfeat.store import Location, StoreError, open_parquet
+from resfeat.dataset.commit import digests
+from resfeat.dataset.layout import Layout
+from resfeat.dataset.lock import run_lock
+from resfeat.dataset.reader import Dataset
+from resfeat.dataset.schema import FAILURES
+from resfeat.errors import REASONS, ResfeatError, StoreError
+from resfeat.plan import Shard, read_shard
+from resfeat.runtimes.hardware import cpu_count
+from resfeat.storage import Location, open_parquet
 
 Kind = Literal[
     "plan", "unfinished", "missing", "unreadable", "checksum", "rows", "identity", "values",
@@ -91,17 +92,20 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
 
 
 def _verify(dataset: Dataset, on_shard: Callable[[], object]) -> Verification:
-    found = Verification(shards=dataset.record.plan.shards)
+    shards = dataset.record.plan.shards
+    found = Verification(shards=len(shards))
     damaged = dict(_of_plan(dataset))
     found.problems += damaged.values()
-    found.problems += _foreign(dataset.layout, dataset.record.plan.shards)
+    found.problems += _foreign(dataset.layout, shards)
     ids, vectors = [], []
     once = set(dataset.layout.with_checksums())
     # Where the plan itself is damaged, no part is to blame.
-    planned = [n for n in range(found.shards) if n // SHARDS_PER_FILE not in damaged]
+    planned = [shard for shard in shards.values() if shard.file not in damaged]
     found.unseen = found.shards - len(planned)
     with ThreadPoolExecutor(cpu_count()) as pool:
-        for looked in pool.map(lambda shard: _look_at(dataset, shard, shard in once), planned):
+        for looked in pool.map(
+            lambda shard: _look_at(dataset, shard, shard.number in once), planned
+        ):
             found.problems += looked.problems
             found.embedded += looked.embedded
             found.failed += looked.failed
@@ -124,7 +128,7 @@ def repair(
     dataset is being written, and where nothing can be removed from it.
 
     on_wait: as `run_lock` has it."""
-    layout = dataset.layout
+    layout, shards = dataset.layout, dataset.record.plan.shards
     sent = []
     try:
         with run_lock(layout, is_run=False, on_wait=on_wait):
@@ -132,7 +136,7 @@ def repair(
                 # Once more, now that nobody writes: what was in hand may be done by now. And where
                 # a shard is only unfinished, what is set aside of it are rows that it will keep.
                 was_committed = layout.checksum(shard).exists()
-                problems = _look_at(dataset, shard, was_committed).problems
+                problems = _look_at(dataset, shards[shard], was_committed).problems
                 if all(each.kind == "unfinished" for each in problems):
                     continue
                 # The embeddings first: without them the shard is not done, whatever else is there.
@@ -158,8 +162,9 @@ class _Look:
     problems: list[Problem] = field(default_factory=list)
 
 
-def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
-    layout, name = dataset.layout, dataset.layout.part_name(shard)
+def _look_at(dataset: Dataset, planned: Shard, was_committed: bool) -> _Look:
+    layout, shard = dataset.layout, planned.number
+    name = layout.part_name(shard)
     part, failures = layout.embeddings / name, layout.failures / name
     look = _Look()
 
@@ -167,16 +172,14 @@ def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
         look.problems.append(Problem(kind, shard, str(path), message))
 
     try:
-        planned = [item.id for item in read_shard(layout, shard)]
-        if len(planned) != dataset.record.plan.length(shard):
-            raise pa.ArrowInvalid("its rows are not those that were listed")
+        listed = [item.id for item in read_shard(layout.plan, planned)]
     except StoreError:
         raise
-    except (ResfeatError, pa.ArrowException) as error:
-        path = layout.plan_file(shard // SHARDS_PER_FILE)
+    except ResfeatError as error:
+        path = layout.plan / planned.file
         look.problems.append(Problem("plan", None, str(path), _first_line(error)))
         return look
-    look.ids = np.array([_hash(each) for each in planned], np.uint64)
+    look.ids = np.array([_hash(each) for each in listed], np.uint64)
 
     noted = digests(layout, shard)
     tables = {}
@@ -199,8 +202,8 @@ def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
             wrong("unreadable", path, _first_line(error))
             return look
     rows = [each for table in tables.values() for each in table["id"].to_pylist()]
-    if sorted(rows) != sorted(planned):
-        count = len(set(rows) ^ set(planned)) + len(rows) - len(set(rows))
+    if sorted(rows) != sorted(listed):
+        count = len(set(rows) ^ set(listed)) + len(rows) - len(set(rows))
         wrong("rows", part, f"{count} of its images are not exactly one row")
     for problem, folder, message in _amiss(dataset, tables):
         wrong(problem, layout.root / folder / name, message)
@@ -210,15 +213,15 @@ def _look_at(dataset: Dataset, shard: int, was_committed: bool) -> _Look:
     return look
 
 
-def _of_plan(dataset: Dataset) -> Iterator[tuple[int, Problem]]:
-    """Files of the plan that are not what was listed, by number."""
-    for number, digest in enumerate(dataset.record.plan.digests):
-        path = dataset.layout.plan_file(number)
+def _of_plan(dataset: Dataset) -> Iterator[tuple[str, Problem]]:
+    """Files of the plan that are not what was listed, by name."""
+    for file in dataset.record.plan.files:
+        path = dataset.layout.plan / file.name
         try:
-            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-                yield number, Problem("plan", None, str(path), "it was changed since")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
+                yield file.name, Problem("plan", None, str(path), "it was changed since")
         except FileNotFoundError:
-            yield number, Problem("plan", None, str(path), "it is gone")
+            yield file.name, Problem("plan", None, str(path), "it is gone")
 
 
 def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
@@ -282,9 +285,9 @@ def _amiss(dataset: Dataset, tables: dict[str, pa.Table]) -> Iterator[tuple[Kind
             yield "rows", "failures", f"unknown reasons: {', '.join(sorted(unknown))}"
 
 
-def _foreign(layout: Layout, shards: int) -> Iterator[Problem]:
+def _foreign(layout: Layout, shards: Iterable[int]) -> Iterator[Problem]:
     """Files and folders that a reader of the folders would take for rows, or stumble over."""
-    known = {layout.part_name(shard) for shard in range(shards)}
+    known = {layout.part_name(shard) for shard in shards}
     for folder in (layout.embeddings, layout.failures):
         for path in sorted(_entries(folder), key=str):
             # Readers of a folder pass over what begins with these, whatever else it is.

@@ -1,0 +1,129 @@
+"""Writing the listing as it comes, and reading one shard of it.
+
+A plan is a folder of Parquet files in which each row group is one shard, so a worker reads its own
+rows and nothing else. Both sides are streamed: memory does not grow with the number of items.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resfeat.errors import ResfeatError, first_line
+from resfeat.plan.index import Plan, PlanFile, Shard
+from resfeat.sources import Item
+from resfeat.storage import Location, draft, open_parquet, sha256
+
+SHARD_SIZE = 4096
+SHARDS_PER_FILE = 64
+
+# A small collection is cut finer, so that all workers have work and a crash costs little.
+SMALL_SHARDS = 32
+SMALLEST_SHARD = 128
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("label", pa.string()),
+    ]
+)
+OWN = SCHEMA.names
+
+
+def shard_size_for(items: int) -> int:
+    """The default shard size: 4,096, or the multiple of 128 that gives about 32 shards."""
+    wanted = -(-items // SMALL_SHARDS)
+    return min(SHARD_SIZE, max(SMALLEST_SHARD, -(-wanted // SMALLEST_SHARD) * SMALLEST_SHARD))
+
+
+def write_plan(
+    folder: Location,
+    drafts: Path | None,
+    listing: Iterable[Item],
+    shard_size: int | None,
+    carried: Sequence[pa.Field] = (),
+) -> Plan:
+    """Write the listing into `folder` as it comes, cut into shards, by way of drafts.
+
+    carried: the columns of `Item.carried`. Where no shard size is given, as many rows as the
+    largest default needs are held back until it is clear how long the listing is.
+    """
+    schema = pa.schema([*SCHEMA, *carried])
+    tables = _tables(listing, schema, shard_size or SMALLEST_SHARD)
+    held: list[pa.Table] = []
+    if shard_size is None:
+        held = list(itertools.islice(tables, SMALL_SHARDS * SHARD_SIZE // SMALLEST_SHARD))
+        shard_size = shard_size_for(sum(table.num_rows for table in held))
+        held = list(_recut(held, shard_size))
+    cut = itertools.chain(held, _recut(tables, shard_size))
+    files: list[PlanFile] = []
+    for first in cut:  # of each file
+        name = f"plan-{len(files):05d}.parquet"
+        file, rows = draft(drafts, name), []
+        with pq.ParquetWriter(file.sink, schema, compression="zstd") as writer:
+            for table in itertools.chain([first], itertools.islice(cut, SHARDS_PER_FILE - 1)):
+                writer.write_table(table, row_group_size=shard_size)
+                rows.append(table.num_rows)
+        start = len(files) * SHARDS_PER_FILE
+        shards = tuple(range(start, start + len(rows)))
+        files.append(PlanFile(name, 0, sha256(file), shards, tuple(rows)))
+        file.publish(folder / name)
+    return Plan(shard_size, tuple(files))
+
+
+def read_shard(folder: Location, shard: Shard) -> list[Item]:
+    """The items of one shard, in plan order. Raises ResfeatError where the plan cannot be read."""
+    path = folder / shard.file
+    try:
+        with open_parquet(path) as file:
+            table = file.read_row_group(shard.row_group, use_threads=False)
+        table = table.select([*OWN, *(name for name in table.schema.names if name not in OWN)])
+        if table.num_rows != shard.rows:
+            raise pa.ArrowInvalid("its rows are not those that were listed")
+    except (OSError, ValueError, KeyError, IndexError) as error:  # Arrow's own are of these
+        raise ResfeatError(
+            f"{path}, the listing of shard {shard.number}, cannot be read ({first_line(error)}): "
+            "bring it back, or give a new -o"
+        ) from error
+    columns = [
+        (column.cast(pa.int64()) if name == "mtime" else column).to_pylist()
+        for name, column in zip(table.schema.names, table.columns, strict=True)
+    ]
+    own = zip(*columns[: len(OWN)], strict=True)
+    carried = zip(*columns[len(OWN) :], strict=True) if columns[len(OWN) :] else ()
+    rows = itertools.zip_longest(own, carried, fillvalue=())
+    return [Item._make((*row, also)) for row, also in rows]
+
+
+def _tables(listing: Iterable[Item], schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
+    iterator = iter(listing)
+    while items := list(itertools.islice(iterator, rows)):
+        *own, carried = zip(*items, strict=True)
+        columns = [*own, *zip(*carried, strict=True)]
+        yield pa.table(
+            [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
+            schema=schema,
+        )
+
+
+def _recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `rows` each, the last one shorter."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        held.append(table)
+        count += table.num_rows
+        while count >= rows:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, rows)
+            held, count = [whole.slice(rows)], count - rows
+    if count:
+        yield pa.concat_tables(held)

@@ -1,0 +1,68 @@
+"""Which shard is listed where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """Where the items of one shard are listed: `rows` of them, in one row group of a file."""
+
+    number: int
+    file: str
+    row_group: int
+    rows: int
+    generation: int = 0
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """One file of the plan. shards, rows: the shard in each row group, and how many items it has.
+
+    sha256: 64 hex digits.
+    """
+
+    name: str
+    generation: int
+    sha256: str
+    shards: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files of the listing. shard_size: items in a shard; the last one may hold fewer."""
+
+    shard_size: int
+    files: tuple[PlanFile, ...]
+
+    @cached_property
+    def shards(self) -> Mapping[int, Shard]:
+        """Every shard by its number, ascending. A later generation replaces an earlier one."""
+        found = {
+            number: Shard(number, file.name, row_group, rows, file.generation)
+            for file in sorted(self.files, key=lambda file: file.generation)
+            for row_group, (number, rows) in enumerate(zip(file.shards, file.rows, strict=True))
+        }
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def items(self) -> int:
+        """Items in all shards."""
+        return sum(shard.rows for shard in self.shards.values())
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
+        """The inverse of `dataclasses.asdict`, from JSON, where tuples are lists."""
+        files = (
+            PlanFile(**{**file, "shards": tuple(file["shards"]), "rows": tuple(file["rows"])})
+            for file in plain["files"]
+        )
+        return cls(plain["shard_size"], tuple(files))

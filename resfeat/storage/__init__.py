@@ -1,0 +1,35 @@
+"""Files on a disk or in an object store: paths, drafts that appear whole, and reading Parquet."""
+
+from resfeat.storage.draft import Draft, draft, sha256, write_whole
+from resfeat.storage.location import (
+    Location,
+    is_remote,
+    locate,
+    make_folder,
+    remove,
+    remove_all,
+    rename,
+)
+from resfeat.storage.parquet import dataset_of, open_parquet
+from resfeat.storage.remote import SCHEME, StorePath, is_refused, patiently, store
+
+__all__ = [
+    "SCHEME",
+    "Draft",
+    "Location",
+    "StorePath",
+    "dataset_of",
+    "draft",
+    "is_refused",
+    "is_remote",
+    "locate",
+    "make_folder",
+    "open_parquet",
+    "patiently",
+    "remove",
+    "remove_all",
+    "rename",
+    "sha256",
+    "store",
+    "write_whole",
+]

@@ -1,0 +1,77 @@
+"""Where a file or folder is: on a disk, a `pathlib.Path`, or in a store, a `StorePath`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+
+from resfeat.errors import UsageError
+from resfeat.storage.remote import SCHEME, StorePath
+
+# With one slash: what a Path makes of an address.
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(s3|gs|https?):/")
+
+Location = Path | StorePath
+
+
+def is_remote(name: str | os.PathLike[str]) -> bool:
+    """Whether this names something in an object store."""
+    return str(name).startswith(SCHEME)
+
+
+def locate(name: str | os.PathLike[str]) -> Location:
+    """The file or folder of this name: an absolute path, or an object of an s3:// address.
+
+    Raises UsageError for any other address, which a path would make a local folder of.
+    """
+    if not is_remote(name):
+        if ADDRESS.match(str(name)):
+            raise UsageError(f"'{name}' is no address that we know: give {SCHEME}BUCKET/PREFIX")
+        return Path(name).absolute()
+    path = PurePosixPath(str(name).removeprefix(SCHEME))
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise UsageError(f"'{name}' is no address of an object: give {SCHEME}BUCKET/PREFIX")
+    return StorePath(path)
+
+
+def remove_all(location: Location) -> None:
+    """Remove a folder and all that is in it, if it is there."""
+    if isinstance(location, Path):
+        shutil.rmtree(location, ignore_errors=True)
+    else:
+        location.remove_all()
+
+
+def make_folder(location: Location) -> None:
+    """Make a folder, durably, if it is not there."""
+    if isinstance(location, Path) and not location.exists():
+        location.mkdir(exist_ok=True)
+        _sync(location.parent)
+
+
+def remove(location: Location) -> None:
+    """Remove a file, durably, if it is there."""
+    location.unlink(missing_ok=True)
+    if isinstance(location, Path) and location.parent.exists():
+        _sync(location.parent)
+
+
+def rename(location: Location, target: Location) -> None:
+    """Give a file another name, durably. In a store it is copied first, and then removed."""
+    if isinstance(location, StorePath) or isinstance(target, StorePath):
+        target.write_bytes(location.read_bytes())
+        location.unlink()
+        return
+    os.replace(location, target)
+    for parent in {target.parent, location.parent}:
+        _sync(parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

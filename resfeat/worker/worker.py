@@ -1,0 +1,136 @@
+"""A worker: one model on one device, and the threads that its shards share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from threading import BoundedSemaphore, Event, Lock, get_ident
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from resfeat import runtimes
+from resfeat.dataset import Layout, Record, embeddings_schema
+from resfeat.decoding import Picture, decode
+from resfeat.errors import DecoderHungError, Failure, ResfeatError
+from resfeat.plan import Shard
+from resfeat.runtimes import Network
+from resfeat.spec import Decode, Preprocessing
+from resfeat.worker.messages import Job, Placement
+
+# Forward passes at a time on a GPU: the copies of one run while the other is computed.
+PASSES_ON_GPU = 2
+# An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
+HUNG_SECONDS = 60.0
+
+
+class Worker:
+    """The model and the thread pools that the shards of one worker share.
+
+    Forward passes run one batch to a thread, each on a single core: with more threads inside a
+    forward pass the last bits of an embedding depend on how many there are.
+
+    progress: images done and failed so far, by shard in hand. fits: images that the device's memory
+    is thought to hold at once. stopping: set it to have shards in hand raise Stopped soon.
+    decoding_since: when each thread that is decoding an image began with it.
+    """
+
+    def __init__(self, job: Job, placement: Placement, network: Network) -> None:
+        self.job = job
+        self.placement = placement
+        self.layout = Layout(job.output)
+        self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
+        self.runtime = runtimes.start(
+            placement.runtime,
+            job.identity,
+            network,
+            device=placement.device,
+            threads=self.forward_threads,
+            batch_size=placement.batch_size,
+        )
+        self.fits = placement.batch_size
+        self.progress: dict[Shard, tuple[int, int]] = {}
+        self.stopping = Event()
+        self.decoding_since: dict[int, float] = {}
+        self.loaders = _threads("load", placement.cpus + job.reads_ahead)
+        self.forwards = _threads("forward", self.forward_threads)
+        self.decoding = BoundedSemaphore(placement.cpus)
+        self.feeding = Lock()
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Of the rows. Read from the record late: by then it holds what was measured."""
+        record = Record.load(self.layout)
+        if record is None:
+            raise ResfeatError(f"{self.layout.spec} is gone: was the output removed?")
+        return embeddings_schema(
+            self.job.identity,
+            self.job.dims,
+            with_label=self.job.with_label,
+            parity=record.parity,
+            quantised=record.quantised,
+        )
+
+    def embed(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Embeddings [N, D] of pictures uint8 [H, W, 3], in batches and threads as in a run.
+
+        Raises ResfeatError where the device's memory does not hold a single one.
+        """
+        size = self.placement.batch_size
+        batches = []
+        for start in range(0, len(pictures), size):
+            some = pictures[start : start + size]
+            batch = self.runtime.empty((size, *some[0].shape))
+            batch[: len(some)] = some
+            batches.append(self.forwards.submit(forward, self, batch))
+        try:
+            return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
+        except torch.OutOfMemoryError as error:
+            raise ResfeatError(
+                "the device's memory does not hold the network and one image: see what else is on "
+                f"it, or give a smaller --model ({str(error).splitlines()[0]})"
+            ) from error
+
+    def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
+        """As `decode.decode`, in this thread, and under the eyes of `check_decoders`."""
+        self.decoding_since[get_ident()] = time.monotonic()
+        try:
+            return decode(data, preprocessing, way)
+        finally:
+            del self.decoding_since[get_ident()]
+
+    def check_decoders(self) -> None:
+        """Raise DecoderHungError where an image has been decoded for too long."""
+        now = time.monotonic()
+        if any(now - since > HUNG_SECONDS for since in list(self.decoding_since.values())):
+            raise DecoderHungError
+
+    def close(self) -> None:
+        """Let the threads go; whatever has not begun is dropped."""
+        self.forwards.shutdown(wait=False, cancel_futures=True)
+        self.loaders.shutdown(wait=False, cancel_futures=True)
+
+
+def _threads(name: str, count: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one core each: there are enough of them."""
+    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Embeddings of a batch, in halves from the first time on that the device's memory does not
+    hold it. Raises torch.OutOfMemoryError where it does not hold a single image."""
+    while True:
+        fits = worker.fits
+        try:
+            starts = range(0, len(pixels), fits)
+            return np.concatenate([worker.runtime.embed(pixels[i : i + fits]) for i in starts])
+        except torch.OutOfMemoryError:
+            if fits == 1:
+                raise
+        # Another thread may have halved it meanwhile.
+        worker.fits = min(worker.fits, fits // 2)
+        torch.cuda.empty_cache()
