@@ -49,14 +49,19 @@ class ResfeatError(Exception):
     exit_code = 1
 
 
-class StoreError(ResfeatError):
-    """An object store is out of reach, or refuses."""
+class ChoiceError(ResfeatError):
+    """What was chosen does not work out on these images: the next step is another choice, so a
+    dataset that was just begun with this one is not kept."""
 
 
-class UsageError(ResfeatError):
+class UsageError(ChoiceError):
     """The command cannot be carried out as it was given. Exit code 2."""
 
     exit_code = 2
+
+
+class StoreError(ResfeatError):
+    """An object store is out of reach, or refuses."""
 
 
 class Stopped(ResfeatError):  # noqa: N818 (it is no error of anybody's)

@@ -1,11 +1,15 @@
-"""The lock of a dataset in a store, with a heart that beats faster than in earnest."""
+"""The lock of a dataset: on a disk, and in a store with a heart that beats faster."""
 
+import errno
 import json
 import os
+import re
 import threading
 import time
 import uuid
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
 import boto3
 import pytest
@@ -15,6 +19,7 @@ from resfeat.dataset import Layout
 from resfeat.dataset import lock as locks
 from resfeat.dataset.lock import holder, run_lock
 from resfeat.errors import ResfeatError
+from resfeat.storage import file_system_of
 from resfeat.storage import remote as stores
 
 BEAT = 0.3
@@ -53,7 +58,7 @@ class Elsewhere:
         )  # fmt: skip
         self.bucket = f"bucket-{uuid.uuid4().hex}"
         self.client.create_bucket(Bucket=self.bucket)
-        self.place = {"Bucket": self.bucket, "Key": "out/_resfeat/lock"}
+        self.place = {"Bucket": self.bucket, "Key": "out/_resfeat/locks/all"}
 
     def write(self, **fields):
         content = json.dumps({**OTHER, **fields}).encode()
@@ -206,3 +211,51 @@ def test_beats_that_are_lost_for_a_while_do_not_end_a_run(layout, elsewhere, pro
         assert elsewhere.read()["beat"] > beat
         lock.check()
     assert any(fault for *_, fault in proxy.requests)
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A dataset on a disk, and the same for another run that writes another share of it."""
+    mine, other = Layout(tmp_path), Layout(tmp_path, share="other")
+    for layout in (mine, other):
+        for folder in layout.folders:
+            folder.mkdir(parents=True, exist_ok=True)
+    return mine, other
+
+
+def test_a_run_that_was_killed_is_told_of_once_and_a_repair_leaves_word_of_it(here):
+    layout, _ = here
+    killed = locks.Writer.me()
+    layout.lock.write_text(json.dumps(asdict(killed)))
+    with run_lock(layout, is_run=False) as lock:
+        assert lock.killed == killed
+    with run_lock(layout) as lock:
+        assert lock.killed == killed
+    with run_lock(layout) as lock:
+        assert lock.killed is None
+
+
+def test_runs_on_two_shares_hold_a_lock_each(here):
+    layout, other = here
+    with run_lock(layout), run_lock(other):
+        refused = pytest.raises(ResfeatError, match=f"written by process {os.getpid()}")
+        with refused, run_lock(other):
+            pass
+        assert holder(layout) and holder(other)
+    assert not holder(layout)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused_by_name(number, here, monkeypatch):
+    """Lustre, where it is mounted without flock."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    layout, _ = here
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    kind = file_system_of(layout.lock)
+    message = f"{layout.lock} is on {kind}, which has no file locks.* mount it with flock"
+    with pytest.raises(ResfeatError, match=message), run_lock(layout):
+        pass
+    assert re.fullmatch("[a-z0-9.]+", kind) and kind != file_system_of(Path("/proc/self"))

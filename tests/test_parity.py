@@ -58,7 +58,7 @@ def test_too_far_from_the_reference_is_an_error(precision, minimum, least, passe
 def test_the_sample_is_spread_over_the_plan(tmp_path_factory, items, shard_size):
     layout = Layout(tmp_path_factory.mktemp("plan"))
     layout.plan.mkdir(parents=True)
-    layout.tmp.mkdir()
+    layout.tmp.mkdir(parents=True)
     listing = (Item(f"{n:05d}", f"file:///{n}", 1, 1) for n in range(items))
     plan = write_plan(layout.plan, layout.tmp, listing, shard_size)
     numbers = [int(item.id) for item in sample(layout, plan, SAMPLE)]

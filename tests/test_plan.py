@@ -1,15 +1,18 @@
 """The plan: every item in exactly one shard, in order, whatever the sizes."""
 
 import itertools
+import json
+from dataclasses import asdict
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resfeat import plan
 from resfeat.dataset import Layout
-from resfeat.plan import read_shard, write_plan
+from resfeat.errors import ResfeatError
+from resfeat.plan import Plan, PlanFile, Shard, files, read_shard, write_plan
 from resfeat.plan.files import shard_size_for
 from resfeat.sources.item import Item
 
@@ -23,7 +26,7 @@ def items(count):
 def layout(tmp_path):
     layout = Layout(tmp_path)
     layout.plan.mkdir(parents=True)
-    layout.tmp.mkdir()
+    layout.tmp.mkdir(parents=True)
     return layout
 
 
@@ -32,7 +35,7 @@ def layout(tmp_path):
 def test_every_item_is_in_exactly_one_shard(tmp_path_factory, count, size):
     layout = Layout(tmp_path_factory.mktemp("plan"))
     layout.plan.mkdir(parents=True)
-    layout.tmp.mkdir()
+    layout.tmp.mkdir(parents=True)
     made = write_plan(layout.plan, layout.tmp, items(count), size)
     shards = [read_shard(layout.plan, shard) for shard in made.shards.values()]
     assert list(itertools.chain(*shards)) == items(count)
@@ -50,7 +53,7 @@ def test_small_collections_are_cut_finer(count, size):
 
 
 def test_a_listing_longer_than_what_is_held_back(layout, monkeypatch):
-    monkeypatch.setattr(plan, "SHARD_SIZE", 256)  # holds back 32 x 256 rows
+    monkeypatch.setattr(files, "SHARD_SIZE", 256)  # holds back 32 x 256 rows
     made = write_plan(layout.plan, layout.tmp, iter(items(8192 + 300)), None)
     assert (made.items, len(made.shards), made.shard_size) == (8492, 34, 256)
     assert [len(read_shard(layout.plan, made.shards[n])) for n in (0, 31, 32, 33)] == [
@@ -67,3 +70,38 @@ def test_one_row_group_a_shard_and_many_shards_a_file(layout):
     assert [file.num_row_groups for file in files] == [64, 64, 64, 8]
     assert len(made.shards) == 200
     assert read_shard(layout.plan, made.shards[199]) == items(200)[199:]
+
+
+def test_a_later_generation_says_where_a_shard_is_listed():
+    first = PlanFile("plan-00000.parquet", 0, "a" * 64, shards=(0, 1, 2), rows=(5, 5, 3))
+    later = PlanFile("plan-00001.parquet", 1, "b" * 64, shards=(3, 1), rows=(2, 4))
+    plan = Plan(5, (later, first))
+    assert list(plan.shards) == [0, 1, 2, 3]
+    assert plan.shards[1] == Shard(1, "plan-00001.parquet", 1, 4, generation=1)
+    assert plan.shards[2] == Shard(2, "plan-00000.parquet", 2, 3, generation=0)
+    assert plan.items == 5 + 4 + 3 + 2
+    assert Plan.from_dict(json.loads(json.dumps(asdict(plan)))) == plan
+
+
+def test_what_an_item_knows_comes_back_as_it_was_listed(layout):
+    """Its place in a file that holds several, its label, and columns that it carries."""
+    carried = [pa.field("price", pa.int8()), pa.field("tags", pa.list_(pa.string()))]
+    listed = [
+        Item("a", "file:///x.tar", 7, 1, offset=512, label="cats", carried=(3, ["new", "old"])),
+        Item("b", "file:///x.tar", 9, 2, offset=1536, carried=(None, [])),
+        Item("c", "file:///c.jpg", 9, 2, label="dogs", carried=(-1, None)),
+    ]
+    made = write_plan(layout.plan, layout.tmp, listed, 2, carried)
+    assert [*read_shard(layout.plan, made.shards[0]), *read_shard(layout.plan, made.shards[1])] == (
+        listed
+    )
+    fields = pq.read_schema(layout.plan / made.files[0].name)
+    assert [fields.field(field.name).type for field in carried] == [pa.int8(), carried[1].type]
+
+
+def test_a_plan_of_other_rows_is_not_taken_for_what_was_listed(layout):
+    made = write_plan(layout.plan, layout.tmp, items(20), 10)
+    path = layout.plan / made.files[0].name
+    pq.write_table(pq.read_table(path).slice(1), path, row_group_size=10)
+    with pytest.raises(ResfeatError, match=r"listing of shard 1, cannot be read .*not those that"):
+        read_shard(layout.plan, made.shards[1])

@@ -4,8 +4,10 @@ What is tested runs in a process of its own. The store and the proxy are threads
 upload that failed is ended by its destructor, which waits for their answer and lets none run.
 """
 
+import errno
 import io
 import multiprocessing
+import os
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,14 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from object_store import FaultyProxy, ObjectStore
+from tenacity import wait_none
 
 from resfeat.errors import StoreError, UsageError
 from resfeat.storage import (
     draft,
     locate,
     open_parquet,
+    remote,
     remove_all,
-    rename,
     sha256,
     write_whole,
 )
@@ -126,8 +129,7 @@ def test_what_was_written_is_read_listed_and_removed(elsewhere, root, objects):
     assert elsewhere((root / "a/2").exists) and not elsewhere((root / "a/3").exists)
     elsewhere((root / "a/2").unlink)
     assert content(objects) == {"a/b/1": b"one"}
-    elsewhere(rename, root / "a/b/1", root / "c")
-    assert content(objects) == {"c": b"one"}
+    elsewhere((root / "c").write_bytes, b"one")
     elsewhere(remove_all, root / "a")
     elsewhere(remove_all, root / "never")
     assert content(objects) == {"c": b"one"}
@@ -201,14 +203,13 @@ def test_a_removal_of_which_the_answer_was_lost_is_done(elsewhere, root, objects
     def lose(method, _):
         return next(losses, None) if method == "DELETE" else None
 
-    for operation in ((root / "a").unlink, (rename, root / "a", root / "b")):
-        objects.put_object(Key="a", Body=b"x")
-        losses = iter(["lost"] * MANY)
-        proxy.faults = lose
-        elsewhere(*operation) if isinstance(operation, tuple) else elsewhere(operation)
+    objects.put_object(Key="a", Body=b"x")
+    losses = iter(["lost"] * MANY)
+    proxy.faults = lose
+    elsewhere((root / "a").unlink)
     # All that one attempt is made of; the next one looked first.
-    assert faults(proxy) == ["lost"] * 2 * (REQUEST_ATTEMPTS + 1)
-    assert content(objects) == {"b": b"x"}
+    assert faults(proxy) == ["lost"] * (REQUEST_ATTEMPTS + 1)
+    assert content(objects) == {}
 
 
 def test_a_draft_is_seen_once_it_is_published(elsewhere, root, objects):
@@ -259,3 +260,65 @@ def read_parquet(location):
     with open_parquet(location) as file:
         groups = range(file.num_row_groups)
         return pa.concat_tables(file.read_row_group(n, use_threads=False) for n in groups)
+
+
+def test_a_file_is_published_whole_and_durably_in_one_step(tmp_path, monkeypatch):
+    """The bytes reach the disk before the name does, and the name before anybody goes on."""
+    done = []
+
+    def spied(name):
+        call = getattr(os, name)
+
+        def spy(first, *rest):
+            where = os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else first
+            done.append((name, str(where)))
+            return call(first, *rest)
+
+        monkeypatch.setattr(os, name, spy)
+
+    drafts, target = tmp_path / "drafts", tmp_path / "there" / "file"
+    for folder in (drafts, target.parent):
+        folder.mkdir()
+    target.write_bytes(b"before")
+    spied("fsync")
+    spied("replace")
+    write_whole(drafts, target, b"after")
+    assert target.read_bytes() == b"after" and not list(drafts.iterdir())
+    (first, draft), second, *folders = done
+    assert (first, second) == ("fsync", ("replace", draft))
+    assert draft.startswith(str(drafts))
+    assert set(folders) == {("fsync", str(target.parent)), ("fsync", str(drafts))}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EIO])
+def test_a_folder_that_cannot_be_synced_is_no_obstacle_but_a_broken_disk_is(
+    number, tmp_path, monkeypatch
+):
+    fsync = os.fsync
+
+    def without_folders(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", without_folders)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            write_whole(tmp_path, tmp_path / "file", b"x")
+    else:
+        write_whole(tmp_path, tmp_path / "file", b"x")
+        assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_clients_are_made_anew_between_attempts(monkeypatch):
+    """A client whose budget of retries is used up must not be what the next attempt gets."""
+    renewed = []
+    monkeypatch.setattr(remote.store, "cache_clear", lambda: renewed.append(1))
+    monkeypatch.setattr(remote, "wait_random_exponential", lambda **_: wait_none())
+
+    def fails():
+        raise OSError("SLOW_DOWN")
+
+    with pytest.raises(StoreError, match="SLOW_DOWN"):
+        remote.patiently("s3://bucket/key", fails)
+    assert len(renewed) == ATTEMPTS - 1

@@ -23,12 +23,13 @@ from resfeat.dataset import (
     Part,
     Record,
     Row,
-    digests,
     embeddings_schema,
     kept_rows,
     open_dataset,
 )
+from resfeat.dataset import verify as verification
 from resfeat.dataset.lock import run_lock
+from resfeat.dataset.notes import Note
 from resfeat.dataset.verify import repair, verify
 from resfeat.errors import Failure, ResfeatError, StoreError
 from resfeat.plan import write_plan
@@ -46,7 +47,7 @@ def record():
     identity = resolve(features).identity
     return lambda plan: Record(
         identity=identity, weights="random:0", sources=("/photos",), label_from=None, plan=plan,
-        created="2026-01-01T00:00:00+00:00", versions={},
+        created="2026-01-01T00:00:00+00:00", versions={"resfeat": "0"},
     )  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def rewrite(dataset, shard, change):
     pq.write_table(change(pq.read_table(part)), part)
     place = dataset.layout.checksum(shard)
     noted = json.loads(place.read_text())
-    noted["embeddings"]["sha256"] = hashlib.sha256(part.read_bytes()).hexdigest()
+    noted["digests"]["embeddings"] = hashlib.sha256(part.read_bytes()).hexdigest()
     place.write_text(json.dumps(noted))
     return str(part)
 
@@ -237,7 +238,10 @@ def test_an_id_that_is_listed_twice(dataset):
     ids = table["id"].to_pylist()
     pq.write_table(with_column("id", [*ids[:-1], ids[0]])(table), plan, row_group_size=SHARD)
     # As if it had been listed so: a source that does that is not known.
-    listed = replace(dataset.record.plan, digests=())
+    file = replace(
+        dataset.record.plan.files[0], sha256=hashlib.sha256(plan.read_bytes()).hexdigest()
+    )
+    listed = replace(dataset.record.plan, files=(file,))
     dataset.record = replace(dataset.record, plan=listed)
     assert ("plan", str(dataset.layout.plan)) in found(dataset)
 
@@ -277,19 +281,56 @@ def test_nothing_is_repaired_while_another_writes(dataset):
     assert len(layout.committed()) == SHARDS
 
 
-def test_rows_that_are_set_aside_are_looked_at_and_kept(dataset):
+def test_a_shard_that_was_being_replaced_is_unfinished_and_keeps_its_rows(dataset):
     layout = dataset.layout
     part = layout.embeddings / layout.part_name(0)
-    aside = layout.replaced / part.name
-    aside.parent.mkdir()
-    part.rename(aside)
+    note = Note.read(layout, 0)
+    newer = {"embeddings": "0" * 64, "failures": None}
+    replace(note, digests=newer, replaces=note.digests).write(layout, 0)
     assert found(dataset) == [("unfinished", str(part))]
     assert repair(dataset, verify(dataset)) == [] and len(kept_rows(layout, 0)) == 5
-    os.truncate(aside, 100)
-    assert found(dataset) == [("unreadable", str(aside))]
+    assert dataset.commits().half == {0} and 0 not in dataset.commits().done
+    os.truncate(part, 100)
+    assert set(found(dataset)) == {("checksum", str(part)), ("unreadable", str(part))}
     with pytest.raises(ResfeatError, match="verify --repair"):
         kept_rows(layout, 0)
     assert repair(dataset, verify(dataset)) == [0] and kept_rows(layout, 0) == {}
+
+
+def test_a_repair_that_is_stopped_leaves_no_shard_without_its_failures(dataset, monkeypatch):
+    """Embeddings go first: a shard that has them counts as done."""
+    layout = dataset.layout
+    os.truncate(layout.failures / layout.part_name(1), 100)
+    looked, remove = verify(dataset), verification.remove
+
+    class Killed(BaseException):
+        pass
+
+    for stop_at in range(2):
+        calls = []
+
+        def remove_and_stop(path, calls=calls, stop_at=stop_at):
+            remove(path)
+            calls.append(path)
+            if len(calls) > stop_at:
+                raise Killed
+
+        monkeypatch.setattr(verification, "remove", remove_and_stop)
+        with pytest.raises(Killed):
+            repair(dataset, looked)
+        assert 1 not in layout.committed()
+
+
+def test_a_note_that_counts_other_rows_is_found(dataset):
+    """Status and reports believe it."""
+    layout = dataset.layout
+    note = Note.read(layout, 1)
+    for wrong in (
+        replace(note, embedded=note.embedded + 1),
+        replace(note, reasons={"corrupt": note.failed}),
+    ):
+        wrong.write(layout, 1)
+        assert found(dataset) == [("checksum", str(layout.checksum(1)))]
 
 
 def test_kept_rows_are_those_that_were_committed(dataset):
@@ -325,6 +366,7 @@ def test_any_damage_is_found_in_its_shard_and_repaired(whole, damage):
         shutil.copytree(whole.layout.root, Path(folder) / "out")
         dataset = open_dataset(Path(folder) / "out")
         layout, before = dataset.layout, content(whole.layout)
+        good = [Note.read(whole.layout, shard) for shard in range(SHARDS)]
         for (place, shard), harm in damage.items():
             suffix = ".json" if place.endswith("checksums") else ".parquet"
             inflict(layout.root / place / f"part-{shard:05d}{suffix}", *harm)
@@ -336,7 +378,7 @@ def test_any_damage_is_found_in_its_shard_and_repaired(whole, damage):
             shard
             for path in changed
             for shard in [int(path.stem.rpartition("-")[2])]
-            if path.suffix == ".parquet" or digests(layout, shard) != digests(whole.layout, shard)
+            if path.suffix == ".parquet" or Note.read(layout, shard) != good[shard]
         }
         assert set(looked.bad_shards) == hurt
         assert {each.shard for each in looked.problems} == hurt

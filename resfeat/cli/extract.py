@@ -112,11 +112,16 @@ def extract(
     choices["runtime"] = RuntimeOptions(**options.pick(choices, RuntimeOptions))
     spec = ExtractSpec(**options.pick(choices, ExtractSpec))
     with StopSignals() as signals, _display(talk) as display:
+        display.step("starting")
         from resfeat.extraction import extract as run
 
         try:
             report = run(
-                spec, on_note=display.note, on_progress=display.show, stopping=signals.received
+                spec,
+                on_note=display.note,
+                on_step=display.step,
+                on_progress=display.show,
+                stopping=signals.received,
             )
         except Stopped as stopped:
             click.echo(str(stopped), err=True)

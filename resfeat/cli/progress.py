@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +13,11 @@ import click
 from resfeat.cli import shown
 
 if TYPE_CHECKING:
-    from resfeat.reporting.tally import Progress
+    from resfeat.reporting import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
+# A step that is over sooner is not told.
+STEP_SECONDS = 0.5
 
 
 class Quiet(AbstractContextManager["Quiet"]):
@@ -27,24 +29,49 @@ class Quiet(AbstractContextManager["Quiet"]):
     def note(self, text: str) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def step(self, text: str) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
         pass
 
 
-class Bar(Quiet):
+class _Steps(Quiet):
+    """Says what is being done, once it has taken a moment."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+
+    def step(self, text: str) -> None:
+        self._over()
+        self._timer = threading.Timer(STEP_SECONDS, self.say, [text])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def say(self, text: str) -> None:
+        """Print what is being done."""
+        click.echo(f"{shown(text)} ...", err=True)
+
+    def _over(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def __exit__(self, *_: object) -> None:
+        self._over()
+
+
+class Bar(_Steps):
     """A tqdm bar: images, images/s, time left, failures, live workers."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._bar: Any = None
 
     def show(self, progress: Progress) -> None:
         from tqdm import tqdm
 
+        self._over()
         if self._bar is None or self._bar.total != progress.total:
             self._close()
             what = "listing" if progress.total is None else "embedding"
@@ -65,17 +92,20 @@ class Bar(Quiet):
             self._bar = None
 
     def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self._close()
 
 
-class Lines(Quiet):
+class Lines(_Steps):
     """One line at the start and then every 30 s."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._last = -SECONDS_BETWEEN_LINES
         self._first: tuple[float, int] | None = None
 
     def show(self, progress: Progress) -> None:
+        self._over()
         now = time.monotonic()
         if progress.total is not None and self._first is None:
             self._first = now, progress.done
@@ -108,6 +138,9 @@ class Lines(Quiet):
 
 class JsonLines(Lines):
     """The same as JSON objects on standard output, for programs."""
+
+    def step(self, text: str) -> None:
+        click.echo(json.dumps({"event": "step", "text": text}))
 
     def note(self, text: str) -> None:
         click.echo(json.dumps({"event": "note", "text": text}))

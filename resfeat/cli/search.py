@@ -51,7 +51,7 @@ def search(
     from resfeat.downstream import search as searching
 
     dataset = open_dataset(output)
-    if not dataset.embedded():
+    if not dataset.commits().embedded:
         raise UsageError(f"{output} has no embeddings yet: see `resfeat status {output}`")
     vectors = searching.embed_queries(dataset, queries, layer)
     found = searching.search(dataset, vectors, k, layer)

@@ -18,8 +18,7 @@ def status(output: str, as_json: bool) -> None:
 
     dataset = open_dataset(output)
     record, plan = dataset.record, dataset.record.plan
-    committed = len(dataset.layout.committed())
-    reasons = dataset.reasons()
+    commits = dataset.commits()
     told = {
         "dataset": str(dataset.layout.root),
         "model": record.identity.model,
@@ -31,14 +30,14 @@ def status(output: str, as_json: bool) -> None:
         "sources": list(record.sources),
         "created": record.created,
         "shards": len(plan.shards),
-        "shards_committed": committed,
+        "shards_committed": len(commits.done),
         "images": plan.items,
-        "embedded": dataset.embedded(),
-        "failed": sum(reasons.values()),
-        "reasons": reasons,
-        "runs": len(list(dataset.layout.runs.iterdir())),
+        "embedded": commits.embedded,
+        "failed": sum(commits.reasons.values()),
+        "reasons": dict(commits.reasons),
+        "runs": len(dataset.runs()),
         "writer": holder(dataset.layout),
-        "complete": committed == len(plan.shards),
+        "complete": len(commits.done) == len(plan.shards),
     }
     if as_json:
         click.echo(json.dumps(told))

@@ -1,17 +1,17 @@
 """Every path inside an output folder, on a disk or in an object store.
 
 OUT/
+  README.md                       a dataset card: what this is, and which files are its rows
   embeddings/part-00000.parquet   one file per committed shard; its presence is the commit
   failures/part-00000.parquet     images of that shard that gave no embedding, if there are any
   _resfeat/
     spec.json                     identity, plan and origin of the dataset
     plan/plan-00000.parquet       the frozen listing
-    checksums/part-00000.json     digests of the files of that shard, as they were committed
-    replaced/part-00000.parquet   embeddings of a shard that is just being committed once more
+    checksums/part-00000.json     the note of a shard's commit: rows and digests of its files
     int8/network.xml, .bin        the network that precision int8 made of the weights
     runs/<run-id>.json            one report a run
-    tmp/                          parts being written (in a store they are not seen at all)
-    lock                          who is writing now
+    locks/<share>                 who is writing that share of the dataset now
+    tmp/<share>/                  files that its writer has not published yet (not in a store)
 """
 
 from __future__ import annotations
@@ -26,27 +26,32 @@ _PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
 
 
 class Layout:
-    """The paths of one dataset. Makes nothing by itself."""
+    """The paths of one dataset. Makes nothing by itself.
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    share: the part of the dataset that one run writes. Each has a lock and drafts of its own, so
+    that runs on different shares leave each other alone.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], share: str = "all") -> None:
         self.root = locate(root)
+        self.card = self.root / "README.md"
         self.embeddings = self.root / "embeddings"
         self.failures = self.root / "failures"
         self.private = self.root / "_resfeat"
         self.spec = self.private / "spec.json"
         self.plan = self.private / "plan"
         self.checksums = self.private / "checksums"
-        self.replaced = self.private / "replaced"
         self.quantised = self.private / "int8" / "network.xml"
         self.runs = self.private / "runs"
-        self.lock = self.private / "lock"
+        self.share = share
+        self.lock = self.private / "locks" / share
         # Where files are written before they are published; None where that is in memory.
-        self.tmp = self.private / "tmp" if isinstance(self.private, Path) else None
+        self.tmp = self.private / "tmp" / share if isinstance(self.private, Path) else None
 
     @property
     def folders(self) -> list[Location]:
         """Those that a dataset has from its beginning; the one that tells of it first."""
-        always = [self.plan, self.embeddings, self.checksums, self.runs]
+        always = [self.plan, self.embeddings, self.checksums, self.runs, self.lock.parent]
         return [*always, self.tmp] if self.tmp else always
 
     @staticmethod
@@ -71,10 +76,6 @@ class Layout:
     def with_checksums(self) -> list[int]:
         """Numbers of the shards that were committed once, or were about to be, ascending."""
         return _numbers(self.checksums)
-
-    def set_aside(self) -> list[int]:
-        """Numbers of the shards that have rows in `replaced/`, ascending."""
-        return _numbers(self.replaced)
 
 
 def _numbers(folder: Location) -> list[int]:

@@ -1,16 +1,17 @@
-"""One writer at a time on a dataset.
+"""One writer at a time on a share of a dataset.
 
-`_resfeat/lock` says who is writing: host, process, and when both began. It is emptied when the run
-ends in order, so that what stands in it afterwards tells of a run that was killed.
+The lock file says who is writing: host, process, and when both began. A run that ends in order
+empties it, so what stands in it afterwards tells of a run that was killed.
 
 On a disk it is also held by flock: the kernel drops that when the process ends, however it ends. A
-store has nothing like it, nor a PUT that fails where something is there already. There the holder
-writes the lock again every few seconds, and one that has not changed for a while is stale. Two that
-begin in the same instant both write it and then look again: the later one has it.
+store has nothing like it. There the holder writes the lock again every few seconds, and a lock that
+has not changed for a while is stale. Two that begin in the same instant both write it and then look
+again: the later one has it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,13 +23,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 from resfeat.dataset.layout import Layout
 from resfeat.errors import ResfeatError, StoreError
-from resfeat.storage import StorePath
+from resfeat.storage import StorePath, file_system_of
 
 # `resfeat status` holds the lock for an instant while it looks; that is no reason to refuse.
 PATIENCE_SECONDS = 0.5
+# What flock says where a file system does not have it, as Lustre may not.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 # In a store: how often the holder writes it, how long it may then stay unchanged, and how long two
 # that write it at once may be apart.
 BEAT_SECONDS = 10.0
@@ -135,7 +139,7 @@ def run_lock(
         return
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o644)
     with open(descriptor, "r+", encoding="utf-8") as file:
-        if not _try(descriptor, fcntl.LOCK_EX, PATIENCE_SECONDS):
+        if not _try(layout.lock, descriptor, fcntl.LOCK_EX, PATIENCE_SECONDS):
             raise _refused(layout, Writer.parse(file.read()))
         content = file.read()
         killed = Writer.parse(content)
@@ -152,7 +156,7 @@ def holder(layout: Layout) -> str | None:
         writer = _read(layout.lock)
         return None if writer is None or writer.is_alive() is False else str(writer)
     with suppress(FileNotFoundError), open(layout.lock, encoding="utf-8") as file:
-        if not _try(file.fileno(), fcntl.LOCK_SH, 0):
+        if not _try(layout.lock, file.fileno(), fcntl.LOCK_SH, 0):
             return str(Writer.parse(file.read()) or "another process")
     return None
 
@@ -164,7 +168,7 @@ def _refused(layout: Layout, writer: Writer | None) -> ResfeatError:
     )
 
 
-def _try(descriptor: int, kind: int, patience: float) -> bool:
+def _try(path: Path, descriptor: int, kind: int, patience: float) -> bool:
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -174,6 +178,13 @@ def _try(descriptor: int, kind: int, patience: float) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise ResfeatError(
+                f"{path} is on {file_system_of(path)}, which has no file locks, so two runs could "
+                "write there at once: mount it with flock, or write to another file system"
+            ) from error
 
 
 def _overwrite(descriptor: int, content: str) -> None:

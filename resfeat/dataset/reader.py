@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,9 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset.layout import Layout
+from resfeat.dataset.notes import Commits
 from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FAILURES
-from resfeat.errors import ResfeatError, StoreError, UsageError
+from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.storage import Location, dataset_of, open_parquet, patiently
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
@@ -36,7 +36,7 @@ def open_dataset(output: str | os.PathLike[str]) -> Dataset:
 
 
 class Dataset:
-    """The committed rows of a dataset. Everything is streamed or counted from file footers."""
+    """The committed rows of a dataset, streamed."""
 
     def __init__(self, layout: Layout, record: Record) -> None:
         self.layout = layout
@@ -58,30 +58,18 @@ class Dataset:
         if not self.layout.with_failures():
             return ds.dataset(FAILURES.empty_table())
         path, store = dataset_of(self.layout.failures)
-        return ds.dataset(path, filesystem=store, schema=FAILURES, format="parquet")
+        return ds.dataset(path, filesystem=store, format="parquet")
 
-    def embedded(self) -> int:
-        """Number of rows in `embeddings/`."""
-        total = 0
-        for shard in self.layout.committed():
-            with open_part(self.layout.embeddings / self.layout.part_name(shard)) as part:
-                total += part.metadata.num_rows
-        return total
+    def commits(self) -> Commits:
+        """What is committed by now, by the notes of the commits."""
+        return Commits.of(self.layout)
 
-    def reasons(self) -> dict[str, int]:
-        """Number of failure rows in committed shards by reason, the commonest first."""
-        counts: Counter[str] = Counter()
-        committed = set(self.layout.committed())
-        for shard in self.layout.with_failures():
-            if shard in committed:  # without its embeddings a shard is still to be done
-                counts.update(self.reasons_in(shard))
-        return dict(counts.most_common())
-
-    def reasons_in(self, shard: int) -> list[str]:
-        """The reason of each failure row of a shard that has some."""
-        with open_part(self.layout.failures / self.layout.part_name(shard)) as part:
-            reasons: list[str] = part.read(["reason"], use_threads=False)["reason"].to_pylist()
-            return reasons
+    def runs(self) -> list[Location]:
+        """The reports of the runs that wrote it, the oldest first; none where they were removed."""
+        try:
+            return sorted(self.layout.runs.iterdir(), key=lambda report: report.name)
+        except FileNotFoundError:
+            return []
 
     def vectors(
         self, rows: int = 4096, layer: str | None = None
@@ -118,32 +106,25 @@ class Dataset:
             plan = ds.dataset(path, filesystem=store, format="parquet")
             return plan.to_table(columns=["id", "uri"], filter=wanted)
 
-        try:
+        with _readable(self.layout.plan, "bring it back from a copy"):
             found = patiently(self.layout.plan, look) if store else look()
-        except StoreError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ResfeatError(
-                f"{self.layout.plan}, the listing, cannot be read ({reason}): bring it back from a "
-                "copy"
-            ) from error
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
 
 
 @contextmanager
 def open_part(part: Location) -> Iterator[pq.ParquetFile]:
     """A part, to be read. Raises ResfeatError, naming it, where that fails, be it half-way."""
+    hint = "`resfeat verify --repair` sends what is damaged back to be done again"
+    with _readable(part, hint), open_parquet(part) as file:
+        yield file
+
+
+@contextmanager
+def _readable(location: Location, hint: str) -> Iterator[None]:
+    """Say which file cannot be read, and what to do about it."""
     try:
-        with open_parquet(part) as file:
-            yield file
-    except StoreError:
-        raise
+        yield
     except FileNotFoundError as error:
-        raise ResfeatError(f"{part} is gone: is a run writing here? Try again") from error
+        raise ResfeatError(f"{location} is gone: is a run writing here? Try again") from error
     except (OSError, ValueError, KeyError) as error:  # Arrow's own are of these
-        reason = str(error).partition("\n")[0]
-        raise ResfeatError(
-            f"{part} cannot be read ({reason}): `resfeat verify --repair` sends what is damaged "
-            "back to be done again"
-        ) from error
+        raise ResfeatError(f"{location} cannot be read ({first_line(error)}): {hint}") from error

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from resfeat.dataset.documents import write_json
+from resfeat import __version__
 from resfeat.dataset.layout import Layout
-from resfeat.errors import ResfeatError
+from resfeat.errors import ResfeatError, first_line
 from resfeat.plan import Plan
 from resfeat.spec import Identity
+from resfeat.storage import write_json
 
 FORMAT = 4
 
@@ -40,7 +41,7 @@ class Record:
             "fingerprint": self.identity.fingerprint,
             **asdict(self),
         }
-        write_json(layout, layout.spec, content)
+        write_json(layout.tmp, layout.spec, content)
 
     @classmethod
     def load(cls, layout: Layout) -> Record | None:
@@ -50,12 +51,15 @@ class Record:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
-            raise ResfeatError(f"cannot read {layout.spec}: {error}") from error
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise ResfeatError(
-                f"{layout.root} was written by another version of resfeat: read it with that one"
-            )
+            reason = first_line(error)
+            raise ResfeatError(f"cannot read {layout.spec} ({reason}): restore it") from error
         try:
+            if (its_format := content.pop("format")) != FORMAT:
+                raise ResfeatError(
+                    f"{layout.root} has format {its_format}, of resfeat "
+                    f"{content['versions']['resfeat']}, and this is resfeat {__version__}, which "
+                    f"reads format {FORMAT}: extract it again with a new -o, or use that version"
+                )
             fingerprint = content.pop("fingerprint")
             content["identity"] = Identity.from_dict(content["identity"])
             if content["identity"].fingerprint != fingerprint:

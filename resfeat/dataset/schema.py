@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,45 +21,21 @@ FAILURES = pa.schema(
         pa.field("message", pa.string(), nullable=False),
     ]
 )
-
-
-def embeddings_schema(
-    identity: Identity,
-    dims: Mapping[str, int],
-    *,
-    with_label: bool,
-    parity: Mapping[str, float] | None = None,
-    quantised: str | None = None,
-) -> pa.Schema:
-    """The columns of `embeddings/`, with the identity as JSON under the metadata key `resfeat`.
-
-    dims: length of each layer's embedding. parity, quantised: as the record has them.
-    """
-    value = pa.field("element", pa.type_for_alias(identity.dtype), nullable=False)
-    fields = [
-        pa.field("id", pa.string(), nullable=False),
-        *(
-            pa.field(column, pa.list_(value, dims[layer]), nullable=False)
-            for layer, column in identity.columns.items()
-        ),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
-    ]
-    if with_label:
-        fields.append(pa.field("label", pa.string()))
-    described = {"fingerprint": identity.fingerprint, **identity.as_dict()}
-    if parity:
-        described["parity"] = dict(parity)
-    if quantised:
-        described["quantised"] = quantised
-    return pa.schema(fields, metadata={"resfeat": json.dumps(described, sort_keys=True)})
+PLAIN = (
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("width", pa.int32(), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("size", pa.int64(), nullable=False),
+    pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
+    pa.field("label", pa.string()),
+)
+"""The columns of `embeddings/` but the embeddings themselves, which stand behind the id. The label
+is only there where it was asked for, and what is carried follows it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One embedded image: all its columns but the embedding itself."""
+    """One embedded image: all its columns but the embedding itself. mtime: microseconds."""
 
     id: str
     width: int
@@ -66,6 +43,7 @@ class Row:
     size: int
     mtime: int
     label: str | None = None
+    carried: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,3 +53,75 @@ class FailedItem:
     id: str
     uri: str
     failure: Failure
+    carried: tuple[Any, ...] = ()
+
+
+def embeddings_schema(
+    identity: Identity,
+    dims: Mapping[str, int],
+    *,
+    with_label: bool,
+    carried: Sequence[pa.Field] = (),
+    measured: Mapping[str, Any] | None = None,
+) -> pa.Schema:
+    """The columns of `embeddings/`, with the identity as JSON under the metadata key `resfeat`.
+
+    dims: length of each layer's embedding. carried: columns that travel with the images. measured:
+    what else the metadata is to say, such as the parity.
+    """
+    value = pa.field("element", pa.type_for_alias(identity.dtype), nullable=False)
+    vectors = (
+        pa.field(column, pa.list_(value, dims[layer]), nullable=False)
+        for layer, column in identity.columns.items()
+    )
+    plain = PLAIN[1:] if with_label else PLAIN[1:-1]
+    described = {"fingerprint": identity.fingerprint, **identity.as_dict(), **(measured or {})}
+    return pa.schema(
+        [PLAIN[0], *vectors, *plain, *carried],
+        metadata={"resfeat": json.dumps(described, sort_keys=True)},
+    )
+
+
+def carried_fields(schema: pa.Schema) -> list[pa.Field]:
+    """The columns of `embeddings/` that are carried."""
+    own = {field.name for field in PLAIN}
+    vectors = {field.name for field in schema if pa.types.is_fixed_size_list(field.type)}
+    return [field for field in schema if field.name not in own | vectors]
+
+
+def plain_columns(rows: Sequence[Row], schema: pa.Schema) -> dict[str, list[Any]]:
+    """The columns of rows by name, without the embeddings."""
+    carried = [field.name for field in carried_fields(schema)]
+    columns = {
+        field.name: [getattr(row, field.name) for row in rows]
+        for field in PLAIN
+        if field.name in schema.names
+    }
+    return columns | {
+        name: [row.carried[place] for row in rows] for place, name in enumerate(carried)
+    }
+
+
+def plain_rows(table: pa.Table) -> list[Row]:
+    """The inverse of `plain_columns`."""
+    own = {
+        field.name: (
+            table[field.name].cast(pa.int64()) if field.name == "mtime" else table[field.name]
+        ).to_pylist()
+        for field in PLAIN
+        if field.name in table.schema.names
+    }
+    others = [table[field.name].to_pylist() for field in carried_fields(table.schema)]
+    carried = zip(*others, strict=True) if others else iter([()] * len(table))
+    return [
+        Row(**dict(zip(own, values, strict=True)), carried=also)
+        for *values, also in zip(*own.values(), carried, strict=True)
+    ]
+
+
+def failures_table(items: Iterable[FailedItem], schema: pa.Schema) -> pa.Table:
+    """The rows of `failures/`. schema: that of the embeddings, for what is carried."""
+    rows = [(item.id, item.uri, *vars(item.failure).values(), *item.carried) for item in items]
+    fields = [*FAILURES, *carried_fields(schema)]
+    columns = zip(zip(*rows, strict=True), fields, strict=True)
+    return pa.table([pa.array(each, field.type) for each, field in columns], pa.schema(fields))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,15 +19,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from resfeat.dataset.commit import digests
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.lock import run_lock
+from resfeat.dataset.notes import Note
 from resfeat.dataset.reader import Dataset
 from resfeat.dataset.schema import FAILURES
-from resfeat.errors import REASONS, ResfeatError, StoreError
+from resfeat.errors import REASONS, ResfeatError, StoreError, first_line
 from resfeat.plan import Shard, read_shard
-from resfeat.runtimes.hardware import cpu_count
-from resfeat.storage import Location, open_parquet
+from resfeat.storage import Location, open_parquet, remove
 
 Kind = Literal[
     "plan", "unfinished", "missing", "unreadable", "checksum", "rows", "identity", "values",
@@ -85,8 +85,6 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
     """
     try:
         return _verify(dataset, on_shard)
-    except StoreError:
-        raise
     except OSError as error:
         raise ResfeatError(f"cannot look at {dataset.layout.root}: {error}; mend that") from error
 
@@ -102,7 +100,7 @@ def _verify(dataset: Dataset, on_shard: Callable[[], object]) -> Verification:
     # Where the plan itself is damaged, no part is to blame.
     planned = [shard for shard in shards.values() if shard.file not in damaged]
     found.unseen = found.shards - len(planned)
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         for looked in pool.map(
             lambda shard: _look_at(dataset, shard, shard.number in once), planned
         ):
@@ -123,29 +121,27 @@ def _verify(dataset: Dataset, on_shard: Callable[[], object]) -> Verification:
 def repair(
     dataset: Dataset, found: Verification, on_wait: Callable[[str], None] = lambda why: None
 ) -> list[int]:
-    """Send the bad shards back: what is left of them is removed, and the extract command does them
-    again. Gives the numbers of those that it had not to do anyway. Raises ResfeatError while the
-    dataset is being written, and where nothing can be removed from it.
+    """Send the bad shards back: remove what is left of them, so that the extract command does them
+    again. Returns the shards removed here; merely unfinished ones are not counted.
 
-    on_wait: as `run_lock` has it."""
+    on_wait: as `run_lock` has it. Raises ResfeatError while the dataset is being written, and where
+    nothing can be removed from it.
+    """
     layout, shards = dataset.layout, dataset.record.plan.shards
     sent = []
     try:
         with run_lock(layout, is_run=False, on_wait=on_wait):
             for shard in found.bad_shards:
-                # Once more, now that nobody writes: what was in hand may be done by now. And where
-                # a shard is only unfinished, what is set aside of it are rows that it will keep.
+                # Look again, now that nobody writes: what was in hand may be done by now.
                 was_committed = layout.checksum(shard).exists()
                 problems = _look_at(dataset, shards[shard], was_committed).problems
                 if all(each.kind == "unfinished" for each in problems):
                     continue
                 # The embeddings first: without them the shard is not done, whatever else is there.
-                for folder in (layout.embeddings, layout.replaced, layout.failures):
-                    (folder / layout.part_name(shard)).unlink(missing_ok=True)
-                layout.checksum(shard).unlink(missing_ok=True)
+                for folder in (layout.embeddings, layout.failures):
+                    remove(folder / layout.part_name(shard))
+                remove(layout.checksum(shard))
                 sent.append(shard)
-    except StoreError:
-        raise
     except OSError as error:
         raise ResfeatError(f"cannot repair {layout.root}: {error}") from error
     return sent
@@ -177,36 +173,42 @@ def _look_at(dataset: Dataset, planned: Shard, was_committed: bool) -> _Look:
         raise
     except ResfeatError as error:
         path = layout.plan / planned.file
-        look.problems.append(Problem("plan", None, str(path), _first_line(error)))
+        look.problems.append(Problem("plan", None, str(path), first_line(error)))
         return look
     look.ids = np.array([_hash(each) for each in listed], np.uint64)
 
-    noted = digests(layout, shard)
+    note = Note.read(layout, shard)
     tables = {}
     for kind, path in (("embeddings", part), ("failures", failures)):
         try:
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != noted.get(kind):
-                changed = "it was changed after its commit"
-                wrong("checksum", path, changed if noted else "it has no checksum")
+            if not note:
+                wrong("checksum", path, "it has no checksum")
+            elif hashlib.sha256(content).hexdigest() not in note.allows(kind):
+                wrong("checksum", path, "it was changed after its commit")
             tables[kind] = _table(dataset, kind, content)
         except FileNotFoundError:
             if kind == "embeddings":
-                look.problems.append(_absent(layout, shard, was_committed))
+                look.problems.append(_absent(shard, part, was_committed))
                 return look
-            if noted.get(kind):
+            if note and None not in note.allows(kind):
                 wrong("missing", path, "it was committed and is gone")
-        except StoreError:
-            raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            wrong("unreadable", path, _first_line(error))
+            wrong("unreadable", path, first_line(error))
             return look
+    if note and note.replaces:
+        wrong("unfinished", part, "a run ended while it replaced this shard")
+        return look
     rows = [each for table in tables.values() for each in table["id"].to_pylist()]
     if sorted(rows) != sorted(listed):
         count = len(set(rows) ^ set(listed)) + len(rows) - len(set(rows))
         wrong("rows", part, f"{count} of its images are not exactly one row")
     for problem, folder, message in _amiss(dataset, tables):
         wrong(problem, layout.root / folder / name, message)
+    reasons = tables["failures"]["reason"].to_pylist() if "failures" in tables else []
+    counted = (len(tables["embeddings"]), Counter(reasons))
+    if note and not look.problems and (note.embedded, note.reasons) != counted:
+        wrong("checksum", layout.checksum(shard), "it counts other rows than there are")
     look.embedded = len(tables["embeddings"])
     look.failed = len(rows) - look.embedded
     look.vectors = _hashes(np.hstack([*_layers(dataset, tables["embeddings"])]))
@@ -224,23 +226,12 @@ def _of_plan(dataset: Dataset) -> Iterator[tuple[str, Problem]]:
             yield file.name, Problem("plan", None, str(path), "it is gone")
 
 
-def _absent(layout: Layout, shard: int, was_committed: bool) -> Problem:
+def _absent(shard: int, part: Location, was_committed: bool) -> Problem:
     """What is wrong with a shard that has no embeddings in place."""
-    name = layout.part_name(shard)
-    part, aside = layout.embeddings / name, layout.replaced / name
-    if not aside.exists():
-        if was_committed:
-            message = "it was committed and is gone, or its run was killed right before"
-            return Problem("missing", shard, str(part), message)
-        return Problem("unfinished", shard, str(part), "not done yet")
-    try:
-        with open_parquet(aside.read_bytes()) as file:
-            file.read(use_threads=False)
-    except StoreError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        return Problem("unreadable", shard, str(aside), _first_line(error))
-    return Problem("unfinished", shard, str(part), "its failures are being done once more")
+    if was_committed:
+        message = "it was committed and is gone, or its run was killed right before"
+        return Problem("missing", shard, str(part), message)
+    return Problem("unfinished", shard, str(part), "not done yet")
 
 
 def _table(dataset: Dataset, kind: str, content: bytes) -> pa.Table:
@@ -335,7 +326,3 @@ def _doubles(hashes: Sequence[NDArray[np.uint64]]) -> int:
     """How many have been there before."""
     every = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
     return len(every) - len(np.unique(every))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -5,7 +5,7 @@ Both engines are context managers with the same members:
     placement                           where each worker runs, and on what
     description                         what the report says of it: workers, device, batch size, ...
     embed(pictures, stopping)           embeddings of a few pictures, by one worker
-    run(shards, suspects, ...)          does the shards and gives each one's ShardResult
+    run(tasks, ...)                     does the shards and gives each one's ShardResult, Task
 
 Where a worker dies, or an image hangs its decoder, another takes its place, and what it had in hand
 is done again in careful mode (`careful.py`). A shard that costs `ATTEMPTS` workers ends the run.
@@ -15,7 +15,7 @@ is done again in careful mode (`careful.py`). A shard that costs `ATTEMPTS` work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +26,7 @@ from resfeat.engines.cluster import Cluster
 from resfeat.plan import Shard
 from resfeat.runtimes import BATCH_SIZE, choose
 from resfeat.storage import is_remote
-from resfeat.worker import READ_AHEAD, READ_AHEAD_IN_STORE, Job, Placement, ShardResult
+from resfeat.worker import READ_AHEAD, READ_AHEAD_IN_STORE, Job, Placement, ShardResult, Task
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
@@ -62,13 +62,11 @@ class Engine(Protocol):
 
     def run(
         self,
-        shards: Sequence[Shard],
-        suspects: Collection[Shard],
+        tasks: Sequence[Task],
         on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        """Do the shards, in any order, the suspects in careful mode from the beginning. Raises
-        Stopped after a drain, ResfeatError if it cannot."""
+        """Do the tasks, in any order. Raises Stopped after a drain, ResfeatError if it cannot."""
         ...
 
 
@@ -102,11 +100,13 @@ def as_job(layout: Layout, record: Record, weights: Weights) -> Job:
     """What all workers of a run are told."""
     return Job(
         output=str(layout.root),
+        share=layout.share,
         sources=record.sources,
         reads_ahead=READ_AHEAD_IN_STORE if any(map(is_remote, record.sources)) else READ_AHEAD,
         identity=record.identity,
         dims=weights.dims,
         with_label=record.label_from is not None,
+        quantised=record.quantised,
     )
 
 

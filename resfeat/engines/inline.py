@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ from resfeat.runtimes import keeps_to_the_cpu
 from resfeat.runtimes.hardware import cpu_count
 from resfeat.spec import RuntimeOptions
 from resfeat.storage import Location
-from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult
+from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker
 
@@ -70,14 +71,13 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
 
     def run(
         self,
-        shards: Sequence[Shard],
-        suspects: Collection[Shard],
+        tasks: Sequence[Task],
         on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        waiting, careful, hung = deque(shards), set(suspects), Counter[Shard]()
-        in_hand: dict[Future[ShardResult], Shard] = {}
-        left = len(shards)
+        waiting, hung = deque(tasks), Counter[Shard]()
+        in_hand: dict[Future[ShardResult], Task] = {}
+        left = len(tasks)
         give_up: float | None = None
         on_progress(0, 0, 1)
         while waiting or in_hand:
@@ -85,24 +85,21 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
                 waiting.clear()
                 give_up = time.monotonic() + DRAIN_SECONDS
             while len(in_hand) < SHARDS_IN_HAND and waiting:
-                shard = waiting.popleft()
-                call = self._pool.submit(
-                    process_shard, self.worker, shard, careful=shard in careful
-                )
-                in_hand[call] = shard
+                task = waiting.popleft()
+                in_hand[self._pool.submit(process_shard, self.worker, task)] = task
             for call in wait(in_hand, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                shard = in_hand.pop(call)
+                task = in_hand.pop(call)
                 try:
                     yield call.result()
                     left -= 1
                 except DecoderHungError:
-                    hung[shard] += 1
-                    if hung[shard] >= ATTEMPTS:
+                    hung[task.shard] += 1
+                    if hung[task.shard] >= ATTEMPTS:
                         raise ResfeatError(
-                            f"shard {shard} hung {ATTEMPTS} workers: look at it in _resfeat/plan"
+                            f"shard {task.shard} hung {ATTEMPTS} workers: look at it in the plan"
                         ) from None
-                    given_up = sorted([shard, *self._replace(in_hand)])
-                    careful.update(given_up)
+                    given_up = [task, *self._replace(in_hand)]
+                    given_up = sorted(replace(each, careful=True) for each in given_up)
                     if give_up is None:
                         waiting.extendleft(reversed(given_up))
                     break
@@ -113,17 +110,17 @@ class InlineEngine(AbstractContextManager["InlineEngine"]):
         if left:
             raise Stopped("stopped as asked")
 
-    def _replace(self, in_hand: dict[Future[ShardResult], Shard]) -> list[Shard]:
+    def _replace(self, in_hand: dict[Future[ShardResult], Task]) -> list[Task]:
         """Put another worker in the place of one that hangs, whose threads cannot be ended. Gives
-        the shards that it had in hand besides, once they are let go."""
+        the tasks that it had in hand besides, once they are let go."""
         self.worker.stopping.set()
         self.worker.close()
         wait(in_hand)
-        shards = list(in_hand.values())
+        tasks = list(in_hand.values())
         in_hand.clear()
         self.worker = Worker(self._job, self.placement, self._network)
         self.description["worker_deaths"] = self.description.get("worker_deaths", 0) + 1
-        return shards
+        return tasks
 
 
 def _device(gpus: float | None) -> str:

@@ -13,9 +13,9 @@ import platform
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +34,7 @@ from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
 from resfeat.spec import Identity, RuntimeOptions
 from resfeat.storage import Location
-from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult
+from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker
 
@@ -61,11 +61,9 @@ class RayWorker:
         return __version__
 
     @ray.method(concurrency_group="shards")
-    def process(
-        self, shard: Shard, careful: bool, network: list[ray.ObjectRef[Any]]
-    ) -> ShardResult:
+    def process(self, task: Task, network: list[ray.ObjectRef[Any]]) -> ShardResult:
         try:
-            return process_shard(self._ready_worker(network), shard, careful=careful)
+            return process_shard(self._ready_worker(network), task)
         except DecoderHungError:
             os._exit(1)  # a thread that hangs can be ended in no other way
 
@@ -173,12 +171,11 @@ class RayEngine(AbstractContextManager["RayEngine"]):
 
     def run(
         self,
-        shards: Sequence[Shard],
-        suspects: Collection[Shard],
+        tasks: Sequence[Task],
         on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> Iterator[ShardResult]:
-        pool = _Pool(self._members, self._network, shards, suspects)
+        pool = _Pool(self._members, self._network, tasks)
         give_up: float | None = None
         deadline = time.monotonic() + START_SECONDS
         while pool.busy:
@@ -206,12 +203,11 @@ class _Pool:
         self,
         members: Sequence[_Member],
         network: ray.ObjectRef[Any],
-        shards: Sequence[Shard],
-        suspects: Collection[Shard] = (),
+        tasks: Sequence[Task],
     ) -> None:
-        self.waiting = deque(shards)
-        self._careful = set(suspects)
-        self.left = len(shards)
+        self.waiting = deque(task.shard for task in tasks)
+        self._tasks = {task.shard: task for task in tasks}
+        self.left = len(tasks)
         self._members = members
         self._network = network
         self.deaths: Counter[Shard] = Counter()
@@ -239,9 +235,7 @@ class _Pool:
                 if self.waiting and member.live and self._has_room(member, room):
                     shard = self.waiting.popleft()
                     member.in_hand.append(shard)
-                    call = member.actor.process.remote(
-                        shard, shard in self._careful, [self._network]
-                    )
+                    call = member.actor.process.remote(self._tasks[shard], [self._network])
                     self._calls[call] = member, shard
 
     def _has_room(self, member: _Member, room: int) -> bool:
@@ -320,7 +314,8 @@ class _Pool:
             ) from error
         for shard in member.in_hand:
             self._heard.pop(shard, None)
-        self._careful.update(member.in_hand)
+        for shard in member.in_hand:
+            self._tasks[shard] = replace(self._tasks[shard], careful=True)
         self.waiting.extendleft(reversed(member.in_hand))
         member.in_hand.clear()
         member.live = False

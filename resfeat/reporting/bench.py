@@ -27,7 +27,7 @@ from resfeat.runtimes import check
 from resfeat.sources import listing, read
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import Placement, ShardResult
+from resfeat.worker import Placement, ShardResult, Task
 from resfeat.worker.worker import Worker, forward
 
 # Each stage alone is repeated for at least this long.
@@ -90,11 +90,8 @@ def bench(
             write_rate = _write(worker, layout, items, len(record.plan.shards))
             on_step("the whole job")
             started = time.perf_counter()
-            results = list(
-                engine.run(
-                    list(record.plan.shards.values()), (), lambda *counts: None, lambda: False
-                )
-            )
+            tasks = [Task(shard) for shard in record.plan.shards.values()]
+            results = list(engine.run(tasks, lambda *counts: None, lambda: False))
             whole = len(items) / (time.perf_counter() - started)
     rates = {"read": read_rate, "decode": decode_rate, "embed": forward_rate, "write": write_rate}
     return Bench(

@@ -4,59 +4,37 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.plan import Plan, Shard
 from resfeat.reporting.report import Report, new_run_id
+from resfeat.reporting.watch import Progress, Watch
 from resfeat.worker import ShardResult
 
 if TYPE_CHECKING:
     from resfeat.fidelity.parity import Parity
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: images of the whole dataset, done and failed so far, live workers.
-
-    While the sources are being listed `total` is None and `done` counts the images found.
-    """
-
-    total: int | None
-    done: int
-    failed: int
-    workers: int
-
-
 class Tally:
     """Adds up a run as its shards are committed.
 
-    todo: the shards that are to be done. started: when the run was
-    asked for, by `time.monotonic`. on_note: is told what `note` is. engine, parity: to be set to
-    what the engine says of itself, and to what was measured.
+    todo: the shards that are to be done. started: when the run was asked for, by `time.monotonic`.
+    engine, parity: to be set to what the engine says of itself, and to what was measured.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        todo: Sequence[Shard],
-        on_progress: Callable[[Progress], None],
-        started: float,
-        on_note: Callable[[str], None],
-    ) -> None:
+    def __init__(self, plan: Plan, todo: Sequence[Shard], watch: Watch, started: float) -> None:
         self.todo = todo
         self._plan = plan
         self._before = plan.items - sum(shard.rows for shard in todo)
-        self._on_progress = on_progress
+        self._watch = watch
         self._started = started
         self._first_worker: float | None = None
         self._last_commit: float | None = None
         self._counts: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
-        self._on_note = on_note
         self._notes: list[str] = []
         self._fits: int | None = None
         self.engine: Mapping[str, Any] = {}
@@ -65,7 +43,7 @@ class Tally:
     def note(self, text: str) -> None:
         """Tell the user something of this run, now and in its report."""
         self._notes.append(text)
-        self._on_note(text)
+        self._watch.note(text)
 
     def add(self, result: ShardResult) -> None:
         """A shard was committed."""
@@ -93,21 +71,17 @@ class Tally:
             self._first_worker = time.monotonic()
         done += self._before + self._counts["images"] + self._counts["kept"]
         failed += self._counts["images_failed"]
-        self._on_progress(Progress(self._plan.items, done, failed, workers))
-
-    @property
-    def began(self) -> bool:
-        """Whether any worker came to be live."""
-        return self._first_worker is not None
+        self._watch.progress(Progress(self._plan.items, done, failed, workers))
 
     def report(
         self, dataset: Dataset, skipped: Mapping[str, int], error: ResfeatError | None
     ) -> Report:
-        """The run as it ended, and the dataset as it stands, counted from its files."""
+        """The run as it ended, and the dataset as it stands, counted from its notes."""
         # What an engine takes to leave is no part of its speed.
         ended = self._last_commit or time.monotonic()
         begun = self._first_worker or ended
-        embedded, reasons = dataset.embedded(), dataset.reasons()
+        commits = dataset.commits()
+        embedded, reasons = commits.embedded, commits.reasons
         failed = sum(reasons.values())
         if error is None and embedded + failed != self._plan.items:
             error = ResfeatError(

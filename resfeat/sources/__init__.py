@@ -12,9 +12,10 @@ from urllib.parse import unquote_to_bytes
 from resfeat.errors import Failure, UsageError
 from resfeat.sources import directory, prefix
 from resfeat.sources.item import Item
+from resfeat.sources.rules import printable
 from resfeat.storage import is_remote, locate
 
-__all__ = ["Item", "Listing", "gone", "listing", "read", "uri_of"]
+__all__ = ["Item", "Listing", "gone", "listing", "printable", "read", "uri_of"]
 
 
 class Listing(Protocol):

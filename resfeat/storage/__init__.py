@@ -1,14 +1,14 @@
 """Files on a disk or in an object store: paths, drafts that appear whole, and reading Parquet."""
 
-from resfeat.storage.draft import Draft, draft, sha256, write_whole
+from resfeat.storage.draft import Draft, draft, sha256, write_json, write_whole
 from resfeat.storage.location import (
     Location,
+    file_system_of,
     is_remote,
     locate,
     make_folder,
     remove,
     remove_all,
-    rename,
 )
 from resfeat.storage.parquet import dataset_of, open_parquet
 from resfeat.storage.remote import SCHEME, StorePath, is_refused, patiently, store
@@ -20,6 +20,7 @@ __all__ = [
     "StorePath",
     "dataset_of",
     "draft",
+    "file_system_of",
     "is_refused",
     "is_remote",
     "locate",
@@ -28,8 +29,8 @@ __all__ = [
     "patiently",
     "remove",
     "remove_all",
-    "rename",
     "sha256",
     "store",
+    "write_json",
     "write_whole",
 ]

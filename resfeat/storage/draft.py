@@ -7,6 +7,7 @@ is one atomic rename, or one PUT.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from resfeat.storage.location import Location, rename
+from resfeat.storage.location import Location, replace
 from resfeat.storage.remote import StorePath
 
 
@@ -65,6 +66,11 @@ def write_whole(folder: Path | None, location: Location, content: bytes) -> None
         document.discard()
 
 
+def write_json(folder: Path | None, location: Location, content: object) -> None:
+    """Write a small JSON document, whole or not at all, by way of a draft in `folder`."""
+    write_whole(folder, location, (json.dumps(content, indent=2) + "\n").encode())
+
+
 class _DiskDraft:
     def __init__(self, folder: Path, name: str) -> None:
         # Unique, so that a worker thought dead and its successor never write to one file.
@@ -79,7 +85,7 @@ class _DiskDraft:
     def publish(self, target: Path) -> None:
         with open(self.sink, "rb") as file:
             os.fsync(file.fileno())
-        rename(self.sink, target)
+        replace(self.sink, target)
 
     def discard(self) -> None:
         self.sink.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -58,20 +59,31 @@ def remove(location: Location) -> None:
         _sync(location.parent)
 
 
-def rename(location: Location, target: Location) -> None:
-    """Give a file another name, durably. In a store it is copied first, and then removed."""
-    if isinstance(location, StorePath) or isinstance(target, StorePath):
-        target.write_bytes(location.read_bytes())
-        location.unlink()
-        return
+def replace(location: Path, target: Path) -> None:
+    """Put a file in the place of another, in one step and durably."""
     os.replace(location, target)
     for parent in {target.parent, location.parent}:
         _sync(parent)
+
+
+def file_system_of(path: Path) -> str:
+    """The kind of file system that a path lies on, such as "ext4", by Linux's list of mounts."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "a file system"
+    there = [(place, kind) for place, kind in mounts if path.is_relative_to(place)]
+    return max(there, key=lambda mount: len(mount[0]))[1] if there else "a file system"
 
 
 def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot do it to a folder. A power cut may then cost the last commits,
+        # which are done again.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)

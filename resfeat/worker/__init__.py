@@ -11,6 +11,15 @@ from resfeat.worker.messages import (
     Job,
     Placement,
     ShardResult,
+    Task,
 )
 
-__all__ = ["READ_AHEAD", "READ_AHEAD_IN_STORE", "SHARDS_IN_HAND", "Job", "Placement", "ShardResult"]
+__all__ = [
+    "READ_AHEAD",
+    "READ_AHEAD_IN_STORE",
+    "SHARDS_IN_HAND",
+    "Job",
+    "Placement",
+    "ShardResult",
+    "Task",
+]

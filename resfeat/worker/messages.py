@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import pyarrow as pa
+
+from resfeat.plan import Shard
 from resfeat.spec import Identity, RuntimeName
 
 # Files that a worker reads while all its decoders are busy: enough to hide the latency of a disk,
@@ -19,16 +22,20 @@ SHARDS_IN_HAND = 2
 class Job:
     """What is to be done, the same for every worker of a run. Small: the weights travel apart.
 
-    dims: length of each layer's embedding. reads_ahead: files that are read while all decoders are
-    busy.
+    output, share: where the dataset is, and which share of it the run writes. reads_ahead: files
+    that are read while all decoders are busy. dims: length of each layer's embedding. carried:
+    columns that travel with the images. quantised: the digest of an int8 network.
     """
 
     output: str
+    share: str
     sources: tuple[str, ...]
     reads_ahead: int
     identity: Identity
     dims: Mapping[str, int]
     with_label: bool
+    carried: tuple[pa.Field, ...] = ()
+    quantised: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,19 @@ class Placement:
     device: str
     cpus: int
     batch_size: int
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """One shard to do.
+
+    careful: decode in child processes, so that what crashes or hangs a decoder is a failure row.
+    parity: how near this run is to the reference, where that was measured; the rows say so.
+    """
+
+    shard: Shard
+    careful: bool = False
+    parity: Mapping[str, float] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

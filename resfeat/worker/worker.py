@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from threading import BoundedSemaphore, Event, Lock, get_ident
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from resfeat import runtimes
-from resfeat.dataset import Layout, Record, embeddings_schema
+from resfeat.dataset import Layout, embeddings_schema
 from resfeat.decoding import Picture, decode
 from resfeat.errors import DecoderHungError, Failure, ResfeatError
 from resfeat.plan import Shard
@@ -42,7 +41,7 @@ class Worker:
     def __init__(self, job: Job, placement: Placement, network: Network) -> None:
         self.job = job
         self.placement = placement
-        self.layout = Layout(job.output)
+        self.layout = Layout(job.output, job.share)
         self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
         self.runtime = runtimes.start(
             placement.runtime,
@@ -61,18 +60,16 @@ class Worker:
         self.decoding = BoundedSemaphore(placement.cpus)
         self.feeding = Lock()
 
-    @cached_property
-    def schema(self) -> pa.Schema:
-        """Of the rows. Read from the record late: by then it holds what was measured."""
-        record = Record.load(self.layout)
-        if record is None:
-            raise ResfeatError(f"{self.layout.spec} is gone: was the output removed?")
+    def schema(self, parity: Mapping[str, float] | None) -> pa.Schema:
+        """Of the rows. parity: what they say of how near they are to the reference."""
+        job = self.job
+        measured = {"parity": parity, "quantised": job.quantised}
         return embeddings_schema(
-            self.job.identity,
-            self.job.dims,
-            with_label=self.job.with_label,
-            parity=record.parity,
-            quantised=record.quantised,
+            job.identity,
+            job.dims,
+            with_label=job.with_label,
+            carried=job.carried,
+            measured={name: value for name, value in measured.items() if value},
         )
 
     def embed(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:

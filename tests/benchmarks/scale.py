@@ -27,8 +27,7 @@ from resfeat.backbones.weights import resolve
 from resfeat.dataset import Dataset, Layout, Part, Record, Row, embeddings_schema
 from resfeat.engines import prepare, start
 from resfeat.engines import ray as engine
-from resfeat.reporting.report import versions
-from resfeat.reporting.tally import Tally
+from resfeat.reporting import Tally, Watch, versions
 from resfeat.runtimes.hardware import hardware
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
@@ -85,7 +84,7 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
     )
     record.save(layout)
     todo = list(planned.shards.values())
-    tally = Tally(planned, todo, lambda progress: None, time.monotonic(), lambda note: None)
+    tally = Tally(planned, todo, Watch(), time.monotonic())
     engine.RayWorker = Idle  # type: ignore[misc]
     options = RuntimeOptions(workers=2)
     with (

@@ -24,7 +24,7 @@ from resfeat.dataset import Layout
 from resfeat.sources.directory import read
 
 # Of a shard that is committed for the first time.
-STEPS = ("written", "checked", "failures", "checksums", "embeddings")
+STEPS = ("written", "checked", "noted", "failures", "embeddings")
 PHOTOS = 70
 ANY_FAILURES = ["--max-error-rate", 1]
 

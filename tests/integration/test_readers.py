@@ -55,8 +55,8 @@ def test_duckdb(inline, expected):
 
 def test_our_own_reader(inline, expected):
     dataset = resfeat.open_dataset(inline)
-    assert dataset.embedded() == 500
-    assert sum(dataset.reasons().values()) == 12
+    assert dataset.commits().embedded == 500
+    assert sum(dataset.commits().reasons.values()) == 12
     assert verify(dataset).problems == []
     assert dataset.embeddings.count_rows() == 500
     assert dataset.failures.count_rows() == 12

@@ -50,7 +50,7 @@ def rewrite(layout, change, *, noted=False):
 def note(layout):
     place = layout.checksum(SHARD)
     content = json.loads(place.read_text())
-    content["embeddings"]["sha256"] = hashlib.sha256(part(layout).read_bytes()).hexdigest()
+    content["digests"]["embeddings"] = hashlib.sha256(part(layout).read_bytes()).hexdigest()
     place.write_text(json.dumps(content))
 
 
@@ -295,13 +295,12 @@ def test_each_damage_is_named_and_nothing_else(damage, inline, tmp_path, resfeat
 
 def test_damage_that_a_reader_meets_half_way_is_one_line(inline, tmp_path):
     layout = copy(inline, tmp_path)
-    for path in (part(layout), failures(layout), layout.plan / "plan-00000.parquet"):
+    for path in (part(layout), layout.plan / "plan-00000.parquet"):
         data = path.read_bytes()
         path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
     dataset = open_dataset(layout.root)
     for what, use in (
         (part(layout), lambda: list(dataset.vectors())),
-        (failures(layout), dataset.reasons),
         (layout.plan, lambda: dataset.uris([planned(Layout(inline), 0)[0].id])),
     ):
         with pytest.raises(ResfeatError, match=rf"^{what}.* cannot be read \(.*\): ") as told:
@@ -318,7 +317,7 @@ def test_damage_in_several_shards_is_mended_by_repair_and_the_same_command(
     bad = sorted({SHARD, failing(Layout(inline))})
     last = max(layout.committed())
     assert last not in bad
-    layout.checksum(last).write_text(layout.checksum(last).read_text().replace("sha256", "sha257"))
+    layout.checksum(last).write_text(layout.checksum(last).read_text().replace("digests", "digest"))
     bad.append(last)
     good = {path: path.stat().st_mtime_ns for path in layout.embeddings.iterdir()}
     for shard in bad:

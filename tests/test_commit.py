@@ -4,13 +4,24 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from resfeat.backbones.weights import resolve
-from resfeat.dataset import FailedItem, Layout, Part, Row, embeddings_schema
-from resfeat.dataset import commit as sink
-from resfeat.errors import Failure, ResfeatError
+from resfeat.dataset import (
+    Commits,
+    FailedItem,
+    Layout,
+    Part,
+    Row,
+    embeddings_schema,
+    kept_rows,
+)
+from resfeat.dataset import commit as commits
+from resfeat.dataset.commit import digest
+from resfeat.dataset.notes import Note
+from resfeat.errors import Failure, ResfeatError, StoreError
 from resfeat.spec import FeatureSpec, Identity
 
 
@@ -99,72 +110,133 @@ def stop_at(monkeypatch):
             if step == at:
                 raise Killed
 
-        monkeypatch.setattr(sink, "on_step", on_step)
+        monkeypatch.setattr(commits, "on_step", on_step)
         with pytest.raises(Killed):
             commit()
-        monkeypatch.setattr(sink, "on_step", lambda step: None)
+        monkeypatch.setattr(commits, "on_step", lambda step: None)
 
     return stop
 
 
 def test_the_steps_of_a_commit_are_those_that_are_named(layout, identity, monkeypatch):
     seen = []
-    monkeypatch.setattr(sink, "on_step", seen.append)
+    monkeypatch.setattr(commits, "on_step", seen.append)
     commit(layout, identity, ["a.jpg"], [FAILED])
-    usual = [step for step in sink.STEPS if step not in ("withdrawn", "tidied")]
-    assert seen == usual
+    assert seen == [step for step in commits.STEPS if step != "settled"]
     seen.clear()
     commit(layout, identity, ["a.jpg", "z.jpg"], [])  # this time the second one could be read
-    assert seen == list(sink.STEPS)
+    # What was an embedding stays one: the embeddings are replaced first.
+    assert seen == ["written", "checked", "noted", "embeddings", "failures", "settled"]
+    assert set(seen) == set(commits.STEPS)
     seen.clear()
     commit(layout, identity, ["a.jpg", "z.jpg"], [])  # a twin that comes late
     assert seen == ["written", "checked"]
 
 
-@pytest.mark.parametrize("step", sink.STEPS)
-def test_a_shard_is_visible_whole_or_not_at_all(step, layout, identity, stop_at):
-    if step not in ("withdrawn", "tidied"):
-        stop_at(step, lambda: commit(layout, identity, ["a.jpg"], [FAILED]))
-        assert layout.committed() == ([0] if step == "embeddings" else [])
-        assert layout.with_failures() == ([] if step in ("written", "checked") else [0])
-        if layout.committed():
-            assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
+@pytest.mark.parametrize("step", [step for step in commits.STEPS if step != "settled"])
+def test_a_new_shard_is_visible_whole_or_not_at_all(step, layout, identity, stop_at):
+    stop_at(step, lambda: commit(layout, identity, ["a.jpg"], [FAILED]))
+    assert layout.committed() == ([0] if step == "embeddings" else [])
+    assert list(Commits.of(layout).done) == layout.committed()
+    assert layout.with_failures() == ([0] if step in ("failures", "embeddings") else [])
+    if layout.committed():
+        assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
     commit(layout, identity, ["a.jpg"], [FAILED])
     assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
+    assert Commits.of(layout).done[0].reasons == {"truncated": 1}
 
-    # Once more, and what failed can be read: never in both folders, and nothing is lost.
-    stop_at(step, lambda: commit(layout, identity, ["a.jpg", "z.jpg"], []))
-    if layout.committed():
-        assert sorted([*ids(layout), *ids(layout, "failures")]) == ["a.jpg", "z.jpg"]
-    assert "a.jpg" in sink.kept_rows(layout, 0)
-    commit(layout, identity, ["a.jpg", "z.jpg"], [])
-    assert ids(layout) == ["a.jpg", "z.jpg"] and not layout.with_failures()
+
+@pytest.mark.parametrize("again", commits.STEPS)
+@pytest.mark.parametrize("step", commits.STEPS)
+def test_a_shard_that_is_replaced_is_never_missing_and_loses_no_row(
+    step, again, layout, identity, stop_at
+):
+    """Killed while it was replaced, and once more in the attempt that followed."""
+    late = replace(FAILED, id="y.jpg")
+    commit(layout, identity, ["a.jpg"], [FAILED, late])
+
+    def is_sound():
+        assert ids(layout)[0] == "a.jpg" and "a.jpg" in kept_rows(layout, 0)
+        every = set(ids(layout)) | set(ids(layout, "failures"))
+        assert every == {"a.jpg", "y.jpg", "z.jpg"}
+        assert len(ids(layout)) == len(set(ids(layout)))
+        # Done: all of it is as the note says. Half: the next run does it again.
+        done = Commits.of(layout)
+        assert (0 in done.done) != (0 in done.half)
+        note = Note.read(layout, 0)
+        for kind in note.digests:
+            found = digest(layout.root / kind / layout.part_name(0))
+            assert found in (note.allows(kind) if note.replaces else {note.digests[kind]})
+        assert (0 in done.done) == (note.replaces is None)
+
+    stop_at(step, lambda: commit(layout, identity, ["a.jpg", "z.jpg"], [late]))
+    is_sound()
+    # The second attempt finds the other one mended, too.
+    stop_at(again, lambda: commit(layout, identity, ["a.jpg", "y.jpg", "z.jpg"], []))
+    is_sound()
+    commit(layout, identity, ["a.jpg", "y.jpg", "z.jpg"], [])
+    assert ids(layout) == ["a.jpg", "y.jpg", "z.jpg"] and not layout.with_failures()
+    assert Commits.of(layout).done[0].embedded == 3
 
 
 @pytest.mark.parametrize("is_done", [True, False])
 def test_a_change_of_failures_of_which_the_answer_is_an_error(
     is_done, layout, identity, monkeypatch
 ):
-    """It may have come about all the same: then the old embeddings would be one image short."""
+    """It may have come about all the same: the shard is to be done again, and has all its rows."""
     commit(layout, identity, ["a.jpg"], [FAILED])
-    remove = sink.remove
+    remove = commits.remove
 
     def remove_and_fail(location):
         if is_done:
             remove(location)
-        raise OSError("no answer")
+        raise StoreError("no answer")
 
-    monkeypatch.setattr(sink, "remove", remove_and_fail)
-    with pytest.raises(OSError, match="no answer"):
+    monkeypatch.setattr(commits, "remove", remove_and_fail)
+    with pytest.raises(StoreError, match="no answer"):
         commit(layout, identity, ["a.jpg", "z.jpg"], [])
-    if is_done:
-        assert not layout.committed()
-    else:
-        assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
-    assert "a.jpg" in sink.kept_rows(layout, 0)
-    monkeypatch.setattr(sink, "remove", remove)
+    assert Commits.of(layout).half == {0}
+    assert list(kept_rows(layout, 0)) == ["a.jpg", "z.jpg"]
+    monkeypatch.setattr(commits, "remove", remove)
     commit(layout, identity, ["a.jpg", "z.jpg"], [])
     assert ids(layout) == ["a.jpg", "z.jpg"] and not layout.with_failures()
+
+
+def test_an_id_that_comes_twice_is_never_committed(layout, identity):
+    """Not even where the plan has it, too, once."""
+    with pytest.raises(ResfeatError, match="do not match the plan"):
+        commit(layout, identity, ["a.jpg", "a.jpg"], [], planned=["a.jpg"])
+    with pytest.raises(ResfeatError, match="do not match the plan"):
+        commit(layout, identity, ["z.jpg"], [FAILED], planned=["z.jpg"])
+    assert not layout.committed()
+
+
+def test_what_is_carried_stands_in_both_tables(layout, identity):
+    carried = (pa.field("price", pa.int8()), pa.field("tags", pa.list_(pa.string())))
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True, carried=carried)
+    good = replace(rows("a.jpg")[0], carried=(3, ["new"]))
+    with Part(layout, 0, schema) as part:
+        part.add([good], vectors(1), [replace(FAILED, carried=(None, []))])
+        part.commit(["a.jpg", "z.jpg"])
+    table = pq.read_table(layout.embeddings / "part-00000.parquet")
+    assert table.schema.names[-3:] == ["label", "price", "tags"]
+    assert table.schema.field("price").type == pa.int8()
+    assert [table[name][0].as_py() for name in ("price", "tags")] == [3, ["new"]]
+    (failure,) = pq.read_table(layout.failures / "part-00000.parquet").to_pylist()
+    assert (failure["reason"], failure["price"], failure["tags"]) == ("truncated", None, [])
+    ((kept, _),) = kept_rows(layout, 0).values()
+    assert kept == good
+
+
+def test_embeddings_are_written_for_those_who_read_them_whole(layout, identity):
+    """Neither compressed nor described: both cost time, and tell nobody anything."""
+    commit(layout, identity, ["a.jpg", "b.jpg"], [])
+    meta = pq.read_metadata(layout.embeddings / "part-00000.parquet").row_group(0)
+    columns = {meta.column(n).path_in_schema: meta.column(n) for n in range(meta.num_columns)}
+    vector = columns.pop("embedding.list.element")
+    assert (vector.compression, vector.statistics) == ("UNCOMPRESSED", None)
+    assert {each.compression for each in columns.values()} == {"ZSTD"}
+    assert columns["id"].statistics.max == "b.jpg"
 
 
 def test_rows_that_are_kept_are_the_rows_that_were_committed(layout, identity):
@@ -172,18 +244,18 @@ def test_rows_that_are_kept_are_the_rows_that_were_committed(layout, identity):
     with Part(layout, 0, schema) as part:
         part.add(rows("a.jpg", "b.jpg"), vectors(2))
         part.commit(["a.jpg", "b.jpg"])
-    kept = sink.kept_rows(layout, 0)
+    kept = kept_rows(layout, 0)
     assert [row for row, _ in kept.values()] == rows("a.jpg", "b.jpg")
     assert np.array_equal(np.stack([vector for _, vector in kept.values()]), vectors(2))
-    assert sink.kept_rows(layout, 1) == {}
+    assert kept_rows(layout, 1) == {}
 
 
-def commit(layout, identity, embedded, failed):
+def commit(layout, identity, embedded, failed, planned=None):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
     with Part(layout, 0, schema) as part:
         part.add([replace(row, label=None) for row in rows(*embedded)], vectors(len(embedded)))
         part.add([], vectors(0), failed)
-        part.commit([*embedded, *(item.id for item in failed)])
+        part.commit(planned or [*embedded, *(item.id for item in failed)])
 
 
 def ids(layout, folder="embeddings"):

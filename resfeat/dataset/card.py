@@ -1,0 +1,79 @@
+"""The dataset card: a README.md that says what lies there, to people and to `load_dataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from resfeat.dataset.layout import Layout
+from resfeat.dataset.record import Record
+from resfeat.dataset.schema import FAILURES
+from resfeat.storage import write_whole
+
+# Without it, `datasets` and the Hugging Face hub would take every Parquet file here for rows.
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files: embeddings/*.parquet
+---
+# Embeddings of {items:,} images by {model}
+
+Made by resfeat {version} on {created}.
+
+| | |
+| --- | --- |
+| model | `{model}`, layers {layers}, pooling {pool}, {precision} |
+| weights | `{weights}` |
+| sources | {sources} |
+| fingerprint | `{fingerprint}` |
+
+`embeddings/` has a row for each image that could be embedded, `failures/` one for each that could
+not, with the reason. No image is in both. `_resfeat/` is what resfeat needs to go on and to verify.
+
+| column of `embeddings/` | type |
+| --- | --- |
+{embeddings}
+
+| column of `failures/` | type |
+| --- | --- |
+{failures}
+
+It is plain Parquet. In Python, with any of these:
+
+```python
+datasets.load_dataset("OUT")
+pandas.read_parquet("OUT/embeddings")
+polars.read_parquet("OUT/embeddings/*.parquet")
+resfeat.open_dataset("OUT").vectors()
+```
+
+To find the images nearest to one of your own: `resfeat search OUT photo.jpg`.
+To see whether every image is still there, once: `resfeat verify OUT`.
+"""
+
+
+def write_card(layout: Layout, record: Record, embeddings: pa.Schema) -> None:
+    """Write the card of a dataset. embeddings: the schema of its parts."""
+    identity = record.identity
+    text = _CARD.format(
+        items=record.plan.items,
+        model=identity.model,
+        version=record.versions["resfeat"],
+        created=record.created[:10],
+        layers=", ".join(identity.layers),
+        pool=identity.pool,
+        precision=identity.precision,
+        weights=record.weights,
+        sources=", ".join(f"`{source}`" for source in record.sources),
+        fingerprint=identity.fingerprint,
+        embeddings=_rows(embeddings),
+        failures=_rows(FAILURES),
+    )
+    write_whole(layout.tmp, layout.card, text.encode())
+
+
+def _rows(schema: pa.Schema) -> str:
+    columns: Mapping[str, pa.DataType] = dict(zip(schema.names, schema.types, strict=True))
+    return "\n".join(f"| `{name}` | {kind} |" for name, kind in columns.items())

@@ -1,0 +1,100 @@
+"""Notes of commits: what a shard's files hold, so that nobody has to open them to know.
+
+A note is a small JSON document in `checksums/`. It is written before the files that it describes.
+While a shard's files are being replaced it also has the digests of those that were there before:
+such a shard counts as unfinished until both files have their new digests and the note says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+
+from resfeat.dataset.layout import Layout
+from resfeat.storage import StorePath, write_json
+
+# Notes that are read from a store at once: each is one request.
+REQUESTS = 32
+
+Digests = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What one commit left.
+
+    digests: SHA-256 of the shard's files by kind, `embeddings` and `failures`; None for failures
+    where there are none. reasons: failure rows by reason. replaces: digests of the files that are
+    being replaced; None once that is done.
+    """
+
+    embedded: int
+    digests: Digests
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    replaces: Digests | None = None
+
+    @property
+    def failed(self) -> int:
+        """Failure rows."""
+        return sum(self.reasons.values())
+
+    def allows(self, kind: str) -> set[str | None]:
+        """The digests that a file of this kind may have."""
+        return {each[kind] for each in (self.digests, self.replaces) if each}
+
+    def write(self, layout: Layout, shard: int) -> None:
+        """Put the note in place, whole."""
+        write_json(layout.tmp, layout.checksum(shard), asdict(self))
+
+    @classmethod
+    def read(cls, layout: Layout, shard: int) -> Note | None:
+        """The note of a shard; None where there is none, or none that can be understood."""
+        try:
+            note = cls(**json.loads(layout.checksum(shard).read_bytes()))
+            noted = [note.digests, note.replaces or note.digests]
+            is_sound = all(set(each) == {"embeddings", "failures"} for each in noted)
+            return note if is_sound and note.embedded + note.failed >= 0 else None
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return None
+
+
+@dataclass(frozen=True)
+class Commits:
+    """What is committed of a dataset, by its notes.
+
+    done: shards whose files are in place, with their notes, or None for a note that is lost. half:
+    shards whose files were being replaced when a run ended: they hold rows, and are still to be
+    done. failures: shards that have a file of failures.
+    """
+
+    done: Mapping[int, Note | None]
+    half: frozenset[int]
+    failures: frozenset[int]
+
+    @classmethod
+    def of(cls, layout: Layout) -> Commits:
+        """As the dataset stands now. Reads the notes, and no part."""
+        shards = layout.committed()
+        remote = isinstance(layout.root, StorePath)
+        with ThreadPoolExecutor(REQUESTS if remote else 1) as pool:
+            notes = dict(zip(shards, pool.map(lambda n: Note.read(layout, n), shards), strict=True))
+        half = {shard for shard, note in notes.items() if note and note.replaces}
+        done = {shard: note for shard, note in notes.items() if shard not in half}
+        return cls(done, frozenset(half), frozenset(layout.with_failures()))
+
+    @property
+    def embedded(self) -> int:
+        """Rows in `embeddings/` of finished shards."""
+        return sum(note.embedded for note in self.done.values() if note)
+
+    @property
+    def reasons(self) -> Mapping[str, int]:
+        """Failure rows of finished shards by reason, the commonest first."""
+        counts: Counter[str] = Counter()
+        for shard in self.failures:
+            if note := self.done.get(shard):
+                counts.update(note.reasons)
+        return dict(counts.most_common())

@@ -1,0 +1,290 @@
+"""One run: the output folder held, the plan made or resumed, what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resfeat.dataset import (
+    Commits,
+    Dataset,
+    Layout,
+    Lock,
+    Record,
+    embeddings_schema,
+    run_lock,
+    write_card,
+)
+from resfeat.errors import ChoiceError, ResfeatError, Stopped, StoreError, UsageError
+from resfeat.plan import Shard, write_plan
+from resfeat.reporting import Progress, Report, Tally, Watch, versions
+from resfeat.sources import Item, Listing, printable
+from resfeat.spec import ExtractSpec, Identity
+from resfeat.storage import Location, is_remote, remove_all, write_json
+from resfeat.worker import SHARDS_IN_HAND, Task
+
+if TYPE_CHECKING:
+    from resfeat.backbones.weights import Weights
+
+LISTED_BETWEEN_CALLS = 10_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for, and where it looks and writes. started: by `time.monotonic`."""
+
+    spec: ExtractSpec
+    layout: Layout
+    listing: Listing
+    watch: Watch
+    started: float
+
+    def has_work(self) -> bool:
+        """Whether there is anything to do, as the dataset stands now."""
+        record = Record.load(self.layout)
+        return record is None or bool(self.todo(record))
+
+    def todo(self, record: Record) -> list[Shard]:
+        """Shards that are not done, and, where that is asked for, those with failures."""
+        commits = Commits.of(self.layout)
+        again = commits.failures if self.spec.retry_failed else frozenset()
+        done = commits.done.keys() - again
+        return [shard for number, shard in record.plan.shards.items() if number not in done]
+
+    def check_free(self) -> None:
+        """Raise UsageError where the output is something else."""
+        layout, root = self.layout, self.layout.root
+        if printable(str(root)) != str(root):
+            name = printable(str(root))
+            raise UsageError(f"output {name} has bytes that are not UTF-8: rename it")
+        if str(root) in self.listing.roots:
+            raise UsageError(f"output {root} is also a source: give a folder of its own")
+        if not root.exists():
+            return
+        if not root.is_dir():
+            raise UsageError(f"output {root} is a file: give a folder")
+        if not layout.private.exists() and any(root.iterdir()):
+            raise UsageError(
+                f"output {root} holds other files: give a new folder, or that of a dataset to "
+                "resume"
+            )
+
+
+@dataclass
+class Run:
+    """A run that holds its output. is_new: whether it made the plan."""
+
+    request: Request
+    lock: Lock
+    weights: Weights
+    record: Record
+    is_new: bool
+    tally: Tally
+
+    @property
+    def layout(self) -> Layout:
+        return self.request.layout
+
+    def tasks(self) -> list[Task]:
+        """What the workers are to do, with care where a shard may hold what kills a decoder."""
+        suspects, parity = self._suspects(), self.record.parity
+        return [Task(shard, shard in suspects, parity) for shard in self.tally.todo]
+
+    def _suspects(self) -> set[Shard]:
+        """What the last run had in hand when it was killed, and what is done once more although it
+        is known to hold a killer."""
+        commits = Commits.of(self.layout)
+        todo, again = self.tally.todo, commits.done.keys() | commits.half
+        killers = {"decoder_crash", "timeout"}
+        known = {
+            shard
+            for shard in todo
+            if (note := commits.done.get(shard.number)) and killers & note.reasons.keys()
+        }
+        if not self.lock.killed:
+            return known
+        # Of shards that are done once more it cannot be told which that run had come to.
+        return known | {s for s in todo if s.number in again} | set(todo[:SHARDS_IN_HAND])
+
+    def proven(self, parity: Mapping[str, float] | None) -> None:
+        """Write down how near the run is to the reference, where nothing says so yet."""
+        if parity and self.record.parity is None:
+            self.record = replace(self.record, parity=parity)
+            self.record.save(self.layout)
+
+    def end(self, error: ResfeatError | None) -> Report:
+        """Write the report. Raises the error of a run that failed.
+
+        Decides what a failed run leaves. The plan and what is committed stay, for the same command
+        to go on from; only a dataset that was just begun with a choice that does not work out is
+        not kept. `hold` then clears the folder.
+        """
+        if self.lock.taken.is_set() and error:
+            raise error  # the folder is another run's now
+        if self.is_new and isinstance(error, ChoiceError):
+            self.layout.spec.unlink()
+            raise error
+        if isinstance(error, StoreError) and is_remote(str(self.layout.root)):
+            raise error  # the report would go to the store that just failed
+        dataset = Dataset(self.layout, self.record)
+        report = self.tally.report(dataset, self.request.listing.skipped, error)
+        # A disk too full for the report must not hide the error that the report is about.
+        with suppress(OSError) if report.error else nullcontext():
+            place = self.layout.run_report(report.run_id)
+            write_json(self.layout.tmp, place, report.as_dict())
+        if report.status == "failed":
+            raise ResfeatError(report.error) from error
+        return report
+
+
+@contextmanager
+def begin(request: Request, weights: Weights) -> Iterator[Run]:
+    """A run with its output held, and the plan made or resumed.
+
+    Raises UsageError where the dataset that is there was made with other choices, or no image is
+    found, Stopped where it was stopped while it listed, and ResfeatError where another run writes.
+    """
+    with _held(request) as lock:
+        record = Record.load(request.layout)
+        if is_new := record is None:
+            record = _make_plan(request, weights)
+        _check_same(request, record, weights)
+        todo = request.todo(record)
+        tally = Tally(record.plan, todo, request.watch, request.started)
+        if lock.killed:
+            last = f"the last run ({lock.killed}) was killed"
+            tally.note(f"{last}: going on from what it had committed")
+        for note in weights.notes:
+            tally.note(note)
+        yield Run(request, lock, weights, record, is_new, tally)
+
+
+@contextmanager
+def _held(request: Request) -> Iterator[Lock]:
+    """The output folder, made if it is not there, with its lock held.
+
+    Where it ends without a record, what it made is removed again.
+    """
+    layout = request.layout
+    made: list[Path] = []
+    with writable(layout):
+        try:
+            if isinstance(layout.root, Path):
+                every = [layout.root, *layout.root.parents]
+                made += [folder for folder in every if not folder.exists()]
+            for folder in layout.folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            with run_lock(layout, on_wait=request.watch.note) as lock:
+                try:
+                    _tidy(layout)  # of what a killed run left
+                    yield lock
+                finally:
+                    if not lock.taken.is_set():  # else it is another's
+                        _tidy(layout)  # of what workers left that were killed or stopped
+                        if not layout.spec.exists():
+                            remove_all(layout.private)
+                            layout.card.unlink(missing_ok=True)
+                            _remove_empty([layout.embeddings, *made])
+        except OSError:
+            _remove_empty(made)
+            raise
+
+
+@contextmanager
+def writable(layout: Layout) -> Iterator[None]:
+    """Say of what goes wrong with the output's folders what can be done about it."""
+    try:
+        yield
+    except OSError as error:
+        raise ResfeatError(
+            f"cannot write to {layout.root}: {error.strerror or error}; give a folder that can be "
+            "written, with space left, and the same command again"
+        ) from error
+
+
+def _tidy(layout: Layout) -> None:
+    """Remove the drafts of this share of the dataset, which no run is writing any more."""
+    for leftover in layout.tmp.iterdir() if layout.tmp else ():
+        leftover.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: Sequence[Location]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _make_plan(request: Request, weights: Weights) -> Record:
+    """List the sources, freeze the listing, and write down what the dataset is."""
+    layout, spec, listing = request.layout, request.spec, request.listing
+    request.watch.step(f"listing {', '.join(spec.sources)}")
+    remove_all(layout.plan)  # of a run that was killed while it was listing
+    layout.plan.mkdir()
+    plan = write_plan(layout.plan, layout.tmp, _watched(request), spec.shard_size)
+    if not plan.items:
+        skipped = ", ".join(f"{count} {kind}" for kind, count in listing.skipped.most_common(3))
+        raise UsageError(
+            f"no images in {', '.join(spec.sources)}"
+            + (f" (passed over: {skipped})" if skipped else "")
+            + ": name a folder that holds some"
+        )
+    record = Record(
+        identity=weights.identity,
+        weights=weights.origin,
+        sources=tuple(listing.roots),
+        label_from=spec.label_from,
+        plan=plan,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+    )
+    with_label = spec.label_from is not None
+    columns = embeddings_schema(record.identity, weights.dims, with_label=with_label)
+    write_card(layout, record, columns)
+    record.save(layout)
+    return record
+
+
+def _watched(request: Request) -> Iterator[Item]:
+    for number, item in enumerate(request.listing, start=1):
+        if number % LISTED_BETWEEN_CALLS == 0:
+            request.watch.progress(Progress(None, number, 0, 0))
+            if request.watch.stopping():
+                raise Stopped("stopped while listing: nothing was written")
+        yield item
+
+
+def _check_same(request: Request, record: Record, weights: Weights) -> None:
+    """Refuse to mix two kinds of embeddings, or two listings, in one dataset."""
+    spec = request.spec
+    there = _choices(record.identity) | {
+        "sources": record.sources,
+        "label_from": record.label_from,
+        "shard_size": record.plan.shard_size,
+    }
+    asked = _choices(weights.identity) | {
+        "sources": tuple(request.listing.roots),
+        "label_from": spec.label_from,
+        "shard_size": spec.shard_size or record.plan.shard_size,
+    }
+    for name in there:
+        if there[name] != asked[name]:
+            raise UsageError(
+                f"{request.layout.root} was made with another {name}: {_brief(there[name])} there, "
+                f"{_brief(asked[name])} now (weights {record.weights} there, "
+                f"{weights.origin} now); repeat its choices to resume it, or give a new -o"
+            )
+
+
+def _choices(identity: Identity) -> dict[str, object]:
+    """The identity's fields, those of the preprocessing among them."""
+    plain = identity.as_dict()
+    pixels: dict[str, object] = plain.pop("preprocessing")
+    return plain | pixels
+
+
+def _brief(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
