@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from resfeat.dataset import Layout, Record
-from resfeat.errors import ResfeatError
+from resfeat.errors import ChoiceError, ResfeatError
 from resfeat.fidelity.parity import SAMPLE
 from resfeat.fidelity.sample import pictures, sample
 from resfeat.storage import Location, write_whole
@@ -62,7 +62,7 @@ def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]
         reversed(items), record.identity.preprocessing, record.identity.decode, PICTURES
     )
     if not chosen:
-        raise ResfeatError(
+        raise ChoiceError(
             f"none of {len(items)} sampled images can be decoded, so int8 cannot be calibrated: "
             "are these images? --precision fp32 needs no calibration"
         )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resfeat.errors import ResfeatError
+from resfeat.errors import ChoiceError
 from resfeat.fidelity.sample import pictures
 from resfeat.runtimes import REFERENCE
 from resfeat.runtimes.torch import TorchRuntime
@@ -59,7 +59,7 @@ def reference(
     """Embed the first images that decode as the reference does.
 
     Where none does, or the reference has nothing to say of those that do, the reference's own
-    precision goes unmeasured (None), and any other raises ResfeatError.
+    precision goes unmeasured (None), and any other raises ChoiceError.
     """
     wanted = SAMPLE_OF_REFERENCE if identity.precision == REFERENCE else SAMPLE
     # By Pillow alone, where any pictures will do: it spares the child process torch, seconds of it.
@@ -108,17 +108,17 @@ def compare(
 def _go_without(identity: Identity, why: str, ask: str) -> Reference | None:
     if identity.precision == REFERENCE:
         return None
-    raise ResfeatError(
+    raise ChoiceError(
         f"{why}, so {identity.precision} cannot be compared with fp32: {ask} "
         "--precision fp32 does without"
     )
 
 
 def check(parity: Parity, identity: Identity, least: float | None) -> None:
-    """Raise ResfeatError where the embeddings are too far from the reference."""
+    """Raise ChoiceError where the embeddings are too far from the reference."""
     least = LEAST.get(identity.precision, LEAST_OTHERWISE) if least is None else least
     if not parity.minimum >= least:
-        raise ResfeatError(
+        raise ChoiceError(
             f"{identity.precision} embeddings of {parity.images} sampled images have a cosine of "
             f"{parity.minimum:.6f} to fp32's at the least (median {parity.median:.6f}), under "
             f"--min-parity {least:g}: use --precision fp32, or lower --min-parity"

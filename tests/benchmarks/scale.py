@@ -31,7 +31,7 @@ from resfeat.reporting import Tally, Watch, versions
 from resfeat.runtimes.hardware import hardware
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker.messages import ShardResult
+from resfeat.worker import ShardResult, Task
 
 HERE = Path(__file__).parent
 # Short vectors: what is measured is the driver, and not how fast a disk takes the values.
@@ -44,9 +44,9 @@ class Idle(engine.RayWorker):
     def start(self, network):
         return __version__
 
-    def process(self, shard, careful, network):
+    def process(self, task, network):
         layout, identity = Layout(self._job.output), self._job.identity
-        items = plan.read_shard(layout.plan, shard)
+        items, shard = plan.read_shard(layout.plan, task.shard), task.shard.number
         with Part(layout, shard, embeddings_schema(identity, DIMENSIONS, with_label=False)) as part:
             rows = [Row(item.id, 500, 375, item.size, item.mtime) for item in items]
             part.add(rows, np.zeros((len(rows), 8), np.float32))
@@ -92,13 +92,13 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
         start(options, layout, record, weights, tally.todo, cluster) as running,
     ):
         tally.engine = running.description
-        for result in running.run(tally.todo, (), tally.show, lambda: False):
+        for result in running.run(list(map(Task, todo)), tally.show, lambda: False):
             tally.add(result)
     report = tally.report(Dataset(layout, record), {}, None)
     assert (report.embedded, report.shards_left) == (count, 0)
     return {
         "count": count,
-        "shards": planned.shards,
+        "shards": len(planned.shards),
         "listed_per_second": count / listed,
         "images_per_second": report.images_per_second,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -1,0 +1,177 @@
+"""One run: what it goes on from, what it takes care with, and what it leaves when it fails."""
+
+import json
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from resfeat import ExtractSpec, RuntimeOptions, engines, extract, open_dataset
+from resfeat.dataset import Layout, Record
+from resfeat.dataset.lock import Lock, Writer
+from resfeat.dataset.notes import Note
+from resfeat.errors import ResfeatError, UsageError
+from resfeat.run import Run
+from resfeat.sources.directory import Directories
+
+IMAGES = 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A dozen small pictures in two folders. Not to be changed."""
+    folder = tmp_path_factory.mktemp("source")
+    for number in range(IMAGES):
+        path = folder / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((40, 40), 60).convert("RGB").save(path)
+    return folder
+
+
+def spec(source, output, **changes):
+    """A network that takes milliseconds, in this process."""
+    asked = ExtractSpec(
+        sources=(str(source),),
+        output=str(output),
+        model="cifar_resnet20",
+        weights="random:0",
+        shard_size=4,
+        runtime=RuntimeOptions(workers=0),
+    )
+    return replace(asked, **changes)
+
+
+def run(source, output, **changes):
+    return extract(spec(source, output, **changes))
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """The pictures, extracted. Not to be changed."""
+    output = tmp_path_factory.mktemp("finished")
+    assert run(source, output, label_from="parent").embedded == IMAGES
+    return output
+
+
+def test_labels_are_those_of_the_folders_and_belong_to_the_dataset(source, finished):
+    rows = open_dataset(finished).embeddings.to_table().to_pylist()
+    assert {row["id"]: row["label"] for row in rows} == {
+        f"{'ab'[number % 2]}/{number:02}.png": "ab"[number % 2] for number in range(IMAGES)
+    }
+    with pytest.raises(UsageError, match="made with another label_from: parent there, None now"):
+        run(source, finished)
+
+
+def no_worker(*_):
+    raise ResfeatError("Ray could not start a worker within 180 s")
+
+
+def test_a_finished_listing_is_kept_where_no_worker_comes_up(source, tmp_path, monkeypatch):
+    """It may have taken hours."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "start", no_worker)
+        with pytest.raises(ResfeatError, match="could not start a worker"):
+            run(source, output)
+    layout = Layout(output)
+    listed = (layout.plan / "plan-00000.parquet").stat().st_mtime_ns
+    (failed,) = open_dataset(output).runs()
+    assert json.loads(failed.read_text())["status"] == "failed"
+
+    monkeypatch.setattr(Directories, "__iter__", None)  # not listed again
+    assert run(source, output).embedded == IMAGES
+    assert (layout.plan / "plan-00000.parquet").stat().st_mtime_ns == listed
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+def test_a_choice_that_does_not_work_out_leaves_nothing(there, source, tmp_path):
+    """With another precision the dataset would be another one."""
+    output = tmp_path / "deep" / "out"
+    if there != "nothing":
+        output.mkdir(parents=True)
+    with pytest.raises(ResfeatError, match="under --min-parity 1"):
+        run(source, output, precision="bf16", min_parity=1)
+    assert (tmp_path / "deep").exists() == (there != "nothing")
+    assert not output.exists() or not list(output.iterdir())
+
+
+def test_it_leaves_a_dataset_that_was_there_before(source, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    monkeypatch.setattr(engines, "start", no_worker)
+    with pytest.raises(ResfeatError):
+        run(source, output, precision="bf16")
+    monkeypatch.undo()
+    with pytest.raises(ResfeatError, match="under --min-parity 1"):
+        run(source, output, precision="bf16", min_parity=1)
+    assert run(source, output, precision="bf16").embedded == IMAGES
+
+
+def tasks(output, todo, killed=None):
+    """The numbers of the shards that a run takes care with."""
+    layout = Layout(output)
+    record = Record.load(layout)
+    request = SimpleNamespace(layout=layout)
+    tally = SimpleNamespace(todo=[record.plan.shards[number] for number in todo])
+    lock = Lock(str(output), killed)
+    made = Run(request, lock, None, record, False, tally).tasks()
+    assert [task.shard.number for task in made] == todo
+    return [task.shard.number for task in made if task.careful]
+
+
+def test_what_a_run_takes_care_with(finished, source, tmp_path):
+    output = tmp_path / "out"
+    run(source, output)
+    layout, killed = Layout(output), Writer.me()
+    assert tasks(output, [0, 1, 2]) == []
+    # Killed while it did failures again: nobody knows which of them it had come to.
+    assert tasks(output, [0, 1, 2], killed) == [0, 1, 2]
+    (layout.embeddings / layout.part_name(0)).unlink()
+    (layout.embeddings / layout.part_name(1)).unlink()
+    (layout.embeddings / layout.part_name(2)).unlink()
+    # Killed in its first pass: it had two shards in hand.
+    assert tasks(output, [0, 1, 2], killed) == [0, 1]
+    assert tasks(output, [0, 1, 2]) == []
+
+
+def test_a_shard_that_is_known_to_hold_a_killer_is_done_with_care(source, tmp_path):
+    output = tmp_path / "out"
+    run(source, output)
+    layout = Layout(output)
+    for shard, reason in ((0, "decoder_crash"), (1, "timeout"), (2, "truncated")):
+        replace(Note.read(layout, shard), reasons={reason: 1}).write(layout, shard)
+    assert tasks(output, [0, 1, 2]) == [0, 1]
+
+
+def test_nobody_opens_a_part_to_count_it(source, tmp_path):
+    """Ten million images have thousands of parts; their notes say what is in them."""
+    output = tmp_path / "out"
+    run(source, output)
+    for part in Layout(output).embeddings.iterdir():
+        os.truncate(part, 0)
+    assert open_dataset(output).commits().embedded == IMAGES
+    report = run(source, output)
+    assert (report.status, report.embedded, report.images) == ("finished", IMAGES, 0)
+
+
+def test_every_step_is_told_before_it_is_done(source, tmp_path):
+    told = []
+    extract(spec(source, tmp_path / "out"), on_step=told.append)
+    assert [text.split()[0] for text in told] == [
+        "looking", "loading", "listing", "embedding", "starting",
+    ]  # fmt: skip
+    assert str(source) in told[0] and "cifar_resnet20" in told[1]
+
+
+def test_a_dataset_of_an_earlier_format_is_refused_with_what_to_do(source, finished, tmp_path):
+    output = tmp_path / "out"
+    run(source, output)
+    place = Layout(output).spec
+    content = json.loads(place.read_text())
+    place.write_text(json.dumps({**content, "format": 3, "versions": {"resfeat": "0.1.0"}}))
+    before = sorted(output.rglob("*"))
+    for use in (lambda: run(source, output), lambda: open_dataset(output)):
+        with pytest.raises(ResfeatError, match=r"format 3, of resfeat 0\.1\.0.* new -o"):
+            use()
+    assert sorted(output.rglob("*")) == before
