@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import time
 
 import pytest
 from PIL import Image
+
+from resfeat.cli import progress
+from resfeat.reporting import Progress
 
 
 @pytest.fixture
@@ -127,9 +131,54 @@ def test_what_is_printed(one_photo, tmp_path, resfeat):
 
     as_json = resfeat("extract", one_photo, "-o", tmp_path / "c", *HERE, "--log-json")
     events = [json.loads(line) for line in as_json.stdout.splitlines()]
-    assert events[0] == {"event": "progress", "total": 1, "done": 0, "failed": 0, "workers": 1,
+    assert events[0] == {"event": "step", "text": "starting"}
+    first = next(event for event in events if event["event"] == "progress")
+    assert first == {"event": "progress", "total": 1, "done": 0, "failed": 0, "workers": 1,
                          "images_per_second": None}  # fmt: skip
     assert (events[-1]["event"], events[-1]["embedded"]) == ("report", 1)
+
+
+def test_a_step_is_told_once_it_has_taken_a_moment(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "STEP_SECONDS", 0.2)
+    with progress.Lines() as lines:
+        lines.step("listing \x1b[2J")
+        time.sleep(0.5)
+        lines.step("blinking")
+        lines.show(Progress(10, 0, 0, 1))
+        time.sleep(0.5)
+        lines.step("the last one")
+    time.sleep(0.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "listing \\x1b[2J ...", "0 of 10 images (0%), 0 failed, 1 workers",
+    ]  # fmt: skip
+
+
+def test_something_is_told_before_anything_heavy_is_imported(one_photo, tmp_path):
+    program = (
+        "import sys; from resfeat.cli import main, progress\n"
+        "def told(self, text):\n"
+        "    raise SystemExit(sorted({'torch', 'ray', 'pyarrow'} & set(sys.modules)))\n"
+        "progress.Lines.step = told\n"
+        "main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "extract", one_photo, "-o", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_a_current_folder_that_was_deleted_is_one_line(one_photo, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && {sys.executable} -m resfeat extract photos -o out"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "the folder that you are in was deleted" in one_line(done, 2)
+
+
+def test_status_without_the_reports_of_runs(one_photo, tmp_path, resfeat):
+    resfeat("extract", one_photo, "-o", tmp_path / "out", *HERE)
+    shutil.rmtree(tmp_path / "out" / "_resfeat" / "runs")
+    status = json.loads(resfeat("status", tmp_path / "out", "--json").stdout)
+    assert (status["embedded"], status["runs"]) == (1, 0)
 
 
 def test_a_bar_on_a_terminal(one_photo, tmp_path):

@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from resfeat import __version__
-from resfeat.errors import ResfeatError
+from resfeat.errors import ResfeatError, UsageError
 
 COMMANDS = ("extract", "status", "verify", "search", "models", "bench")
 
@@ -30,10 +30,18 @@ class Group(click.Group):
 
     def invoke(self, context: click.Context) -> object:
         try:
+            _check_current_folder()
             return super().invoke(context)
         except ResfeatError as error:
             click.echo(f"Error: {shown(str(error))}", err=True)
             leave(context, error.exit_code)
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that you are in was deleted: change to another") from error
 
 
 def shown(text: str) -> str:
