@@ -155,7 +155,8 @@ def holder(layout: Layout) -> str | None:
     if isinstance(layout.lock, StorePath):
         writer = _read(layout.lock)
         return None if writer is None or writer.is_alive() is False else str(writer)
-    with suppress(FileNotFoundError), open(layout.lock, encoding="utf-8") as file:
+    # Where there are no locks, nobody can tell, and nobody can write.
+    with suppress(FileNotFoundError, ResfeatError), open(layout.lock, encoding="utf-8") as file:
         if not _try(layout.lock, file.fileno(), fcntl.LOCK_SH, 0):
             return str(Writer.parse(file.read()) or "another process")
     return None

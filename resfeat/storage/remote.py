@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from resfeat.errors import StoreError
+from resfeat.errors import StoreError, first_line
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -74,9 +74,8 @@ def patiently(what: object, operation: Callable[[], T]) -> T:
     except FileNotFoundError:
         raise
     except OSError as error:
-        reason = str(error).partition("\n")[0][:300]
         raise StoreError(
-            f"{what}: {reason}; check the address, the AWS_* variables and the network, and give "
+            f"{what}: {first_line(error)}; check the address, the AWS_* variables and the network, and give "
             "the same command again"
         ) from error
 
