@@ -75,8 +75,8 @@ def patiently(what: object, operation: Callable[[], T]) -> T:
         raise
     except OSError as error:
         raise StoreError(
-            f"{what}: {first_line(error)}; check the address, the AWS_* variables and the network, and give "
-            "the same command again"
+            f"{what}: {first_line(error)}; check the address, the AWS_* variables and the "
+            "network, and give the same command again"
         ) from error
 
 
