@@ -224,7 +224,7 @@ def _make_plan(request: Request, weights: Weights) -> Record:
     request.watch.step(f"listing {', '.join(spec.sources)}")
     remove_all(layout.plan)  # of a run that was killed while it was listing
     layout.plan.mkdir()
-    plan = write_plan(layout.plan, layout.tmp, _watched(request), spec.shard_size)
+    plan = write_plan(layout.plan, layout.tmp, _watched(request), spec.shard_size, listing.carried)
     if not plan.items:
         skipped = ", ".join(f"{count} {kind}" for kind, count in listing.skipped.most_common(3))
         raise UsageError(
@@ -242,7 +242,9 @@ def _make_plan(request: Request, weights: Weights) -> Record:
         versions=versions(),
     )
     with_label = spec.label_from is not None
-    columns = embeddings_schema(record.identity, weights.dims, with_label=with_label)
+    columns = embeddings_schema(
+        record.identity, weights.dims, with_label=with_label, carried=listing.carried
+    )
     write_card(layout, record, columns)
     record.save(layout)
     return record

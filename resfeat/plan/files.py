@@ -103,6 +103,12 @@ def read_shard(folder: Location, shard: Shard) -> list[Item]:
     return [Item._make((*row, also)) for row, also in rows]
 
 
+def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
+    """The columns that travel with the items, as the first file of the plan has them."""
+    with open_parquet(folder / plan.files[0].name) as file:
+        return tuple(field for field in file.schema_arrow if field.name not in OWN)
+
+
 def _tables(listing: Iterable[Item], schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
     iterator = iter(listing)
     while items := list(itertools.islice(iterator, rows)):

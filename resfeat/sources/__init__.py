@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
+import pyarrow as pa
+
 from resfeat.errors import Failure, UsageError
 from resfeat.sources import directory, prefix
 from resfeat.sources.item import Item
@@ -22,11 +24,14 @@ class Listing(Protocol):
     """The items of some sources, in a fixed order.
 
     roots: the sources, in the order in which they are listed. skipped: what the last listing passed
-    over, by kind.
+    over, by kind. carried: the columns of `Item.carried`.
     """
 
     roots: list[str]
     skipped: Counter[str]
+
+    @property
+    def carried(self) -> Sequence[pa.Field]: ...
 
     def __iter__(self) -> Iterator[Item]: ...
 

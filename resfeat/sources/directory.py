@@ -33,6 +33,8 @@ class Directories:
     Raises UsageError where a source is missing or lies within another.
     """
 
+    carried = ()
+
     def __init__(self, sources: Sequence[str], label_from: str | None = None) -> None:
         self._labelled = label_from == "parent"
         # By components, so that whatever lies within a folder sorts right behind it.

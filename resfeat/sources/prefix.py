@@ -30,6 +30,8 @@ class Prefixes:
     is out of reach or does not let us look.
     """
 
+    carried = ()
+
     def __init__(self, sources: Sequence[str], label_from: str | None = None) -> None:
         self._labelled = label_from == "parent"
         paths = {source.removeprefix(SCHEME).rstrip("/") for source in sources}

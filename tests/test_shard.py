@@ -1,0 +1,115 @@
+"""One shard, from the plan to the commit, with a network that takes milliseconds."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset, sources
+from resfeat.dataset import Row
+from resfeat.sources import Item
+from resfeat.worker.shard import keeps
+from resfeat.worker.worker import Worker, forward
+
+
+class Shrinking:
+    """A device whose memory another thread fills up: that one has found what fits by then."""
+
+    def __init__(self, worker):
+        self.worker, self.sizes = worker, []
+
+    def embed(self, pixels):
+        self.sizes.append(len(pixels))
+        if len(pixels) > 2:
+            self.worker.fits = 2
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return np.zeros((len(pixels), 4), np.float32)
+
+
+def test_a_thread_that_fails_beside_another_does_not_take_more_than_that_one_found():
+    worker = Worker.__new__(Worker)  # without its threads and its own model
+    worker.fits = 16
+    worker.runtime = Shrinking(worker)
+    assert forward(worker, np.zeros((16, 8, 8, 3), np.uint8)).shape == (16, 4)
+    assert worker.runtime.sizes == [16, *[2] * 8] and worker.fits == 2
+
+
+def test_a_row_is_kept_for_its_own_item_only():
+    row = Row("a.jpg", 1, 1, 10, 20)
+    assert keeps(row, Item("a.jpg", "file:///a.jpg", 11, 21))  # changed since, and embedded
+    assert not keeps(row, Item("b.jpg", "file:///a.jpg", 10, 20))
+
+
+class Container:
+    """A file of several images one behind the other, as a source: what a tar will be."""
+
+    carried = (pa.field("price", pa.int8()), pa.field("tags", pa.list_(pa.string())))
+
+    def __init__(self, path, contents):
+        self.roots, self.skipped = [str(path)], {}
+        self._items, offset = [], 0
+        for number, content in enumerate(contents):
+            about = {"label": f"kind {number % 2}", "carried": (number, [f"tag {number}"])}
+            self._items.append(
+                Item(f"{number}.png", path.as_uri(), len(content), 0, offset, **about)
+            )
+            offset += len(content)
+        path.write_bytes(b"".join(contents))
+
+    def __iter__(self):
+        return iter(self._items)
+
+
+@pytest.mark.parametrize("workers", [0])
+def test_an_image_in_a_container_is_embedded_like_a_file_and_keeps_its_columns(
+    workers, tmp_path, monkeypatch
+):
+    contents = []
+    (tmp_path / "loose").mkdir()
+    for number in range(6):
+        picture, content = Image.effect_noise((40, 40), 20 + number).convert("RGB"), io.BytesIO()
+        picture.save(content, "PNG")
+        contents.append(content.getvalue() if number != 4 else b"no image at all")
+        (tmp_path / "loose" / f"{number}.png").write_bytes(contents[-1])
+
+    def run(source):
+        spec = ExtractSpec(
+            sources=(str(source),),
+            output=str(tmp_path / f"of {source.name}"),
+            model="cifar_resnet20",
+            weights="random:0",
+            label_from="parent",
+            shard_size=4,
+            max_error_rate=1,
+            runtime=RuntimeOptions(workers=workers),
+        )
+        assert extract(spec).failed == 1
+        dataset = open_dataset(spec.output)
+        tables = [dataset.embeddings.to_table(), dataset.failures.to_table()]
+        return [table.sort_by("id").to_pylist() for table in tables]
+
+    loose, _ = run(tmp_path / "loose")
+    container = Container(tmp_path / "container", contents)
+    monkeypatch.setattr(sources, "listing", lambda *_: container)
+    packed, failed = run(tmp_path / "container")
+    assert [row["embedding"] for row in packed] == [row["embedding"] for row in loose]
+    for row in packed:
+        number = int(row["id"][0])
+        expected = {"price": number, "tags": [f"tag {number}"], "label": f"kind {number % 2}"}
+        assert expected.items() <= row.items()
+        assert row["size"] == len(contents[number])
+    ((failure),) = failed
+    assert (failure["id"], failure["price"], failure["tags"]) == ("4.png", 4, ["tag 4"])
+    # A run that goes on finds the columns in the plan.
+    monkeypatch.undo()
+    for part in (tmp_path / "of container" / "embeddings").iterdir():
+        part.unlink()
+    monkeypatch.setattr(sources, "listing", lambda *_: SimpleNamespace(**vars(container)))
+    again, _ = run(tmp_path / "container")
+    assert again == packed
+    assert json.loads((tmp_path / "of container" / "_resfeat" / "spec.json").read_text())
