@@ -14,6 +14,7 @@ from resfeat.run import Request, Run, begin, writable
 from resfeat.runtimes import REFERENCE
 from resfeat.runtimes import check as check_runtime
 from resfeat.spec import ExtractSpec
+from resfeat.worker import Job
 
 if TYPE_CHECKING:
     from resfeat.engines.cluster import Cluster
@@ -46,7 +47,7 @@ def extract(
     with writable(request.layout):
         request.check_free()
     check_runtime(spec.runtime, spec.model, spec.precision)
-    with engines.prepare(spec.runtime) as cluster:
+    with engines.prepare(spec.runtime, watch.step) as cluster:
         if request.has_work() and cluster:
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
         watch.step(f"loading {spec.model} with weights {spec.weights}")
@@ -76,14 +77,12 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
     watch.step("embedding a sample in fp32, to compare with")
     expected = reference(identity, run.weights.tensors, sample(layout, run.record.plan, SAMPLE))
     if cluster:
-        watch.step("starting Ray")
         cluster.ready(watch.stopping)
     if watch.stopping():
         raise Stopped("stopped before the first worker was started")
     watch.step("starting the workers")
-    with engines.start(
-        spec.runtime, layout, run.record, run.weights, tally.todo, cluster
-    ) as engine:
+    job = Job.of(layout, run.record, run.weights.dims)
+    with engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine:
         tally.engine = engine.description
         if expected and differs(identity, engine.placement):
             given = engine.embed(expected.pictures, watch.stopping)

@@ -1,4 +1,4 @@
-"""Ray itself: joining a cluster, or starting one for a run, beside whatever is done meanwhile."""
+"""Ray itself: joining a cluster, or starting one for the run while other work is done."""
 
 from __future__ import annotations
 
@@ -6,144 +6,152 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.runtimes.hardware import cpu_count
 
-# Ray reads these on import. It would print its own words about dead workers to standard output, and
-# its C++ part would take SIGTERM away from us and abort.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
-os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+# Unless the caller has set them. The first two are read when Ray is imported: it would print its
+# own words about dead workers to standard output, and its C++ part would take SIGTERM from us and
+# abort. The third keeps older versions from warning about CUDA_VISIBLE_DEVICES.
+SWITCHES = {
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Ray sets these by itself.
+RAYS_OWN = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE", "RAY_CLIENT_MODE")
+# For a Ray of our own, whatever the caller has set. Whoever reaches a Ray may run code there: the
+# first has all its parts, on any system, listen on loopback only. With the second, Ray under
+# `uv run` would send everything in the current folder to its workers.
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+# What Ray made of them when it was imported.
+ALONE_CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
 
-# Of the object store, which holds the weights and nothing else; it takes only what it is given, and
-# what does not fit goes to the disk.
+# The object store holds the weights and nothing else. It takes only what it is given; what does not
+# fit goes to the disk.
 STORE_BYTES = 2 * 1024**3
 CONNECT_SECONDS = 5.0
 LEAVE_SECONDS = 15.0
 POLL_SECONDS = 0.5
 
 
-class Cluster(AbstractContextManager["Cluster"]):
+class Cluster:
     """Ray for the length of a run. It takes seconds to start, so `begin` returns at once.
 
-    In the main thread Ray would put a Python handler of SIGTERM in place of ours, which can lose
-    the signal. Its processes die with the thread that started them, so that one is kept.
+    In the main thread Ray would replace our handler of SIGTERM by one in Python, which can lose the
+    signal. Its processes die with the thread that started them, so that thread is kept. Environment
+    variables are changed while Ray starts and runs, and put back by `close`.
+
+    step: is told what the run waits for.
     """
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, step: Callable[[str], None]) -> None:
+        self.step = step
         self._address = address
         self._starter = ThreadPoolExecutor(1, "ray-init")
         self._connected: Future[bool] | None = None
+        self._at_close = ExitStack()
+        self._at_close.callback(self._starter.shutdown, wait=False)
 
     def begin(self) -> Future[bool]:
         """Start to connect, if that has not been done."""
         if self._connected is None:
-            self._connected = self._starter.submit(_connect, self._address)
+            self._connected = self._starter.submit(self._connect)
         return self._connected
 
     def ready(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Wait until Ray can be used. Raises ResfeatError where it cannot, Stopped on the way."""
+        """Wait until Ray can be used. Raises ResfeatError if it cannot, Stopped on the way."""
+        if not self.begin().done():
+            self.step(f"joining Ray at {self._address}" if self._address else "starting Ray")
         while not wait([self.begin()], timeout=POLL_SECONDS).done:
             if stopping():
                 raise Stopped("stopped while Ray was starting")
         self.begin().result()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the Ray that was started here, leave one that was joined."""
+        with self._at_close, suppress(ResfeatError):  # told by `ready`, or another came first
+            # A start that takes longer ends with this process.
+            ended = self._connected and wait([self._connected], timeout=LEAVE_SECONDS).done
+            if ended and ended.pop().result():
+                import ray
+
+                ray.shutdown()
+
+    def _connect(self) -> bool:
+        """Join a cluster, or start one on this machine. False if the program that calls us has
+        already done so."""
+        given = {name: os.environ.get(name, value) for name, value in SWITCHES.items()}
+        self._change(os.environ, given | {name: os.environ.get(name) for name in RAYS_OWN})
+        import ray
+        from ray._private import ray_constants
+
+        if ray.is_initialized():
+            return False
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        self._change(vars(ray_constants), {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": True})
+        where, hint = f"join Ray at {self._address}", "check --address"
         try:
-            with suppress(ResfeatError):  # `ready` raised it, or something else has gone first
-                # One that does not come to an end is left to the end of this process.
-                ended = self._connected and wait([self._connected], timeout=LEAVE_SECONDS).done
-                if ended and ended.pop().result():
-                    import ray
+            if self._address:
+                _check_reachable(self._address)
+                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                where, hint = "start Ray", "try again on a less busy machine, or give --workers 0"
+                self._change(os.environ, ALONE)
+                self._change(vars(ray_constants), ALONE_CONSTANTS)
+                _start()
+        except Exception as error:  # Ray's own time-out is of no narrower class
+            raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
+        return True
 
-                    ray.shutdown()
-        finally:
-            self._starter.shutdown(wait=False)
+    def _change(self, table: MutableMapping[str, Any], values: Mapping[str, Any]) -> None:
+        """Set these in `table` until `close`; None leaves one as it is until then."""
+        for name, value in values.items():
+            if name in table:
+                self._at_close.callback(table.__setitem__, name, table[name])
+            else:
+                self._at_close.callback(table.pop, name, None)
+            if value is not None:
+                table[name] = value
 
 
-def _connect(address: str | None) -> bool:
-    """Join the cluster at `address`, or start one on this machine; False where the program that
-    calls us has already done so."""
-    if not address:
-        # Whoever reaches a Ray may run code there. This is Ray's switch for listening on loopback
-        # only, on any system; it is read on import.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # Under `uv run` it would send all that lies in the current folder to its workers.
-        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+def _start() -> None:
     import ray
-    from ray.exceptions import RayError
     from ray.job_config import JobConfig
 
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
-        if address:
-            _check_reachable(address)
-            ray.init(address=address, **quiet)
-        else:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            with _alone():
-                ray.init(
-                    address="local",
-                    num_cpus=cpu_count(),
-                    include_dashboard=False,
-                    object_store_memory=STORE_BYTES,
-                    # Ray would put the folder that we stand in before all others on its workers'
-                    # path, and import a torch.py that lies there, even where ours has none such.
-                    job_config=JobConfig(_client_job=not {"", os.getcwd()}.intersection(sys.path)),
-                    **quiet,
-                )
-    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-        where = f"join Ray at {address}" if address else "start Ray"
-        hint = "check --address" if address else "--workers 0 does without it"
-        raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
-    return True
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """The switches of `_connect` once more, for who imported Ray before they called us; afterwards
-    their own Ray is as it was."""
-    from ray._private import ray_constants
-
-    names = ("ENABLE_RAY_CLUSTER", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
-    before = {name: getattr(ray_constants, name, True) for name in names}
-    try:
-        for name in names:
-            setattr(ray_constants, name, False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(ray_constants, name, value)
+    ray.init(
+        address="local",
+        num_cpus=cpu_count(),
+        include_dashboard=False,
+        object_store_memory=STORE_BYTES,
+        # Ray would put the current folder first on its workers' path, and import a torch.py that
+        # lies there, even if it is not on ours.
+        job_config=JobConfig(_client_job=not {"", os.getcwd()}.intersection(sys.path)),
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 def _check_reachable(address: str) -> None:
-    """Fail within seconds where nobody listens; Ray itself goes on trying for many minutes."""
+    """Fail within seconds if nobody listens there; Ray itself would try for many minutes."""
     if address == "auto":
         named = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
         address = os.environ.get("RAY_ADDRESS") or (named.read_text() if named.exists() else "")
     host, _, port = address.strip().removeprefix("ray://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
     if not port.isdigit():
         return
     socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-    if host in ("127.0.0.1", "localhost"):
+    if host in ("127.0.0.1", "::1", "localhost") and not address.strip().startswith("ray://"):
         from ray.util import get_node_ip_address
 
-        # Ray takes that for the machine's own address, and asks there for many minutes.
+        # Ray takes this for the machine's own address, and asks there for many minutes.
         own = get_node_ip_address()  # type: ignore[no-untyped-call]
         try:
             socket.create_connection((own, int(port)), CONNECT_SECONDS).close()
@@ -155,6 +163,6 @@ def _check_reachable(address: str) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The last of what an error says: Ray puts the reason there."""
+    """The last line of an error's text: Ray puts the reason there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

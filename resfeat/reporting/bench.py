@@ -7,17 +7,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 
 from resfeat.backbones.weights import Weights, resolve
 from resfeat.dataset import Layout, Part, Record, Row
 from resfeat.decoding.decode import Picture, decode
-from resfeat.engines import as_job
-from resfeat.engines.inline import InlineEngine
 from resfeat.errors import Failure, UsageError
 from resfeat.fidelity.calibration import calibrate
 from resfeat.plan import write_plan
@@ -27,8 +26,9 @@ from resfeat.runtimes import check
 from resfeat.sources import listing, read
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import Placement, ShardResult, Task
-from resfeat.worker.worker import Worker, forward
+from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
+from resfeat.worker.shard import process_shard
+from resfeat.worker.worker import Worker, forward, network_for, place_here
 
 # Each stage alone is repeated for at least this long.
 SECONDS = 3.0
@@ -75,11 +75,10 @@ def bench(
     on_step("building the model")
     weights = resolve(features)
     with _dataset(sources, items, weights, on_step) as (layout, record):
-        job = as_job(layout, record, weights)
-        with InlineEngine(
-            replace(options, workers=0), job, weights.tensors, layout.quantised
-        ) as engine:
-            worker = engine.worker
+        job = Job.of(layout, record, weights.dims)
+        placement = place_here(options, job.identity)
+        network = network_for(job, placement, weights.tensors)
+        with closing(Worker(job, placement, network)) as worker:
             on_step("reading")
             contents, read_rate = _read(worker, items)
             on_step("decoding")
@@ -90,8 +89,9 @@ def bench(
             write_rate = _write(worker, layout, items, len(record.plan.shards))
             on_step("the whole job")
             started = time.perf_counter()
-            tasks = [Task(shard) for shard in record.plan.shards.values()]
-            results = list(engine.run(tasks, lambda *counts: None, lambda: False))
+            with ThreadPoolExecutor(SHARDS_IN_HAND) as pool:
+                tasks = map(Task, record.plan.shards.values())
+                results = list(pool.map(partial(process_shard, worker), tasks))
             whole = len(items) / (time.perf_counter() - started)
     rates = {"read": read_rate, "decode": decode_rate, "embed": forward_rate, "write": write_rate}
     return Bench(
@@ -216,7 +216,7 @@ def _write(worker: Worker, layout: Layout, items: Sequence[Item], planned: int) 
     vectors = chance.random(shape, np.float32).astype(worker.job.identity.dtype)
 
     def once() -> None:
-        with Part(layout, next(shards), worker.schema) as part:
+        with Part(layout, next(shards), worker.schema(None)) as part:
             part.add(rows, vectors)
             part.commit(item.id for item in some)
 

@@ -1,29 +1,35 @@
-"""What a worker is told, what it may use, and what it answers. Small things, which travel."""
+"""What a worker is told, what it may use, and what it answers. All of it is small and travels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from resfeat.plan import Shard
-from resfeat.spec import Identity, RuntimeName
+from resfeat.runtimes import BATCH_SIZE, choose
+from resfeat.spec import Identity, RuntimeName, RuntimeOptions
+from resfeat.storage import is_remote
 
-# Files that a worker reads while all its decoders are busy: enough to hide the latency of a disk,
-# and that of a store, where each takes two requests.
+if TYPE_CHECKING:
+    from resfeat.dataset import Layout, Record
+
+# Files that a worker reads ahead while its decoders are busy. Enough to hide the latency of a disk,
+# and of an object store, where each file takes two requests.
 READ_AHEAD = 4
 READ_AHEAD_IN_STORE = 32
-# A worker has two shards in hand: one is decoded and embedded while the other drains and commits.
+# Shards that a worker has in hand: it decodes and embeds one while the other drains and commits.
 SHARDS_IN_HAND = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be done, the same for every worker of a run. Small: the weights travel apart.
+    """What to do, the same for every worker of a run. The weights travel apart.
 
     output, share: where the dataset is, and which share of it the run writes. reads_ahead: files
-    that are read while all decoders are busy. dims: length of each layer's embedding. carried:
+    to read ahead while the decoders are busy. dims: length of each layer's embedding. carried:
     columns that travel with the images. quantised: the digest of an int8 network.
     """
 
@@ -37,6 +43,20 @@ class Job:
     carried: tuple[pa.Field, ...] = ()
     quantised: str | None = None
 
+    @classmethod
+    def of(cls, layout: Layout, record: Record, dims: Mapping[str, int]) -> Job:
+        """The job that brings this dataset to completion."""
+        return cls(
+            output=str(layout.root),
+            share=layout.share,
+            sources=record.sources,
+            reads_ahead=READ_AHEAD_IN_STORE if any(map(is_remote, record.sources)) else READ_AHEAD,
+            identity=record.identity,
+            dims=dims,
+            with_label=record.label_from is not None,
+            quantised=record.quantised,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -46,6 +66,14 @@ class Placement:
     device: str
     cpus: int
     batch_size: int
+
+    @classmethod
+    def of(cls, options: RuntimeOptions, identity: Identity, device: str, cpus: int) -> Placement:
+        """What a worker uses on this device with so many cores. Raises UsageError if no runtime
+        there does what is asked."""
+        runtime = choose(options.runtime, identity.model, identity.precision, device)
+        batch_size = options.batch_size or BATCH_SIZE[runtime, device]
+        return cls(runtime=runtime, device=device, cpus=cpus, batch_size=batch_size)
 
 
 @dataclass(frozen=True, order=True)
@@ -65,9 +93,9 @@ class Task:
 class ShardResult:
     """What a committed shard gave.
 
-    kept: images that had been embedded before, among those embedded. fits: images that were
-    embedded at once in the end, fewer than a batch where the device's memory did not hold one.
-    seconds: busy ones by stage, added up over threads.
+    kept: those of the embedded images that were there before. fits: images that the device's memory
+    held at once, less than a batch if it ran out. seconds: busy seconds by stage, added up over
+    threads.
     """
 
     shard: int

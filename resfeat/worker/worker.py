@@ -11,20 +11,42 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from resfeat import runtimes
 from resfeat.dataset import Layout, embeddings_schema
 from resfeat.decoding import Picture, decode
 from resfeat.errors import DecoderHungError, Failure, ResfeatError
 from resfeat.plan import Shard
-from resfeat.runtimes import Network
-from resfeat.spec import Decode, Preprocessing
+from resfeat.runtimes import Network, keeps_to_the_cpu
+from resfeat.runtimes.hardware import cpu_count
+from resfeat.spec import Decode, Identity, Preprocessing, RuntimeOptions
 from resfeat.worker.messages import Job, Placement
 
 # Forward passes at a time on a GPU: the copies of one run while the other is computed.
 PASSES_ON_GPU = 2
 # An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
 HUNG_SECONDS = 60.0
+
+
+def place_here(options: RuntimeOptions, identity: Identity) -> Placement:
+    """Where the only worker of this process runs. Raises ResfeatError without the GPU asked for."""
+    device = "cpu"
+    if not keeps_to_the_cpu(options, identity.precision):
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif options.gpus_per_worker:
+            raise ResfeatError(
+                "a GPU was asked for and torch sees none here: install a CUDA build of torch and "
+                "its driver, or give --gpus-per-worker 0 to run on the CPU"
+            )
+    return Placement.of(options, identity, device, options.cpus_per_worker or cpu_count())
+
+
+def network_for(job: Job, placement: Placement, tensors: Mapping[str, Tensor]) -> Network:
+    """The network as the workers of a run take it: made once, sent to each."""
+    quantised = Layout(job.output).quantised
+    return runtimes.prepare(placement.runtime, job.identity, tensors, quantised)
 
 
 class Worker:

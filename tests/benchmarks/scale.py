@@ -31,7 +31,7 @@ from resfeat.reporting import Tally, Watch, versions
 from resfeat.runtimes.hardware import hardware
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import ShardResult, Task
+from resfeat.worker import Job, ShardResult, Task
 
 HERE = Path(__file__).parent
 # Short vectors: what is measured is the driver, and not how fast a disk takes the values.
@@ -51,7 +51,7 @@ class Idle(engine.RayWorker):
             rows = [Row(item.id, 500, 375, item.size, item.mtime) for item in items]
             part.add(rows, np.zeros((len(rows), 8), np.float32))
             part.commit(item.id for item in items)
-        return ShardResult(shard, len(items), 0, 0, 0, 1, {"embed": 1e-9})
+        return ShardResult(shard.number, len(items), 0, 0, 0, 1, {"embed": 1e-9})
 
     def progress(self):
         return {}
@@ -87,9 +87,10 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
     tally = Tally(planned, todo, Watch(), time.monotonic())
     engine.RayWorker = Idle  # type: ignore[misc]
     options = RuntimeOptions(workers=2)
+    job = Job.of(layout, record, weights.dims)
     with (
         prepare(options) as cluster,
-        start(options, layout, record, weights, tally.todo, cluster) as running,
+        start(options, job, weights, len(todo), cluster) as running,
     ):
         tally.engine = running.description
         for result in running.run(list(map(Task, todo)), tally.show, lambda: False):

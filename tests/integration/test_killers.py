@@ -5,14 +5,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pyarrow.compute as pc
 import pytest
 from datasets import rows
 from integration.test_resume import wait_for_parts
+from PIL import Image
 from seams import TREACHEROUS, after_import
 
+from resfeat import ExtractSpec, RuntimeOptions, extract
 from resfeat.dataset import Layout
+from resfeat.worker import worker
 
 CRASH, HANG = "chelsea/killer.jpg", "rocket/killer.jpg"
 
@@ -88,6 +92,39 @@ def test_an_image_that_hangs_in_this_process_is_found(killers, choices, unharmed
     again = resfeat(*command, "--retry-failed", env=treacherous)
     assert again.returncode == 0, again.stderr
     check(output, unharmed)
+
+
+def test_a_hang_in_the_midst_of_a_run_loses_no_shard(tmp_path, monkeypatch):
+    """The first two of four shards hang, both in hand at once."""
+    for number in range(8):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    for number in (1, 3):
+        with (tmp_path / f"{number}.png").open("ab") as file:
+            file.write(b"hang")
+    over, decode = threading.Event(), worker.decode
+
+    def hanging(data, *rest):
+        if data.endswith(b"hang"):
+            over.wait(60)
+        return decode(data, *rest)
+
+    monkeypatch.setattr(worker, "decode", hanging)
+    monkeypatch.setattr(worker, "HUNG_SECONDS", 1.0)
+    try:
+        report = extract(
+            ExtractSpec(
+                sources=(str(tmp_path),),
+                output=str(tmp_path / "out"),
+                model="cifar_resnet20",
+                weights="random:0",
+                shard_size=2,
+                runtime=RuntimeOptions(workers=0),
+            )
+        )
+    finally:
+        over.set()
+    assert (report.status, report.embedded, report.failed) == ("finished", 8, 0)
+    assert report.engine["worker_deaths"] == 1
 
 
 def test_a_signal_is_heeded_while_an_image_hangs(killers, choices, tmp_path):

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -14,10 +15,16 @@ from datasets import rows
 from integration.test_resume import start, wait_for_parts
 
 import resfeat
+from resfeat import engines
 from resfeat.backbones.ours import IMAGENET
+from resfeat.backbones.weights import resolve
+from resfeat.engines import placement
 from resfeat.engines import ray as ray_engine
+from resfeat.engines.pool import Pool
 from resfeat.errors import ResfeatError, UsageError
-from resfeat.spec import Identity, RuntimeOptions
+from resfeat.plan import Shard
+from resfeat.spec import FeatureSpec, Identity, RuntimeOptions
+from resfeat.worker import Job, ShardResult, Task
 
 IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
 
@@ -84,7 +91,7 @@ def cluster():
     ],
 )  # fmt: skip
 def test_placement(cluster, options, workers, cpus, asked, device):
-    given = ray_engine._place(RuntimeOptions(**options), IDENTITY, shards=100)
+    given = placement.place(RuntimeOptions(**options), IDENTITY, shards=100)
     assert given[:2] == (workers, asked)
     assert (given[2].cpus, given[2].device) == (cpus, device)
     runtime = {"cpu": "openvino", "cuda": "torch"}[device]
@@ -93,13 +100,13 @@ def test_placement(cluster, options, workers, cpus, asked, device):
 
 def test_int8_keeps_to_the_cpu_where_nothing_is_said_of_gpus(cluster):
     identity = replace(IDENTITY, precision="int8")
-    assert ray_engine._place(RuntimeOptions(), identity, shards=100)[2].device == "cpu"
+    assert placement.place(RuntimeOptions(), identity, shards=100)[2].device == "cpu"
     with pytest.raises(UsageError, match="--precision int8 is for CPUs"):
-        ray_engine._place(RuntimeOptions(gpus_per_worker=1), identity, shards=100)
+        placement.place(RuntimeOptions(gpus_per_worker=1), identity, shards=100)
 
 
 def test_no_more_workers_than_shards(cluster):
-    assert ray_engine._place(RuntimeOptions(), IDENTITY, shards=1)[0] == 1
+    assert placement.place(RuntimeOptions(), IDENTITY, shards=1)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def test_no_more_workers_than_shards(cluster):
 )
 def test_what_the_machine_cannot_hold_is_refused(cluster, options):
     with pytest.raises(ResfeatError, match="give"):
-        ray_engine._place(RuntimeOptions(**options), IDENTITY, shards=100)
+        placement.place(RuntimeOptions(**options), IDENTITY, shards=100)
 
 
 def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_path, monkeypatch):
@@ -119,16 +126,15 @@ def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_pat
         weights="random:0",
         runtime=RuntimeOptions(workers=1, gpus_per_worker=0),
     )
-    hand_out = ray_engine._Pool.hand_out
+    hand_out = Pool.hand_out
 
     def and_kill(pool):
-        given = len(pool.waiting)
-        hand_out(pool)
-        if len(pool.waiting) < given:
+        for given in hand_out(pool):
+            yield given
             time.sleep(0.5)
-            ray.kill(pool._members[0].actor, no_restart=False)
+            ray.kill(given[0].actor, no_restart=False)
 
-    monkeypatch.setattr(ray_engine._Pool, "hand_out", and_kill)
+    monkeypatch.setattr(Pool, "hand_out", and_kill)
     with pytest.raises(ResfeatError, match="3 workers died while doing shard"):
         resfeat.extract(spec)
     assert ray.is_initialized()  # it was ours, and still is
@@ -137,7 +143,8 @@ def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_pat
 
 
 def test_an_idle_worker_that_died_is_ready_when_work_comes(cluster, photos, tmp_path, monkeypatch):
-    """Three shards for two workers; the idle one is killed, and then the busy one."""
+    """Three shards for two workers. The idle one is killed, which is noticed though it has no work
+    and costs no shard; when it is back, the busy one is killed."""
     spec = resfeat.ExtractSpec(
         sources=(str(photos / "chelsea"), str(photos / "rocket")),
         output=str(tmp_path / "out"),
@@ -146,27 +153,98 @@ def test_an_idle_worker_that_died_is_ready_when_work_comes(cluster, photos, tmp_
         shard_size=64,
         runtime=RuntimeOptions(workers=2, gpus_per_worker=0, cpus_per_worker=1),
     )
-    hand_out = ray_engine._Pool.hand_out
-    killed = []
+    hand_out, died = Pool.hand_out, Pool.died
+    idle, deaths = [], []
 
-    def to_one_only(pool):
-        ready = [member for member in pool._members if member.live]
-        if len(ready) == 2 and not killed:
-            idle, busy = ready
-            ray.kill(idle.actor, no_restart=False)
-            pool._members = [busy]
-            hand_out(pool)
-            pool._members = [idle, busy]
-            time.sleep(1)
+    def in_turn(pool):
+        if len(pool.live) == 2 and not idle:
+            idle.append(pool.live[0])
+            ray.kill(idle[0].actor, no_restart=False)
+        elif deaths == [[]] and len(pool.live) == 2:
+            (busy,) = set(pool.live) - set(idle)
+            pool.members = [busy]
+            yield from hand_out(pool)
+            pool.members = [*idle, busy]
             ray.kill(busy.actor, no_restart=False)
-            killed.extend([idle, busy])
-        elif killed:
-            hand_out(pool)
+        elif len(deaths) == 2:
+            yield from hand_out(pool)
 
-    monkeypatch.setattr(ray_engine._Pool, "hand_out", to_one_only)
-    report = resfeat.extract(spec)
-    assert killed and report.status == "finished"
+    def noted(pool, member, *reason, **flags):
+        if member.live:
+            deaths.append(list(member.in_hand))
+        died(pool, member, *reason, **flags)
+
+    monkeypatch.setattr(Pool, "hand_out", in_turn)
+    monkeypatch.setattr(Pool, "died", noted)
+    given_up = time.monotonic() + 120
+    report = resfeat.extract(spec, stopping=lambda: time.monotonic() > given_up)
+    assert [len(shards) for shards in deaths] == [0, 2]
+    assert report.status == "finished"
+    assert report.engine["worker_deaths"] == 2
     assert report.embedded == report.items == 111
+
+
+def test_nobody_waits_for_a_worker_that_is_not_up(cluster, tmp_path, monkeypatch):
+    """The second of two comes up first, and embeds the sample. The first dies with shards in hand
+    and does not come back; the second, idle by then, does them."""
+
+    class Obedient(ray_engine.RayWorker):
+        """A worker that starts, and finishes shards, when a file of its name says so."""
+
+        def _await(self, what):
+            while not (tmp_path / f"{what}-{ray.get_runtime_context().get_actor_id()}").exists():
+                time.sleep(0.05)
+
+        def start(self, network):
+            self._await("start")
+            return resfeat.__version__
+
+        def process(self, task, network):
+            self._await("finish")
+            return ShardResult(task.shard.number, 1, 0, 0, 0, 1, {})
+
+        def embed(self, pictures, network):
+            return np.zeros((len(pictures), 1), np.float32)
+
+        def progress(self):
+            return {}
+
+    def let(member, what):
+        (tmp_path / f"{what}-{member.actor._actor_id.hex()}").touch()
+
+    def lose_the_first(*counts):
+        name = tmp_path / f"start-{first.actor._actor_id.hex()}"
+        if name.exists() and first.in_hand and not second.in_hand:
+            name.unlink()
+            ray.kill(first.actor, no_restart=False)
+
+    monkeypatch.setattr(ray_engine, "RayWorker", Obedient)
+    weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
+    job = Job(output="", share="", sources=(), reads_ahead=1, identity=weights.identity,
+              dims=weights.dims, with_label=False)  # fmt: skip
+    options = RuntimeOptions(workers=2, gpus_per_worker=0)
+    steps, given_up = [], time.monotonic() + 120
+
+    def stopping():
+        return time.monotonic() > given_up
+
+    with (
+        engines.prepare(options, steps.append) as ours,
+        engines.start(options, job, weights, 4, ours) as engine,
+    ):
+        first, second = engine._pool.members
+        let(second, "start")
+        assert engine.embed([np.zeros((4, 4, 3), np.uint8)], stopping).shape == (1, 1)
+        assert steps == ["waiting for the first of 2 workers"] and not first.live
+        let(first, "start")
+        while not first.live:
+            assert not stopping()
+            list(engine._collect())
+        let(second, "finish")
+        tasks = [Task(Shard(number, "", 0, 1)) for number in range(4)]
+        results = list(engine.run(tasks, lose_the_first, stopping))
+        assert sorted(result.shard for result in results) == [0, 1, 2, 3]
+        assert not first.live and engine.description["worker_deaths"] == 1
 
 
 def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, resfeat):
@@ -189,6 +267,86 @@ def test_a_missing_gpu_is_said_and_nothing_is_left(photos, tmp_path, resfeat):
         (line,) = done.stderr.strip().splitlines()
         assert "a GPU was asked for" in line and "--gpus-per-worker 0" in line
         assert not (tmp_path / "out").exists()
+
+
+# A shard that is in hand until somebody says "go", a cluster of a head for the driver and one
+# machine, and three times: drained, removed, and another in its place.
+PREEMPTED = """
+import json, sys, time
+from pathlib import Path
+
+import ray
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+from resfeat import engines
+from resfeat.backbones.weights import resolve
+from resfeat.engines import ray as engine
+from resfeat.plan import Shard
+from resfeat.spec import FeatureSpec, RuntimeOptions
+from resfeat.worker import Job, ShardResult, Task
+
+folder = Path(sys.argv[1])
+
+
+class Slow(engine.RayWorker):
+    def start(self, network):
+        return engine.__version__
+
+    def process(self, task, network):
+        (folder / ray.get_runtime_context().get_node_id()).touch()
+        while not (folder / "go").exists():
+            time.sleep(0.1)
+        return ShardResult(task.shard.number, 1, 0, 0, 0, 1, {"careful": task.careful})
+
+    def progress(self):
+        return {}
+
+
+def preempt(*counts):
+    node = nodes[-1]
+    if not (folder / node.node_id).exists():
+        return
+    if len(nodes) == 4:
+        (folder / "go").touch()
+        return
+    why = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int(time.time() * 1000) + 1000
+    GcsClient(address=machines.address).drain_node(node.node_id, why, "spot", deadline)
+    time.sleep(1.5)
+    machines.remove_node(node, allow_graceful=False)
+    nodes.append(machines.add_node(num_cpus=1))
+
+
+machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
+job = Job(output="", share="", sources=(), reads_ahead=1, identity=weights.identity,
+          dims=weights.dims, with_label=False)
+engine.RayWorker = Slow
+options = RuntimeOptions(workers=1, cpus_per_worker=1, address=machines.address)
+nodes = [machines.add_node(num_cpus=1)]
+with engines.prepare(options) as ours, engines.start(options, job, weights, 2, ours) as running:
+    tasks = [Task(Shard(number, "", 0, 1)) for number in range(2)]
+    results = list(running.run(tasks, preempt, lambda: False))
+    told = {
+        "shards": sorted(each.shard for each in results),
+        "careful": any(each.seconds["careful"] for each in results),
+        "worker_deaths": running.description["worker_deaths"],
+    }
+machines.shutdown()
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_preempted_machines_cost_their_shard_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PREEMPTED, tmp_path], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {"shards": [0, 1], "careful": False, "worker_deaths": 3}
 
 
 def test_an_address_where_nobody_listens(photos, tmp_path, resfeat):

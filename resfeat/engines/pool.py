@@ -1,0 +1,121 @@
+"""Which shard is in whose hands. It calls no worker and knows nothing of Ray."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from resfeat.errors import ResfeatError
+from resfeat.plan import Shard
+from resfeat.worker import SHARDS_IN_HAND, Task
+
+# A shard that costs so many workers is taken to be what kills them.
+ATTEMPTS = 3
+
+
+@dataclass(eq=False)
+class Member:
+    """One worker, as the driver sees it.
+
+    actor: what the engine calls. live: whether it has built its model. in_hand: images done and
+    failed so far, as last heard, of each of its shards; the oldest shard comes first.
+    """
+
+    actor: Any
+    live: bool = False
+    in_hand: dict[Shard, tuple[int, int]] = field(default_factory=dict)
+
+
+class Pool:
+    """Hands shards to workers, and takes them back from workers that died.
+
+    deaths: workers that died while they were live.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+        self.deaths = 0
+        self._waiting: deque[Shard] = deque()
+        self._tasks: dict[Shard, Task] = {}
+        self._blamed: Counter[Shard] = Counter()
+        self._unfinished = 0
+
+    def take(self, tasks: Sequence[Task]) -> None:
+        """Take on these tasks, each of another shard."""
+        self._waiting.extend(task.shard for task in tasks)
+        self._tasks.update((task.shard, task) for task in tasks)
+        self._unfinished += len(tasks)
+
+    def drop_waiting(self) -> None:
+        """Hand out no more shards."""
+        self._waiting.clear()
+
+    @property
+    def live(self) -> list[Member]:
+        """The workers that have their model."""
+        return [member for member in self.members if member.live]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a shard is waiting or in hand."""
+        return bool(self._waiting) or any(member.in_hand for member in self.members)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a shard is not done; it may have been dropped."""
+        return self._unfinished > 0
+
+    def hand_out(self) -> Iterator[tuple[Member, Task]]:
+        """Put shards into the hands of live workers that have room, the emptiest first. Gives who
+        got which."""
+        for others in range(SHARDS_IN_HAND):
+            for member in self.live:
+                if self._waiting and self._has_room(member, others):
+                    shard = self._waiting.popleft()
+                    member.in_hand[shard] = (0, 0)
+                    yield member, self._tasks[shard]
+
+    def _has_room(self, member: Member, others: int) -> bool:
+        """Whether a worker may have the next shard beside at most `others`. A shard whose next
+        death ends the run is done alone, so that the right one is blamed."""
+        every = [*member.in_hand, self._waiting[0]]
+        if any(self._blamed[shard] == ATTEMPTS - 1 for shard in every):
+            return not member.in_hand
+        return len(member.in_hand) <= others
+
+    def done(self, member: Member, shard: Shard) -> None:
+        """A worker has committed a shard."""
+        del member.in_hand[shard]
+        self._unfinished -= 1
+
+    def heard(self, member: Member, told: Mapping[Shard, tuple[int, int]]) -> None:
+        """A worker has told how far it is with its shards."""
+        member.in_hand.update((shard, told[shard]) for shard in member.in_hand if shard in told)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Images done and failed in shards in hand, as last heard, and how many workers live."""
+        heard = [counts for member in self.members for counts in member.in_hand.values()]
+        return sum(n for n, _ in heard), sum(failed for _, failed in heard), len(self.live)
+
+    def died(self, member: Member, reason: str, *, preempted: bool = False) -> None:
+        """A worker is gone: its shards go back to the front of the queue, for whoever has room.
+
+        They are done in careful mode then, and the oldest of them, the likeliest reason, is blamed;
+        not so if the machine was preempted. Raises ResfeatError if a shard has cost too many.
+        """
+        self.deaths += member.live
+        member.live = False
+        shards = list(member.in_hand)
+        member.in_hand.clear()
+        self._waiting.extendleft(reversed(shards))
+        if preempted or not shards:
+            return
+        self._tasks.update((shard, replace(self._tasks[shard], careful=True)) for shard in shards)
+        self._blamed[shards[0]] += 1
+        if self._blamed[shards[0]] >= ATTEMPTS:
+            raise ResfeatError(
+                f"{ATTEMPTS} workers died while doing shard {shards[0]}: {reason}; "
+                "give each more memory (fewer --workers), or look at that shard in _resfeat/plan"
+            )

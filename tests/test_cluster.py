@@ -1,0 +1,102 @@
+"""Joining and starting Ray: what is said when it cannot be, and what the caller's process keeps."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import ray
+
+from resfeat.engines import cluster
+from resfeat.engines.cluster import Cluster
+from resfeat.errors import ResfeatError
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_ipv6_address_in_brackets(scheme):
+    with socket.socket(socket.AF_INET6) as server:
+        try:
+            server.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        server.listen()
+        port = server.getsockname()[1]
+        if scheme:
+            cluster._check_reachable(f"ray://[::1]:{port}")
+        else:
+            # It is reached, and then told apart from what Ray would take it for.
+            with pytest.raises(ConnectionError, match="it listens on loopback"):
+                cluster._check_reachable(f"[::1]:{port}")
+    with pytest.raises(ConnectionRefusedError):
+        cluster._check_reachable(f"{scheme}[::1]:{port}")
+
+
+def test_rays_start_time_out_is_one_line_with_the_next_step(monkeypatch):
+    def times_out(**options):
+        raise Exception(
+            "The current node timed out during startup. This could happen because some of the "
+            "raylet failed to startup or the GCS has become overloaded."
+        )
+
+    monkeypatch.setattr(ray, "init", times_out)
+    ours = Cluster(None, lambda text: None)
+    try:
+        with pytest.raises(ResfeatError) as told:
+            ours.ready()
+    finally:
+        ours.close()
+    (line,) = str(told.value).splitlines()
+    assert line.startswith("cannot start Ray: The current node timed out during startup.")
+    assert line.endswith("or give --workers 0")
+
+
+def test_the_user_is_told_that_ray_is_starting(monkeypatch):
+    told, go_on = [], threading.Event()
+    monkeypatch.setattr(ray, "init", lambda **options: go_on.wait(60))
+    for address, step in ((None, "starting Ray"), ("auto", "joining Ray at auto")):
+        monkeypatch.setattr(cluster, "_check_reachable", lambda address: None)
+        ours = Cluster(address, told.append)
+        go_on.clear()
+        ours.begin()
+        assert told == []
+        threading.Timer(0.2, go_on.set).start()
+        ours.ready()
+        ours.ready()
+        assert told == [step]
+        told.clear()
+        ours.close()
+
+
+# In a process of its own, since Ray reads some variables when it is imported.
+ENVIRONMENT = """
+import json, os
+
+def changed():
+    now = dict(os.environ)
+    return sorted(name for name in before.keys() | now if before.get(name) != now.get(name))
+
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "caller's"
+before = dict(os.environ)
+import resfeat.cli
+from resfeat.engines.cluster import Cluster
+told = [changed()]
+ours = Cluster(None, lambda text: None)
+ours.ready()
+told.append(changed())
+ours.close()
+told.append(changed())
+print(json.dumps(told))
+"""
+
+
+def test_the_environment_is_given_back():
+    done = subprocess.run(
+        [sys.executable, "-c", ENVIRONMENT], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    imported, running, after = json.loads(done.stdout)
+    assert imported == after == []
+    for switch in cluster.SWITCHES.keys() | cluster.ALONE:
+        assert switch in running

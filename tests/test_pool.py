@@ -1,0 +1,159 @@
+"""Who gets which shard, and what becomes of it when a worker dies: plain objects, no worker."""
+
+import pytest
+
+from resfeat.engines.pool import Member, Pool
+from resfeat.errors import ResfeatError
+from resfeat.plan import Shard
+from resfeat.worker import Task
+
+SHARDS = [Shard(number, "plan-00000.parquet", number, 10) for number in range(8)]
+
+
+def take(pool, first, last, suspect=None):
+    pool.take([Task(shard, shard.number == suspect) for shard in SHARDS[first:last]])
+
+
+def pool_of(names, shards, suspect=None):
+    pool = Pool([Member(name, live=True) for name in names])
+    take(pool, 0, shards, suspect)
+    return pool
+
+
+def given(pool):
+    """Who is handed what now, and which of it in careful mode."""
+    handed = list(pool.hand_out())
+    careful = [task.shard.number for _, task in handed if task.careful]
+    return [(member.actor, task.shard.number) for member, task in handed], careful
+
+
+def numbers(member):
+    return [shard.number for shard in member.in_hand]
+
+
+def test_the_emptiest_live_worker_is_given_the_next_shard():
+    pool = pool_of("abc", 8, suspect=3)
+    _, b, c = pool.members
+    b.live = False
+    assert given(pool) == ([("a", 0), ("c", 1), ("a", 2), ("c", 3)], [3])
+    pool.done(c, SHARDS[1])
+    b.live = True
+    assert given(pool) == ([("b", 4), ("b", 5), ("c", 6)], [])
+    assert given(pool) == ([], [])
+
+
+def test_a_dead_workers_shards_go_to_the_idle_at_once_and_first():
+    pool = pool_of("abc", 6)
+    given(pool)
+    a, b, c = pool.members
+    for member in (b, c):
+        for shard in list(member.in_hand):
+            pool.done(member, shard)
+    take(pool, 6, 8)
+    pool.died(a, "killed")
+    assert numbers(a) == [] and not a.live
+    assert given(pool) == ([("b", 0), ("c", 3), ("b", 6), ("c", 7)], [0, 3])
+    assert pool.deaths == 1
+
+
+def test_the_run_has_ended_when_every_shard_is_done():
+    pool = pool_of("a", 3)
+    (a,) = pool.members
+    for number, left in ((0, True), (1, True), (2, False)):
+        given(pool)
+        pool.done(a, SHARDS[number])
+        assert pool.unfinished is pool.busy is left
+    take(pool, 3, 6)
+    given(pool)
+    pool.drop_waiting()
+    assert pool.busy and given(pool) == ([], [])
+    pool.done(a, SHARDS[3])
+    pool.done(a, SHARDS[4])
+    assert not pool.busy and pool.unfinished
+
+
+def test_the_oldest_shard_in_hand_is_blamed():
+    """A worker always dies with the same shard in hand, each time beside a younger one."""
+    pool = pool_of("a", 4)
+    (a,) = pool.members
+    for beside in ([0, 1], [0, 1]):
+        given(pool)
+        assert numbers(a) == beside
+        pool.died(a, "killed")
+        a.live = True
+    given(pool)
+    with pytest.raises(ResfeatError, match="3 workers died while doing shard 0: no memory; give"):
+        pool.died(a, "no memory")
+
+
+def test_an_innocent_shard_beside_a_killer_is_not_blamed():
+    """The killer is the younger of the two in hand, so the older one is blamed twice; then each of
+    them is done alone."""
+    pool = pool_of("ab", 4)
+    a, b = pool.members
+    b.live = False
+    for _ in range(2):
+        given(pool)
+        assert numbers(a) == [0, 1]
+        pool.died(a, "killed")
+        a.live = True
+    assert given(pool) == ([("a", 0)], [0])
+    assert given(pool) == ([], [])
+    b.live = True  # who has nothing in hand, and may have two
+    assert given(pool) == ([("b", 1), ("b", 2)], [1])
+    pool.done(a, SHARDS[0])
+    assert given(pool) == ([("a", 3)], [])
+
+
+def test_a_shard_on_its_last_attempt_waits_until_a_worker_has_nothing_else():
+    pool = pool_of("ab", 4)
+    a, b = pool.members
+    b.live = False
+    for _ in range(2):
+        given(pool)
+        pool.died(a, "killed")
+        a.live = True
+    pool.drop_waiting()
+    take(pool, 5, 6)
+    assert given(pool) == ([("a", 5)], [])
+    take(pool, 0, 2)
+    assert given(pool) == ([], [])
+    pool.done(a, SHARDS[5])
+    assert given(pool) == ([("a", 0)], [])
+
+
+def test_a_preempted_machine_costs_its_shards_nothing():
+    pool = pool_of("a", 2)
+    (a,) = pool.members
+    for _ in range(4):
+        assert given(pool) == ([("a", 0), ("a", 1)], [])
+        pool.died(a, "preempted", preempted=True)
+        a.live = True
+    assert pool.deaths == 4
+
+
+def test_a_worker_that_dies_idle_costs_no_shard():
+    pool = pool_of("ab", 2)
+    b = pool.members[1]
+    for _ in range(4):
+        pool.died(b, "killed")
+        assert pool.counts()[2] == 1
+        b.live = True
+    assert given(pool) == ([("a", 0), ("b", 1)], [])
+
+
+def test_what_a_dead_worker_had_done_is_not_counted_twice():
+    pool = pool_of("ab", 3)
+    a, b = pool.members
+    given(pool)
+    pool.heard(a, {SHARDS[0]: (4, 1), SHARDS[2]: (2, 0)})
+    pool.heard(b, {SHARDS[1]: (3, 0), SHARDS[0]: (9, 9)})
+    assert pool.counts() == (9, 1, 2)
+    pool.died(a, "killed")
+    assert pool.counts() == (3, 0, 1)
+    given(pool)
+    assert numbers(b) == [1, 0]
+    pool.heard(b, {SHARDS[1]: (5, 2), SHARDS[0]: (1, 0)})
+    assert pool.counts() == (6, 2, 1)
+    pool.done(b, SHARDS[1])
+    assert pool.counts() == (1, 0, 1)
