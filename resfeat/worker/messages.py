@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from resfeat.plan import Shard
+from resfeat.plan import Shard, carried_columns
 from resfeat.runtimes import BATCH_SIZE, choose
 from resfeat.spec import Identity, RuntimeName, RuntimeOptions
 from resfeat.storage import is_remote
@@ -54,6 +54,7 @@ class Job:
             identity=record.identity,
             dims=dims,
             with_label=record.label_from is not None,
+            carried=carried_columns(layout.plan, record.plan),
             quantised=record.quantised,
         )
 
