@@ -13,58 +13,16 @@ so its checkpoints load strictly once `fc` is left out.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from resfeat.backbones.architecture import Architecture, Shortcut
 from resfeat.backbones.backbone import Backbone
-
-# What is added to the output of a block's convolutions (section 3.3, and section 2 of the highway
-# paper). Where shapes are equal, A and B add the input itself. Where they differ, A adds the input
-# subsampled and padded with zero channels, B a 1x1 projection of it. C projects everywhere.
-Shortcut = Literal["A", "B", "C", "none", "highway"]
 
 # Opens the way for the input when training begins: the transform gate starts at sigmoid(-1) = 0.27.
 GATE_BIAS = -1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """A ResNet in numbers.
-
-    depths: blocks in each stage. widths: of each stage's 3x3 convolutions, for one group of
-    `group_width` 64. groups, group_width: of a bottleneck's 3x3 convolution, as ResNeXt and wide
-    ResNets vary them. stem: a 7x7 convolution and pooling, or CIFAR's one 3x3 convolution.
-    """
-
-    depths: tuple[int, ...]
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    bottleneck: bool = False
-    groups: int = 1
-    group_width: int = 64
-    shortcut: Shortcut = "B"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-
-
-def imagenet(depth: int, **changes: object) -> Architecture:
-    """A column of table 1, by its number of weighted layers."""
-    depths = {
-        18: (2, 2, 2, 2),
-        34: (3, 4, 6, 3),
-        50: (3, 4, 6, 3),
-        101: (3, 4, 23, 3),
-        152: (3, 8, 36, 3),
-    }
-    return Architecture(depths=depths[depth], bottleneck=depth >= 50, **changes)  # type: ignore[arg-type]
-
-
-def cifar(depth: int, shortcut: Shortcut = "A") -> Architecture:
-    """Section 4.2: three stages of n blocks on 32x32, 16x16 and 8x8 maps make 6n + 2 layers."""
-    blocks = (depth - 2) // 6
-    return Architecture(depths=(blocks,) * 3, widths=(16, 32, 64), shortcut=shortcut, stem="cifar")
 
 
 class Block(nn.Module):
@@ -113,8 +71,6 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """Figure 5, left: two 3x3 convolutions."""
 
-    expansion = 1
-
     def __init__(self, inputs: int, width: int, stride: int, architecture: Architecture) -> None:
         super().__init__(inputs, width, stride, architecture.shortcut)
         self.conv1 = conv(inputs, width, 3, stride)
@@ -134,13 +90,11 @@ class BasicBlock(Block):
 class Bottleneck(Block):
     """Figure 5, right: 1x1 reduces, 3x3 works (and strides), 1x1 restores four times the width."""
 
-    expansion = 4
-
     def __init__(self, inputs: int, width: int, stride: int, architecture: Architecture) -> None:
-        outputs = width * self.expansion
+        outputs = width * architecture.expansion
         super().__init__(inputs, outputs, stride, architecture.shortcut)
         groups = architecture.groups
-        inner = width * architecture.group_width // 64 * groups
+        inner = architecture.inner(width)
         self.conv1 = conv(inputs, inner, 1)
         self.bn1 = nn.BatchNorm2d(inner)
         self.conv2 = conv(inner, inner, 3, stride, groups=groups)
@@ -176,11 +130,6 @@ def conv(
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
 
 
-def _halved(side: int) -> int:
-    """A side after a stride of 2, with the padding that keeps it at a stride of 1."""
-    return (side + 1) // 2
-
-
 class ResNet(Backbone):
     """A ResNet up to its last feature map; `taps` names the maps that it can give.
 
@@ -208,22 +157,10 @@ class ResNet(Backbone):
                 # Each stage after the first halves height and width, in its first block.
                 stride = 2 if number > 1 and position == 0 else 1
                 blocks.append(block(inputs, width, stride, architecture))
-                inputs = width * block.expansion
+                inputs = width * architecture.expansion
             self.stages.append(f"layer{number}")
             setattr(self, self.stages[-1], nn.Sequential(*blocks))
         self.taps = ("stem", *self.stages, "avgpool")
-
-    def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
-        # Worked out, since running the network without values costs seconds of imports.
-        inputs, side = self.conv1.out_channels, crop
-        if isinstance(self.maxpool, nn.MaxPool2d):
-            side = _halved(_halved(side))
-        given: dict[str, tuple[int, ...]] = {"stem": (inputs, side, side)}
-        for number, stage in enumerate(self.stages):
-            side = _halved(side) if number else side
-            channels = getattr(self, stage)[-1].last_norm.num_features
-            given[stage] = (channels, side, side)
-        return given | {"avgpool": given[self.stages[-1]]}
 
     def feature_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Run the network on `x`, float [N, 3, H, W], and give each tap's map [N, C, h, w]."""
