@@ -1,11 +1,12 @@
-"""ResNets in numbers: which convolutions a network has, its shapes, parameters and GFLOPs.
+"""ResNets in numbers: their convolutions, and what follows from those: shapes, parameters, GFLOPs.
 
-Worked out without torch, whose import alone takes seconds. `resnet.py` builds the networks.
+`resnet.py` builds networks from these numbers. They are apart from it since importing torch takes
+seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,22 +17,29 @@ Shortcut = Literal["A", "B", "C", "none", "highway"]
 
 
 class Convolution(NamedTuple):
-    """inputs: channels of one group. side: of the map that it gives. A gate has biases; any other
-    convolution has a batch norm behind it."""
+    """A batch norm follows it, unless it has biases."""
 
     inputs: int
     outputs: int
     kernel: int
-    side: int
-    is_gate: bool = False
+    stride: int = 1
+    groups: int = 1
+    bias: bool = False
 
     @property
     def weights(self) -> int:
-        return self.inputs * self.outputs * self.kernel**2
+        return self.inputs // self.groups * self.outputs * self.kernel**2
 
-    @property
-    def parameters(self) -> int:
-        return self.weights + self.outputs * (1 if self.is_gate else 2)
+
+class BlockNumbers(NamedTuple):
+    """beside: the convolution of the shortcut, a projection or a highway's gate."""
+
+    inputs: int
+    outputs: int
+    stride: int
+    shortcut: Shortcut
+    convolutions: list[Convolution]
+    beside: Convolution | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +59,47 @@ class Architecture:
 
     @property
     def expansion(self) -> int:
-        """Channels that a block gives for each of its width."""
+        """Channels that a block gives for each channel of its width."""
         return 4 if self.bottleneck else 1
 
-    def inner(self, width: int) -> int:
-        """Channels of a bottleneck's 3x3 convolution, over all groups."""
-        return width * self.group_width // 64 * self.groups
+    @property
+    def first(self) -> Convolution:
+        """The convolution of the stem."""
+        width = self.widths[0]
+        return Convolution(3, width, 3) if self.stem == "cifar" else Convolution(3, width, 7, 2)
+
+    def stages(self) -> list[list[BlockNumbers]]:
+        """The blocks of each stage. Each stage but the first halves height and width, in its first
+        block."""
+        inputs, stages = self.widths[0], list[list[BlockNumbers]]()
+        for width, depth in zip(self.widths, self.depths, strict=True):
+            blocks: list[BlockNumbers] = []
+            for position in range(depth):
+                blocks.append(self._block(inputs, 2 if stages and position == 0 else 1, width))
+                inputs = blocks[-1].outputs
+            stages.append(blocks)
+        return stages
+
+    def _block(self, inputs: int, stride: int, width: int) -> BlockNumbers:
+        outputs = width * self.expansion
+        if self.bottleneck:  # figure 5, right: 1x1 reduces, 3x3 works (and strides), 1x1 restores
+            inner = width * self.group_width // 64 * self.groups
+            convolutions = [
+                Convolution(inputs, inner, 1),
+                Convolution(inner, inner, 3, stride, self.groups),
+                Convolution(inner, outputs, 1),
+            ]
+        else:  # figure 5, left
+            convolutions = [Convolution(inputs, width, 3, stride), Convolution(width, width, 3)]
+        keeps_shape = stride == 1 and inputs == outputs
+        shortcut, beside = self.shortcut, None
+        if shortcut == "highway" and keeps_shape:
+            beside = Convolution(inputs, outputs, 3, bias=True)
+        elif shortcut == "highway":
+            shortcut = "none"  # as in the highway paper, plain layers change the shape
+        elif shortcut == "C" or (shortcut == "B" and not keeps_shape):
+            beside = Convolution(inputs, outputs, 1, stride)
+        return BlockNumbers(inputs, outputs, stride, shortcut, convolutions, beside)
 
     def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
         """The feature map (C, h, w) of each tap, for one picture of crop x crop pixels."""
@@ -68,47 +111,28 @@ class Architecture:
         return given | {"avgpool": given[f"layer{len(self.widths)}"]}
 
     def parameter_count(self) -> int:
-        return sum(each.parameters for each in self.convolutions(1))
+        return sum(c.weights + c.outputs * (1 if c.bias else 2) for c, _ in self._maps(1))
 
     def gflops(self, crop: int) -> float:
         """Billions of multiply-adds for one picture."""
-        return sum(each.weights * each.side**2 for each in self.convolutions(crop)) / 1e9
+        return sum(c.weights * side**2 for c, side in self._maps(crop)) / 1e9
 
-    def convolutions(self, crop: int) -> Iterator[Convolution]:
-        """All of them, in the order of the paper; a block's shortcut comes last."""
-        (inputs, before, _), *stages, _ = self.shapes(crop).values()
-        if self.stem == "cifar":
-            yield Convolution(3, inputs, 3, crop)
-        else:
-            yield Convolution(3, inputs, 7, _halved(crop))
-        for stage, (outputs, side, _) in enumerate(stages):
-            width = self.widths[stage]
-            for block in range(self.depths[stage]):
-                if self.bottleneck:
-                    inner = self.inner(width)
-                    yield Convolution(inputs, inner, 1, before)
-                    yield Convolution(inner // self.groups, inner, 3, side)
-                    yield Convolution(inner, outputs, 1, side)
-                else:
-                    yield Convolution(inputs, width, 3, side)
-                    yield Convolution(width, width, 3, side)
-                keeps_shape = inputs == outputs and not (stage and block == 0)
-                if self.shortcut == "highway" and keeps_shape:
-                    yield Convolution(inputs, outputs, 3, side, is_gate=True)
-                elif self.shortcut == "C" or (self.shortcut == "B" and not keeps_shape):
-                    yield Convolution(inputs, outputs, 1, side)
-                inputs, before = outputs, side
+    def _maps(self, crop: int) -> list[tuple[Convolution, int]]:
+        """All convolutions, each with the side of the map that it gives."""
+        maps = [(self.first, crop if self.first.stride == 1 else _halved(crop))]
+        side = self.shapes(crop)["stem"][1]
+        for block in itertools.chain.from_iterable(self.stages()):
+            for each in block.convolutions:
+                side = side if each.stride == 1 else _halved(side)
+                maps.append((each, side))
+            maps += [(block.beside, side)] if block.beside else []
+        return maps
 
 
 def imagenet(depth: int, **changes: object) -> Architecture:
     """A column of table 1, by its number of weighted layers."""
-    depths = {
-        18: (2, 2, 2, 2),
-        34: (3, 4, 6, 3),
-        50: (3, 4, 6, 3),
-        101: (3, 4, 23, 3),
-        152: (3, 8, 36, 3),
-    }
+    depths = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
+              152: (3, 8, 36, 3)}  # fmt: skip
     return Architecture(depths=depths[depth], bottleneck=depth >= 50, **changes)  # type: ignore[arg-type]
 
 

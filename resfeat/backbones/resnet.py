@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from resfeat.backbones.architecture import Architecture, Shortcut
+from resfeat.backbones.architecture import Architecture, BlockNumbers, Convolution
 from resfeat.backbones.backbone import Backbone
 
 # Opens the way for the input when training begins: the transform gate starts at sigmoid(-1) = 0.27.
@@ -26,38 +26,33 @@ GATE_BIAS = -1.0
 
 
 class Block(nn.Module):
-    """Convolutions, and the shortcut around them."""
+    """Convolutions conv1, conv2, ..., each with its batch norm, and the shortcut around them."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, kind: Shortcut) -> None:
+    def __init__(self, numbers: BlockNumbers) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind = numbers.shortcut
         self.relu = nn.ReLU(inplace=True)
-        same = stride == 1 and inputs == outputs
         self.downsample = nn.Sequential()
-        if kind == "highway" and same:
-            self.gate = conv(inputs, outputs, 3, bias=True)
-        elif kind == "highway":
-            self.kind = "none"  # as in the highway paper, plain layers change the shape
-        elif kind == "A" and not same:
-            self.downsample = nn.Sequential(SubsampleAndPad(stride, outputs - inputs))
-        elif kind == "C" or (kind == "B" and not same):
+        if self.kind == "highway" and numbers.beside:
+            self.gate = conv(numbers.beside)
+        elif numbers.beside:
             self.downsample = nn.Sequential(
-                conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
+                conv(numbers.beside), nn.BatchNorm2d(numbers.beside.outputs)
             )
-
-    @property
-    def adds(self) -> bool:
-        """Whether the shortcut is added to what the convolutions give."""
-        return self.kind in ("A", "B", "C")
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        """The batch norm behind the last convolution."""
-        raise NotImplementedError
+        elif self.kind == "A" and numbers.inputs != numbers.outputs:
+            more = numbers.outputs - numbers.inputs
+            self.downsample = nn.Sequential(SubsampleAndPad(numbers.stride, more))
+        self.depth = len(numbers.convolutions)
+        for number, convolution in enumerate(numbers.convolutions, start=1):
+            setattr(self, f"conv{number}", conv(convolution))
+            setattr(self, f"bn{number}", nn.BatchNorm2d(convolution.outputs))
 
     def residual(self, x: Tensor) -> Tensor:
         """The block's convolutions, up to the last batch norm."""
-        raise NotImplementedError
+        for number in range(1, self.depth + 1):
+            x = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x))
+            x = x if number == self.depth else self.relu(x)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "none":
@@ -66,50 +61,6 @@ class Block(nn.Module):
             transform = torch.sigmoid(self.gate(x))
             return self.relu(self.residual(x)) * transform + x * (1 - transform)  # type: ignore[no-any-return]
         return self.relu(self.residual(x) + self.downsample(x))  # type: ignore[no-any-return]
-
-
-class BasicBlock(Block):
-    """Figure 5, left: two 3x3 convolutions."""
-
-    def __init__(self, inputs: int, width: int, stride: int, architecture: Architecture) -> None:
-        super().__init__(inputs, width, stride, architecture.shortcut)
-        self.conv1 = conv(inputs, width, 3, stride)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn2
-
-    def residual(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(x))  # type: ignore[no-any-return]
-
-
-class Bottleneck(Block):
-    """Figure 5, right: 1x1 reduces, 3x3 works (and strides), 1x1 restores four times the width."""
-
-    def __init__(self, inputs: int, width: int, stride: int, architecture: Architecture) -> None:
-        outputs = width * architecture.expansion
-        super().__init__(inputs, outputs, stride, architecture.shortcut)
-        groups = architecture.groups
-        inner = architecture.inner(width)
-        self.conv1 = conv(inputs, inner, 1)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = conv(inner, inner, 3, stride, groups=groups)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = conv(inner, outputs, 1)
-        self.bn3 = nn.BatchNorm2d(outputs)
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn3
-
-    def residual(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
 
 
 class SubsampleAndPad(nn.Module):
@@ -123,11 +74,10 @@ class SubsampleAndPad(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.channels))
 
 
-def conv(
-    inputs: int, outputs: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False
-) -> nn.Conv2d:
-    """A convolution that keeps height and width (at stride 1); batch norm supplies the bias."""
-    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
+def conv(numbers: Convolution) -> nn.Conv2d:
+    """A convolution that keeps height and width at a stride of 1."""
+    inputs, outputs, kernel, stride, groups, bias = numbers
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 
 class ResNet(Backbone):
@@ -141,25 +91,15 @@ class ResNet(Backbone):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        inputs = architecture.widths[0]
-        imagenet_stem = architecture.stem == "imagenet"
-        self.conv1 = conv(3, inputs, 7, stride=2) if imagenet_stem else conv(3, inputs, 3)
-        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = conv(architecture.first)
+        self.bn1 = nn.BatchNorm2d(architecture.first.outputs)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet_stem else nn.Identity()
-
-        block = Bottleneck if architecture.bottleneck else BasicBlock
+        pooled = architecture.stem == "imagenet"
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pooled else nn.Identity()
         self.stages: list[str] = []
-        shape = zip(architecture.widths, architecture.depths, strict=True)
-        for number, (width, depth) in enumerate(shape, start=1):
-            blocks = []
-            for position in range(depth):
-                # Each stage after the first halves height and width, in its first block.
-                stride = 2 if number > 1 and position == 0 else 1
-                blocks.append(block(inputs, width, stride, architecture))
-                inputs = width * architecture.expansion
+        for number, blocks in enumerate(architecture.stages(), start=1):
             self.stages.append(f"layer{number}")
-            setattr(self, self.stages[-1], nn.Sequential(*blocks))
+            setattr(self, self.stages[-1], nn.Sequential(*map(Block, blocks)))
         self.taps = ("stem", *self.stages, "avgpool")
 
     def feature_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -189,6 +129,6 @@ def initialise(model: nn.Module, seed: int) -> None:
             )
             if module.bias is not None:  # only gates have one
                 nn.init.constant_(module.bias, GATE_BIAS)
-    blocks = [each for each in model.modules() if isinstance(each, Block) and each.adds]
+    blocks = [m for m in model.modules() if isinstance(m, Block) and m.kind in ("A", "B", "C")]
     for block in blocks:
-        nn.init.constant_(block.last_norm.weight, len(blocks) ** -0.5)
+        nn.init.constant_(getattr(block, f"bn{block.depth}").weight, len(blocks) ** -0.5)

@@ -19,7 +19,7 @@ from resfeat.decoding.decode import Picture, decode
 from resfeat.engines import as_job
 from resfeat.engines.inline import InlineEngine
 from resfeat.errors import Failure, UsageError
-from resfeat.fidelity.calibration import calibrate
+from resfeat.fidelity import calibrate
 from resfeat.plan import write_plan
 from resfeat.reporting import limits as verdict
 from resfeat.reporting.report import versions

@@ -18,6 +18,7 @@ from resfeat.decoding import Picture, decode
 from resfeat.errors import DecoderHungError, Failure, ResfeatError
 from resfeat.plan import Shard
 from resfeat.runtimes import Network
+from resfeat.runtimes.torch import use_one_core
 from resfeat.spec import Decode, Preprocessing
 from resfeat.worker.messages import Job, Placement
 
@@ -44,8 +45,6 @@ class Worker:
         self.layout = Layout(job.output, job.share)
         self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
         self.runtime = runtimes.start(
-            placement.runtime,
-            job.identity,
             network,
             device=placement.device,
             threads=self.forward_threads,
@@ -114,7 +113,7 @@ class Worker:
 
 def _threads(name: str, count: int) -> ThreadPoolExecutor:
     """Threads in which torch uses one core each: there are enough of them."""
-    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(count, name, initializer=use_one_core)
 
 
 def forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
