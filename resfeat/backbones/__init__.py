@@ -26,6 +26,7 @@ from resfeat.errors import UsageError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from resfeat.backbones.architecture import Architecture
     from resfeat.backbones.backbone import Backbone
     from resfeat.spec import Identity, Preprocessing
 
@@ -37,15 +38,6 @@ class Published:
     name: str
     preprocessing: Preprocessing
     read: Callable[[], Mapping[str, Tensor]]
-
-
-class Numbers(Protocol):
-    """What can be said of a network without running it. Parameters and GFLOPs (multiply-adds) are
-    without the classifier."""
-
-    def shapes(self, crop: int) -> dict[str, tuple[int, ...]]: ...
-    def parameter_count(self) -> int: ...
-    def gflops(self, crop: int) -> float: ...
 
 
 class Family(Protocol):
@@ -116,8 +108,9 @@ def outline(model: str, crop: int) -> Backbone:
     return network.to("meta")
 
 
-def numbers(model: str, crop: int) -> Numbers:
-    """The shapes and counts of a network: worked out for ours, measured on others' outlines."""
+def numbers(model: str, crop: int) -> Architecture | Backbone:
+    """What has the shapes and counts of a network: worked out for ours, measured for others. Counts
+    are without the classifier."""
     from resfeat.backbones.ours import BACKBONES
 
     return BACKBONES.get(model) or outline(model, crop)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resfeat import runtimes
-from resfeat.decoding import decode
+from resfeat.decoding import Picture, decode
 from resfeat.errors import Failure, ResfeatError, UsageError
 from resfeat.fidelity import is_intact
 from resfeat.sources import read, uri_of
@@ -53,13 +53,14 @@ def embed_queries(
 
 def _decoded(path: str, dataset: Dataset) -> NDArray[np.uint8]:
     identity = dataset.record.identity
-    picture: Any = read(uri_of(path))
-    if not isinstance(picture, Failure):
-        picture = decode(picture[0], identity.preprocessing, identity.decode)
+    content = read(uri_of(path))
+    if isinstance(content, Failure):
+        picture: Picture | Failure = content
+    else:
+        picture = decode(content[0], identity.preprocessing, identity.decode)
     if isinstance(picture, Failure):
         raise UsageError(f"cannot use {path} as a query: {picture.reason}, {picture.message}")
-    pixels: NDArray[np.uint8] = picture.pixels
-    return pixels
+    return picture.pixels
 
 
 def _weights(dataset: Dataset) -> Weights:

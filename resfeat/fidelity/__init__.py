@@ -4,13 +4,5 @@ dataset's own images."""
 from resfeat.fidelity.calibration import calibrate, is_intact
 from resfeat.fidelity.parity import Parity, check, compare, differs, may_differ, reference
 
-__all__ = [
-    "Parity",
-    "calibrate",
-    "check",
-    "compare",
-    "differs",
-    "is_intact",
-    "may_differ",
-    "reference",
-]
+__all__ = ["Parity", "calibrate", "check", "compare", "differs", "is_intact", "may_differ",
+           "reference"]  # fmt: skip

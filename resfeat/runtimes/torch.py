@@ -68,7 +68,7 @@ def use_one_core() -> None:
     torch later. So another thread sets the latter back.
     """
     with _setting_threads:
-        before = torch.get_num_threads()  # asked first, or this thread would take `before` later
+        before = torch.get_num_threads()
         torch.set_num_threads(1)
         restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
         restoring.start()
