@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -230,3 +232,30 @@ def test_a_vision_transformer_takes_the_size_of_its_weights():
 def test_a_network_that_no_classifier_was_taken_off_has_no_linear_layer_left():
     headless = outline("torchvision:alexnet", 224).network
     assert isinstance(headless.classifier[6], nn.Identity)
+
+
+@pytest.mark.parametrize("model", ["resnet51", "", "keras:resnet50", "vgg"])
+def test_a_misspelt_name_is_told_before_anything_heavy_is_imported(model):
+    program = (
+        "import sys; from resfeat.backbones import check_name\n"
+        "for each in ('resnet50', 'torchvision:any', 'timm:any'): check_name(each)\n"
+        f"try: check_name({model!r})\n"
+        "except Exception as error: print(error)\n"
+        "print(sorted({'torch', 'torchvision', 'timm', 'ray', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    told, imported = done.stdout.splitlines()
+    with pytest.raises(UsageError) as raised:
+        find(model)
+    assert (told, imported) == (str(raised.value), "[]")
+
+
+@pytest.mark.parametrize("arguments", [[], ["resnet50"], ["cifar*", "--json"]])
+def test_our_models_are_listed_without_importing_anything_heavy(arguments):
+    """That is what makes it a matter of tenths of a second."""
+    program = (
+        f"import sys; from resfeat.cli import main\ntry: main(['models', *{arguments!r}])\n"
+        "finally: print(sorted({'torch', 'torchvision', 'numpy', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr

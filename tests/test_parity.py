@@ -3,17 +3,26 @@
 import numpy as np
 import pytest
 from datasets import rows, vectors
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from resfeat import ExtractSpec, RuntimeOptions, extract
-from resfeat.dataset import Layout
+from resfeat import ExtractSpec, RuntimeOptions, extract, fidelity, sources
+from resfeat.backbones.weights import resolve
+from resfeat.dataset import Layout, Record
 from resfeat.errors import ResfeatError
-from resfeat.fidelity.parity import SAMPLE, SAMPLE_OF_REFERENCE, Parity, check, cosine
-from resfeat.fidelity.sample import CANDIDATES, sample
+from resfeat.fidelity import Parity, check, compare, may_differ
+from resfeat.fidelity.parity import SAMPLE_OF_REFERENCE, Reference, cosine
+from resfeat.fidelity.sample import (
+    CALIBRATION,
+    CANDIDATES,
+    SAMPLE,
+    for_calibration,
+    for_parity,
+    sample,
+)
 from resfeat.plan import write_plan
-from resfeat.sources.item import Item
-from resfeat.spec import Identity, Preprocessing
+from resfeat.sources import Item
+from resfeat.spec import FeatureSpec, Identity, Preprocessing
 
 PREPROCESSING = Preprocessing(
     resize=232, crop=224, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
@@ -53,14 +62,107 @@ def test_too_far_from_the_reference_is_an_error(precision, minimum, least, passe
         check(parity, identity(precision), least)
 
 
+def test_a_single_bad_layer_is_seen():
+    """Each layer is compared by itself: put together, a long one would hide a short one."""
+    expected = np.array([[1000, 0, 1, 0], [0, 1000, 1, 0]], np.float32)
+    given = np.array([[1000, 0, 1, 0], [0, 1000, 0, 1]], np.float32)
+    parity = compare(given, Reference([], expected), identity("bf16"), {"a": 2, "b": 2})
+    assert parity == Parity(2, pytest.approx(0), pytest.approx(1))
+    assert cosine(given, expected).min() > 0.999
+
+
+def test_rows_behind_one_that_is_not_finite_are_compared_with_their_own():
+    expected = np.eye(3, dtype=np.float32)
+    given = np.float32([[1, 0, 0], [0, np.inf, 0], [0, 0, 1]])
+    parity = compare(given, Reference([], expected), identity("bf16"), {"avgpool": 3})
+    assert parity == Parity(2, 1.0, 1.0)
+
+
+def planned(folder, listing, shard_size):
+    layout = Layout(folder)
+    layout.plan.mkdir(parents=True)
+    layout.tmp.mkdir(parents=True)
+    return layout, write_plan(layout.plan, layout.tmp, listing, shard_size)
+
+
+def record_of(plan, identity):
+    return Record(identity=identity, weights="", sources=(), label_from=None, plan=plan, created="",
+                  versions={})  # fmt: skip
+
+
+def numbered(folder, items, shard_size):
+    """A plan of items that are numbered and not there."""
+    return planned(
+        folder, (Item(f"{n:05d}", f"file:///{n}", 1, 1) for n in range(items)), shard_size
+    )
+
+
+@settings(max_examples=8, deadline=None)
+@example(2688, 3000)  # here two samples that are drawn apart overlap
+@given(st.integers(SAMPLE + CALIBRATION, 1000), st.integers(50, 1000))
+def test_int8_is_not_measured_on_what_it_was_calibrated_on(tmp_path_factory, items, shard_size):
+    layout, plan = numbered(tmp_path_factory.mktemp("plan"), items, shard_size)
+    record = record_of(plan, identity("int8"))
+    measured, calibrated = for_parity(layout, record), for_calibration(layout, record)
+    assert not set(measured[:SAMPLE]).intersection(calibrated[:CALIBRATION])
+
+
+def test_int8_is_calibrated_and_measured_on_pictures_of_its_own(photos, tmp_path, monkeypatch):
+    """The pictures that quantisation is really given, and those of the reference."""
+    weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0", precision="int8",
+                                  decode="pillow"))  # fmt: skip
+    layout, plan = planned(tmp_path / "out", sources.listing([str(photos)]), None)
+    calibrated = []
+
+    def quantise(identity, tensors, pictures, network):
+        calibrated.extend(pictures)
+        for suffix in (".xml", ".bin"):
+            network.with_suffix(suffix).write_bytes(b"")
+
+    monkeypatch.setattr("resfeat.runtimes.openvino.quantise", quantise)
+    record = fidelity.calibrate(layout, record_of(plan, weights.identity), weights, print)
+    measured = fidelity.reference(layout, record, weights.tensors).pictures
+    assert (len(calibrated), len(measured)) == (CALIBRATION, SAMPLE)
+    assert not {each.tobytes() for each in calibrated} & {each.tobytes() for each in measured}
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "gpu", "may"),
+    [
+        ("fp32", {"workers": 0, "runtime": "torch"}, False, False),
+        ("fp32", {"workers": 2, "runtime": "torch"}, False, False),
+        ("fp32", {"workers": 0, "runtime": "torch"}, True, True),
+        ("fp32", {"workers": 0, "runtime": "torch", "gpus_per_worker": 0}, True, False),
+        ("fp32", {"address": "auto", "runtime": "torch"}, False, True),
+        ("fp32", {"address": "auto", "runtime": "torch", "gpus_per_worker": 0}, False, False),
+        ("fp32", {"workers": 0, "runtime": "openvino"}, False, True),
+        ("fp32", {"workers": 0}, False, True),
+        ("bf16", {"workers": 0, "runtime": "torch"}, False, True),
+    ],
+)
+def test_the_reference_is_only_computed_where_workers_may_differ_from_it(
+    precision, options, gpu, may, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert may_differ(identity(precision), RuntimeOptions(**options)) == may
+
+
+def test_a_run_of_the_reference_does_not_compute_it_twice(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("resfeat.fidelity.parity.pictures", None)
+    spec = ExtractSpec(
+        sources=(str(photos / "rocket"),),
+        output=str(tmp_path / "out"),
+        model="cifar_resnet20",
+        weights="random:0",
+        runtime=RuntimeOptions(workers=0, runtime="torch"),
+    )
+    assert extract(spec).parity is None
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 60))
 def test_the_sample_is_spread_over_the_plan(tmp_path_factory, items, shard_size):
-    layout = Layout(tmp_path_factory.mktemp("plan"))
-    layout.plan.mkdir(parents=True)
-    layout.tmp.mkdir(parents=True)
-    listing = (Item(f"{n:05d}", f"file:///{n}", 1, 1) for n in range(items))
-    plan = write_plan(layout.plan, layout.tmp, listing, shard_size)
+    layout, plan = numbered(tmp_path_factory.mktemp("plan"), items, shard_size)
     numbers = [int(item.id) for item in sample(layout, plan, SAMPLE)]
     assert len(set(numbers)) == len(numbers) >= min(items, SAMPLE)
     assert len(numbers) <= 2 * CANDIDATES * SAMPLE

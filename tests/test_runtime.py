@@ -16,7 +16,7 @@ from resfeat.errors import ResfeatError, UsageError
 from resfeat.fidelity.parity import cosine
 from resfeat.runtimes.embedder import fold_batch_norm
 from resfeat.runtimes.openvino import OpenVINORuntime, convert, has_bf16, load, quantise
-from resfeat.runtimes.torch import TorchRuntime
+from resfeat.runtimes.torch import TorchRuntime, use_one_core
 from resfeat.spec import FeatureSpec
 from resfeat.worker.messages import Placement
 from resfeat.worker.worker import Worker, forward
@@ -196,6 +196,48 @@ def test_a_network_that_openvino_cannot_run_is_refused_with_the_way_out(weights,
     monkeypatch.setattr("resfeat.runtimes.openvino.openvino.convert_model", fails)
     with pytest.raises(ResfeatError, match=r"no such operation.*--runtime torch"):
         openvino(weights)
+
+
+HOST = """
+import os, sys, warnings
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from resfeat import ExtractSpec, RuntimeOptions, extract
+
+def seen():
+    with ThreadPoolExecutor(1) as pool:
+        new_thread = pool.submit(torch.get_num_threads).result()
+    threads = torch.get_num_threads(), new_thread
+    return {"threads": threads, "filters": list(warnings.filters), "environment": dict(os.environ)}
+
+before = seen()
+extract(ExtractSpec(sources=(sys.argv[1],), output=sys.argv[2], model="cifar_resnet20",
+                    weights="random:0", runtime=RuntimeOptions(workers=0, runtime=sys.argv[3])))
+after = seen()
+print(*[name for name in before if before[name] != after[name]])
+"""
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_a_host_program_keeps_its_threads_warnings_and_environment(runtime, photos, tmp_path):
+    """In a process of its own, since what other tests have imported would hide a change."""
+    arguments = [str(photos / "rocket"), str(tmp_path / "out"), runtime]
+    done = subprocess.run([sys.executable, "-c", HOST, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_a_thread_that_uses_one_core_leaves_the_others_theirs():
+    image, kernel = torch.ones(1, 8, 64, 64), torch.ones(8, 8, 3, 3)
+    before = torch.get_num_threads()
+
+    def cores(_):
+        torch.nn.functional.conv2d(image, kernel)
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(3, initializer=use_one_core) as pool:
+        assert set(pool.map(cores, range(30))) == {1}
+    with ThreadPoolExecutor(1) as pool:
+        assert [*pool.map(cores, range(1)), torch.get_num_threads()] == [before, before]
 
 
 class SmallDevice:

@@ -1,6 +1,7 @@
 """Search: exact, streamed, and embedded as the dataset was."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from resfeat.downstream.search import search
+from resfeat.backbones.weights import resolve
+from resfeat.dataset import Dataset, Layout, Record
+from resfeat.downstream import embed_queries, search
+from resfeat.errors import ResfeatError
+from resfeat.spec import PIXEL_POLICY, FeatureSpec
 
 QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0]
 
@@ -34,6 +39,33 @@ def test_the_streamed_answer_is_that_of_all_cosines_at_once(rows, block, k, seed
         expected = np.sort(row)[::-1][:k]
         assert np.allclose([neighbour.cosine for neighbour in nearest], expected, atol=1e-6)
         assert all(abs(row[int(n.id)] - n.cosine) < 1e-6 for n in nearest)
+
+
+def test_equal_vectors_keep_the_order_of_the_plan():
+    """Within a batch of rows, across batches, and where more are equal than are asked for."""
+    vectors = np.eye(2, dtype=np.float32)[[1, 0, 1, 1, 0, 1]]
+    blocks = [(pa.array(list("abc")), vectors[:3]), (pa.array(list("def")), vectors[3:])]
+    for k, expected in (4, "acdf"), (3, "acd"), (6, "acdfbe"):
+        rows = SimpleNamespace(vectors=lambda layer: iter(blocks))
+        (found,) = search(rows, np.float32([[0, 1]]), k)
+        assert "".join(each.id for each in found) == expected
+
+
+def test_pixels_that_are_made_otherwise_now_are_not_blamed_on_the_weights(photos, tmp_path):
+    identity = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0")).identity
+    older = Record(
+        identity=replace(identity, pixel_policy="0"),
+        weights="random:0",
+        sources=(),
+        label_from=None,
+        plan=None,
+        created="",
+        versions={"resfeat": "0.0.9"},
+    )
+    query = str(sorted((photos / "chelsea").iterdir())[0])
+    told = rf"made with another pixel_policy \(0 there, {PIXEL_POLICY} now\): .* resfeat 0\.0\.9"
+    with pytest.raises(ResfeatError, match=told):
+        embed_queries(Dataset(Layout(tmp_path), older), [query])
 
 
 @pytest.fixture(scope="module")

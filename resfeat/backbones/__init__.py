@@ -1,4 +1,4 @@
-"""The networks that give embeddings, by name. Only building one imports torch.
+"""The networks that give embeddings, by name.
 
 Ours are a plain dict of architectures; `torchvision:NAME` and `timm:NAME` are those libraries' own
 networks without their classifiers. A family of networks is a module with these functions:
@@ -8,7 +8,8 @@ networks without their classifiers. A family of networks is a module with these 
     published(name)         its published weights, each with the preprocessing that belongs to it
     default_pixels(name)    the preprocessing for weights of the user's own
 
-A built network is a `backbone.Backbone`.
+A built network is a `backbone.Backbone`. Nothing here imports torch until a network is built, or a
+family of another library is asked.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
-from resfeat.errors import UsageError
+from resfeat.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from resfeat.backbones.architecture import Architecture
     from resfeat.backbones.backbone import Backbone
     from resfeat.spec import Identity, Preprocessing
 
@@ -52,17 +54,28 @@ FAMILIES = {"": "ours", "torchvision": "torchvision", "timm": "timm"}
 
 
 def family_of(model: str) -> Family:
-    """The family that a model's prefix names. Raises UsageError where there is none."""
+    """The family that a model's prefix names. Raises UsageError for an unknown prefix."""
+    return cast("Family", importlib.import_module(f"resfeat.backbones.{FAMILIES[_prefix(model)]}"))
+
+
+def _prefix(model: str) -> str:
     prefix = model.rpartition(":")[0]
     if prefix not in FAMILIES:
         raise UsageError(
             f"unknown model '{model}': only torchvision: and timm: may stand before a name"
         )
-    return cast("Family", importlib.import_module(f"resfeat.backbones.{FAMILIES[prefix]}"))
+    return prefix
+
+
+def check_name(model: str) -> None:
+    """Raise UsageError for a misspelt name, in no time. Of torchvision: and timm: only the prefix
+    is checked, since those libraries take seconds to import."""
+    if not _prefix(model):
+        find(model)
 
 
 def find(model: str) -> tuple[Family, str]:
-    """The family of a model, and the model's name in it. Raises UsageError where there is none."""
+    """The family of a model, and the model's name in it. Raises UsageError if there is none."""
     family = family_of(model)
     prefix, colon, name = model.rpartition(":")
     if not family.has(name):
@@ -95,33 +108,28 @@ def outline(model: str, crop: int) -> Backbone:
     return network.to("meta")
 
 
+def numbers(model: str, crop: int) -> Architecture | Backbone:
+    """What has the shapes and counts of a network: worked out for ours, measured for others. Counts
+    are without the classifier."""
+    from resfeat.backbones.ours import BACKBONES
+
+    return BACKBONES.get(model) or outline(model, crop)
+
+
 def shapes(model: str, crop: int) -> dict[str, tuple[int, ...]]:
     """What each tap gives for one picture: (C, h, w) for a feature map, (D,) for a vector.
 
-    Raises UsageError where the network does not take pictures of this size.
+    Raises UsageError if the network does not take pictures of this size.
     """
     find(model)
     try:
-        return outline(model, crop).shapes(crop)
+        return numbers(model, crop).shapes(crop)
     # Networks complain of a size in their own ways: assertions, shape errors, ...
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UsageError(
-            f"{model} does not take pictures of {crop} x {crop} pixels ({reason}): give another "
-            "--crop, or leave it to the weights"
+            f"{model} does not take pictures of {crop} x {crop} pixels ({first_line(error)}): give "
+            "another --crop, or leave it to the weights"
         ) from error
-
-
-def gflops(model: str, crop: int) -> float:
-    """Billions of multiply-adds for one picture, in convolutions and matrix products."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    network = outline(model, crop)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.empty(1, 3, crop, crop, device="meta"), network.taps[-1:])
-    multiplied_and_added: int = counter.get_total_flops()
-    return multiplied_and_added / 2 / 1e9
 
 
 def dimensions(identity: Identity) -> dict[str, int]:

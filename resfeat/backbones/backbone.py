@@ -15,32 +15,45 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """A network without its classifier.
 
-    taps: names of the outputs that it can give, in order; the last is its embedding. head: modules
-    of the classifier that was left out.
+    taps: names of the outputs that it can give, in order; the last is its embedding.
+    head: modules of the classifier that was left out.
     """
 
     taps: tuple[str, ...]
     head: tuple[str, ...]
 
     def current(self, name: str) -> str:
-        """The name that a parameter has today, given one that older checkpoints have."""
+        """The name that a parameter has today, given its name in an older checkpoint."""
         return name
 
     def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
         """What each tap gives for one picture of crop x crop pixels: (C, h, w) for a feature map,
-        (D,) for a vector. Of a network without values, on torch's meta device."""
+        (D,) for a vector. For a network on torch's meta device."""
         with torch.inference_mode():
             outputs = self(torch.empty(1, 3, crop, crop, device="meta"), self.taps)
         return {tap: tuple(output.shape[1:]) for tap, output in outputs.items()}
 
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def gflops(self, crop: int) -> float:
+        """Billions of multiply-adds for one picture, in convolutions and matrix products. For a
+        network on torch's meta device."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.shapes(crop)
+        multiplied_and_added: int = counter.get_total_flops()
+        return multiplied_and_added / 2 / 1e9
+
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
-        """The named outputs for pictures float [N, 3, H, W]: feature maps [N, C, h, w], which are
-        still to be pooled, or vectors [N, D]."""
+        """The named outputs for pictures float [N, 3, H, W]: feature maps [N, C, h, w], not yet
+        pooled, or vectors [N, D]."""
         raise NotImplementedError
 
 
 class Adapted(Backbone):
-    """A network of another library; it gives what its classifier would have been given.
+    """A network of another library, which gives the input of its classifier.
 
     Its parameters keep their names.
     """
@@ -53,7 +66,7 @@ class Adapted(Backbone):
         head: tuple[str, ...],
         renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """renamed: patterns of names in older checkpoints, and what to put in their place."""
+        """renamed: patterns of names in older checkpoints, and their replacements."""
         super().__init__()
         self.network = network
         self.head = head
@@ -71,7 +84,7 @@ class Adapted(Backbone):
         return self.network.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Some networks look up there which of their versions the tensors are of.
+        # Some networks look up in the metadata which version of theirs the tensors are of.
         versioned = OrderedDict(state_dict)
         versioned._metadata = self.network.state_dict()._metadata  # type: ignore[attr-defined]
         return self.network.load_state_dict(versioned, *args, **kwargs)

@@ -1,8 +1,7 @@
-"""Checkpoints: read without running code from them, from where people keep them, in their shapes.
+"""Checkpoints: read from paths, the web and object stores, without running code from them.
 
-A training script's file holds more than the network, under names of its own: `state_dict` and a
-`module.` before every name, two copies of the network side by side, an optimizer. What is meant is
-recognised by the names that the network must have, and told in a note.
+A training script's file holds more than the network: a `state_dict`, a prefix before every name,
+two copies of the network, an optimizer. The network is found by the names that it must have.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ import torch
 from pyarrow.fs import FileSystem
 from torch import Tensor
 
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.errors import ResfeatError, UsageError, first_line
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")
 WEB = ("http", "https")
 STORES = ("s3", "gs", "gcs")
 CONNECT_SECONDS = 10
 
-# Where training scripts put the network, the copy that is evaluated first: averaged weights before
-# the last ones, DINO's teacher before its student.
+# Where training scripts put the network. The copy that is meant for use comes first: averaged
+# weights before the last ones, DINO's teacher before its student.
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict",
               "model", "module", "ema", "teacher", "student", "network", "net", "backbone",
               "encoder")  # fmt: skip
-# Of two copies of the network under two prefixes, the one that is used after training: MoCo's
-# query encoder (v1 and v2, v3) before the key encoder that follows it.
+# Prefixes of the copy that is used after training, where a file holds two: MoCo's query encoder (v1
+# and v2, v3) before its key encoder.
 PREFERRED = ("encoder_q", "base_encoder", "teacher", "online_encoder", "ema_model")
 
 
 def is_checkpoint(weights: str) -> bool:
-    """Whether this names a file, here or elsewhere, rather than published weights."""
+    """Whether this names a file or an address, rather than published weights."""
     return (
         "://" in weights
         or weights.lower().endswith(SUFFIXES)
@@ -52,7 +51,7 @@ def is_checkpoint(weights: str) -> bool:
 
 
 def public(source: str) -> str:
-    """The source without what must not be written down: a password or a signature in a URI."""
+    """The source without secrets: no password and no signature of a URI."""
     if "://" not in source:
         return str(Path(source).expanduser().absolute())
     parts = _split(source)
@@ -73,13 +72,13 @@ def _split(uri: str) -> SplitResult:
 def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a checkpoint, by name, and the containers in which they were found.
 
-    source: a path or a URI (http, https, s3, gs). Raises UsageError where there is no such file,
-    ResfeatError where it cannot be read or holds anything but tensors.
+    source: a path or a URI (http, https, s3, gs). Raises UsageError if there is no such file,
+    ResfeatError if it cannot be read or holds anything but tensors.
     """
     data = _fetch(source)
     try:
         content = _parse(source, data)
-    # What the two readers raise for a broken or hostile file has no common class.
+    # The readers' errors for broken and hostile files have no common class.
     except Exception as error:
         raise ResfeatError(
             f"cannot read weights {public(source)}: {_reason(error)}; only plain tensors are "
@@ -107,13 +106,13 @@ def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
 def strip(
     tensors: Mapping[str, Tensor], expected: Collection[str], head: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], str, list[str]]:
-    """The network's tensors under their own names, the prefix that they had, what was left out.
+    """The network's tensors under their own names, the prefix that they had, and what was left out.
 
     expected: the names that the network must have. head: modules of its classifier. Tensors that
-    cannot belong to a network of this kind are left out; others that do not fit are kept.
+    look like the network's are kept even if they do not fit, for the error message.
     """
     prefix = _prefix(tensors, expected)
-    # Without their numbers: a fifth stage is a part of a network that has four.
+    # Without numbers: `layer5` looks like a part of a network that has four layers.
     parts = {_part(name) for name in expected}
     kept: dict[str, Tensor] = {}
     left_out: dict[str, None] = {}
@@ -137,13 +136,13 @@ def _part(name: str) -> str:
 
 
 def _label(name: str, prefix: str) -> str:
-    """What to call a tensor beside the network: "queue", or "module.queue" beside "module.net."."""
+    """A name for a tensor outside the network: "queue", or "module.queue" beside "module.net."."""
     first, _, rest = name.partition(".")
     return f"{first}.{rest.partition('.')[0]}" if prefix.startswith(f"{first}.") else first
 
 
 def _prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> str:
-    """What stands before the network's own names, by where they are found."""
+    """The prefix of the network's names in this file."""
     found: Counter[str] = Counter()
     for name in tensors:
         start = 0
@@ -151,7 +150,7 @@ def _prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> str:
             if name[start:] in expected:
                 found[name[:start]] += 1
             start = name.find(".", start) + 1 or -1
-    # A copy that lacks a few is still a copy, and the one that is meant must not lose to another.
+    # A copy that lacks a few tensors is still a copy: it must not lose to the wrong one.
     copies = {prefix: count for prefix, count in found.items() if count > len(expected) / 2}
     if not copies:
         return ""
@@ -176,7 +175,7 @@ def _reason(error: Exception) -> str:
         return f"it asks for {code[1]} to be called"
     if isinstance(error, pickle.UnpicklingError):
         return "it is no checkpoint, or holds more than tensors"
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    return first_line(error)
 
 
 def _parse(source: str, data: bytes) -> Any:
@@ -193,7 +192,7 @@ def _parse(source: str, data: bytes) -> Any:
 
 
 def _impatient(uri: str) -> str:
-    # Google's client would go on trying for a quarter of an hour.
+    # Google's client would retry for a quarter of an hour.
     limit = f"retry_limit_seconds={CONNECT_SECONDS}"
     if uri.startswith("s3:") or "retry_limit_seconds" in uri:
         return uri
@@ -225,5 +224,6 @@ def _fetch(source: str) -> bytes:
         raise UsageError(f"weights file {public(source)} does not exist") from error
     except (OSError, HTTPException, pa.ArrowException, ValueError) as error:
         hint = "check its address, your credentials and the network" if scheme else "check it"
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ResfeatError(f"cannot read weights {public(source)}: {reason}; {hint}") from error
+        raise ResfeatError(
+            f"cannot read weights {public(source)}: {first_line(error)}; {hint}"
+        ) from error

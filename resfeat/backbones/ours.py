@@ -1,15 +1,22 @@
-"""Our own networks, by name, and where their weights are published."""
+"""Our own networks by name, and the weights that torchvision publishes for some of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from resfeat.backbones import Published
-from resfeat.backbones.backbone import Backbone
-from resfeat.backbones.resnet import Architecture, ResNet, cifar, imagenet
+from resfeat.backbones.architecture import Architecture, cifar, imagenet
 from resfeat.spec import Preprocessing
 
-# Those that torchvision has too, under its names: their weights are published there.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resfeat.backbones.backbone import Backbone
+
+# torchvision has these too, under the same names, and publishes their weights.
 LIKE_TORCHVISION: dict[str, Architecture] = {
     **{f"resnet{depth}": imagenet(depth) for depth in (18, 34, 50, 101, 152)},
     "wide_resnet50_2": imagenet(50, group_width=128),
@@ -18,8 +25,6 @@ LIKE_TORCHVISION: dict[str, Architecture] = {
     "resnext101_32x8d": imagenet(101, groups=32, group_width=8),
     "resnext101_64x4d": imagenet(101, groups=64, group_width=4),
 }
-# Of these only first-generation weights are published, which were resized to 256 pixels.
-ONLY_FIRST_WEIGHTS = ("resnet18", "resnet34")
 CIFAR_DEPTHS = (20, 32, 44, 56)
 BACKBONES: dict[str, Architecture] = {
     **LIKE_TORCHVISION,
@@ -51,6 +56,15 @@ CIFAR = Preprocessing(
     std=(0.2470, 0.2435, 0.2616),
 )
 
+# What torchvision publishes, the default first. Written down, since asking it takes seconds.
+_V1 = {"IMAGENET1K_V1": IMAGENET}
+_V2 = {"IMAGENET1K_V2": replace(IMAGENET, resize=232)}
+_PUBLISHED: dict[str, dict[str, Preprocessing]] = {
+    **dict.fromkeys(LIKE_TORCHVISION, _V2 | _V1),
+    **dict.fromkeys(("resnet18", "resnet34"), _V1),
+    "resnext101_64x4d": {"IMAGENET1K_V1": replace(IMAGENET, resize=232)},
+}
+
 
 def names() -> list[str]:
     return list(BACKBONES)
@@ -61,16 +75,24 @@ def has(name: str) -> bool:
 
 
 def build(name: str, crop: int) -> Backbone:
+    from resfeat.backbones.resnet import ResNet
+
     return ResNet(BACKBONES[name])
 
 
 def published(name: str) -> dict[str, Published]:
-    from resfeat.backbones import torchvision  # a second to import, which other weights do without
-
-    return torchvision.published(name) if name in LIKE_TORCHVISION else {}
+    return {
+        weights: Published(weights, pixels, partial(_read, name, weights))
+        for weights, pixels in _PUBLISHED.get(name, {}).items()
+    }
 
 
 def default_pixels(name: str) -> Preprocessing:
-    if name in LIKE_TORCHVISION and name not in ONLY_FIRST_WEIGHTS:
-        return replace(IMAGENET, resize=232)
-    return CIFAR if BACKBONES[name].stem == "cifar" else IMAGENET
+    otherwise = CIFAR if BACKBONES[name].stem == "cifar" else IMAGENET
+    return next(iter(_PUBLISHED.get(name, {}).values()), otherwise)
+
+
+def _read(name: str, weights: str) -> Mapping[str, Tensor]:
+    from resfeat.backbones import torchvision
+
+    return torchvision.published(name)[weights].read()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resfeat.backbones import Published
 from resfeat.backbones.backbone import Adapted, Backbone
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.spec import Preprocessing
 
 try:
@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 
 def has(name: str) -> bool:
-    """A name may go on with the tag of its weights, as in resnet50.a1_in1k."""
+    """A name may end in the tag of its weights, as in resnet50.a1_in1k."""
     return name in names() or name in timm.list_pretrained(f"{name.partition('.')[0]}.*")
 
 
@@ -40,7 +40,7 @@ def build(name: str, crop: int) -> Backbone:
 
 
 def published(name: str) -> dict[str, Published]:
-    """By the tags of timm's weights, the default one first; of a tagged name only its own."""
+    """By timm's tags, the default one first; for a name with a tag, only that one."""
     architecture, _, tag = name.partition(".")
     default = timm.get_pretrained_cfg(name)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -48,22 +48,18 @@ def published(name: str) -> dict[str, Published]:
         return {}
     if tag:
         return {tag: _published(architecture, tag)}
-    # Where only some of a network's weights want their pictures made otherwise, the rest are here.
+    # Some weights of a network may want other pictures than centre crops: they are left out.
     others = [each for each in tags if _centred(_config(f"{architecture}.{each}"))]
     return {each: _published(architecture, each) for each in (default.tag, *others)}
 
 
 def _published(architecture: str, tag: str) -> Published:
     return Published(
-        tag, _preprocessing(f"{architecture}.{tag}"), partial(_read, architecture, tag)
+        tag, default_pixels(f"{architecture}.{tag}"), partial(_read, architecture, tag)
     )
 
 
 def default_pixels(name: str) -> Preprocessing:
-    return _preprocessing(name)
-
-
-def _preprocessing(name: str) -> Preprocessing:
     config = _config(name)
     _, height, width = config["input_size"]
     if not _centred(config):
@@ -95,12 +91,12 @@ def _read(architecture: str, tag: str) -> dict[str, Tensor]:
     name = f"{architecture}.{tag}"
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
-    # What the hub's client raises without a network has no common class.
+    # The errors of the hub's client have no common class.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ResfeatError(
             f"cannot get the weights {timm.get_pretrained_cfg(name).hf_hub_id} of the Hugging Face "
-            f"hub ({reason[:200]}): fetch them into the Hugging Face cache, or give --weights PATH"
+            f"hub ({first_line(error)}): fetch them into the Hugging Face cache, or give "
+            "--weights PATH"
         ) from error
     tensors: dict[str, Tensor] = network.state_dict()
     return tensors

@@ -23,10 +23,10 @@ from resfeat.spec import Interpolation, Preprocessing
 
 CONNECT_SECONDS = 10
 CLASSES = 1000
-# Their published weights want values from -1 to 1. torchvision normalises for them as for any other
-# and lets `transform_input` undo it in front of the first layer; here it is not done at all.
+# Their published weights want values from -1 to 1. torchvision normalises as for others, and undoes
+# that before the first layer (`transform_input`). Here it is not done at all.
 FROM_MINUS_ONE_TO_ONE = ("googlenet", "inception_v3")
-# Names in files of older versions, which torchvision itself renames while it loads them.
+# Names in files of older versions. torchvision renames them while it loads them.
 RENAMED = {
     r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.": r"\1\2.",
     r"\.mlp\.linear_1\.": ".mlp.0.",
@@ -49,10 +49,10 @@ def build(name: str, crop: int) -> Backbone:
         options["image_size"] = crop
     if name in FROM_MINUS_ONE_TO_ONE:
         options["aux_logits"] = False
-    with warnings.catch_warnings():  # of a change to come in how values are drawn at first
+    with warnings.catch_warnings():  # of a coming change in how values are initialised
         warnings.simplefilter("ignore", FutureWarning)
         network = zoo.get_model(name, **options)
-    # The classifier is the last module that gives a value for each class.
+    # The classifier is the last module with an output for each class.
     head = [key for key, module in network.named_modules() if _outputs(module) == CLASSES][-1]
     network.set_submodule(head, nn.Identity())
     return Adapted(network, (head,), RENAMED)
@@ -89,7 +89,7 @@ def _preprocessing(name: str, entry: zoo.WeightsEnum) -> Preprocessing:
 
 
 def _read(entry: zoo.WeightsEnum) -> dict[str, Tensor]:
-    """The tensors of the file in torch hub's cache, which is fetched if it is not there."""
+    """The tensors of the file in torch hub's cache. Downloads it if it is not there."""
     cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(entry.url)
     if not cached.exists():
         _download(entry, cached)
@@ -97,7 +97,7 @@ def _read(entry: zoo.WeightsEnum) -> dict[str, Tensor]:
 
 
 def _download(entry: zoo.WeightsEnum, cached: Path) -> None:
-    digest_start = cached.stem.rpartition("-")[2]  # published files carry it in their name
+    digest_start = cached.stem.rpartition("-")[2]  # it is part of the file's name
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with _socket_timeout(CONNECT_SECONDS):
@@ -111,7 +111,7 @@ def _download(entry: zoo.WeightsEnum, cached: Path) -> None:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torch.hub passes no timeout of its own, and without one a silent network hangs the run.
+    # torch.hub sets no timeout: a silent network would hang the run.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

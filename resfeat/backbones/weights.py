@@ -1,6 +1,6 @@
-"""Weights: from what the user asks for to tensors, with the identity that they give an embedding.
+"""Weights: what the user asks for becomes tensors, and the identity of their embeddings.
 
-Resolved once, on the driver, before any worker starts.
+The driver resolves them once, before any worker starts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from resfeat.spec import FeatureSpec, Identity, Preprocessing
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors that fit a backbone exactly, and all that goes with them.
+    """Tensors that fit a backbone exactly, and all that belongs to them.
 
-    dims: length of each layer's embedding. origin: a name that finds the weights again:
-    "IMAGENET1K_V2", an absolute path, "random:0". notes: what a user should know of how they were
-    read, a line each.
+    dims: length of each layer's embedding. origin: what to give as --weights to find them again:
+    "IMAGENET1K_V2", an absolute path, "random:0". notes: how the file was read, a line each.
     """
 
     identity: Identity
@@ -40,7 +39,7 @@ class Weights:
 def resolve(spec: FeatureSpec) -> Weights:
     """Find, read and check what the spec asks for.
 
-    Raises UsageError for a choice that cannot be, ResfeatError for weights that cannot be had or do
+    Raises UsageError for an impossible choice, ResfeatError for weights that cannot be read or do
     not fit.
     """
     family, name = find(spec.model)
@@ -75,7 +74,7 @@ def resolve(spec: FeatureSpec) -> Weights:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, types and values: the same for one set of weights in any file."""
+    """SHA-256 over names, shapes, types and values. The file format does not matter."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -88,7 +87,7 @@ def _choose(spec: FeatureSpec, family: Family, name: str) -> Published | None:
     """The published weights that are named; None for a file or random weights."""
     if spec.weights.startswith("random:"):
         return None
-    # To look up what is published takes a second, and a file is seldom named like it.
+    # Importing torchvision or timm takes seconds, which a file seldom needs.
     if not spec.weights.isidentifier() and is_checkpoint(spec.weights):
         return None
     published = family.published(name)
@@ -166,7 +165,7 @@ def _random(spec: FeatureSpec, crop: int) -> dict[str, Tensor]:
 def _fitting(
     model: str, origin: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Exactly the backbone's tensors, each of its shape, all finite, fractions as float32."""
+    """Exactly the backbone's tensors, in its shapes, all finite; floating point as float32."""
     tensors = _deciding(tensors)
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is unknown" for name in tensors if name not in expected]
@@ -184,7 +183,7 @@ def _fitting(
         )
     for name, tensor in tensors.items():
         fractions = expected[name].is_floating_point()
-        # A quantised or otherwise packed value means nothing without what belongs to it.
+        # Quantised and packed values mean nothing without their scales.
         if (
             tensor.is_quantized or tensor.is_meta or tensor.is_complex()
         ) or tensor.is_floating_point() != fractions:
@@ -203,7 +202,7 @@ def _fitting(
 
 
 def _model_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The usual network of ours whose tensors these are, if there is one."""
+    """The network of ours that these tensors fit, if torchvision has it too."""
     given = {name: tensor.shape for name, tensor in tensors.items()}
     for model in LIKE_TORCHVISION:
         expected = _deciding(outline(model, ours.default_pixels(model).crop).state_dict())
@@ -217,6 +216,6 @@ def _current(tensors: Mapping[str, Tensor], network: Backbone) -> dict[str, Tens
 
 
 def _deciding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that have a say in embeddings: all but counts of training batches, which older
-    checkpoints do not have."""
+    """The tensors that decide embeddings: all but counts of training batches, which older
+    checkpoints lack."""
     return {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}

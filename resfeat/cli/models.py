@@ -31,7 +31,7 @@ def models(pattern: str, as_json: bool) -> None:
 
     names = _matching(pattern)
     if not names:
-        find(pattern)  # says what is wrong with the name
+        find(pattern)  # raises an error that suggests similar names
         raise UsageError(f"no model is called like '{pattern}': see `resfeat models`")
     if as_json:
         click.echo(json.dumps([_row(name) for name in names]))
@@ -60,8 +60,8 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _row(model: str) -> dict[str, Any]:
-    """What there is to say of one model. GFLOPs are multiply-adds, as papers count them."""
-    from resfeat.backbones import find, gflops, outline, shapes
+    """One model in plain values. GFLOPs are multiply-adds, as papers count them."""
+    from resfeat.backbones import find, numbers, shapes
 
     family, name = find(model)
     try:
@@ -69,13 +69,14 @@ def _row(model: str) -> dict[str, Any]:
         default = next(iter(published.values()), None)
         pixels = default.preprocessing if default else family.default_pixels(name)
         taps = shapes(model, pixels.crop)
+        counts = numbers(model, pixels.crop)
     except UsageError as error:
         return {"model": model, "cannot": str(error)}
     return {
         "model": model,
         "dimension": list(taps.values())[-1][0],
-        "parameters": sum(p.numel() for p in outline(model, pixels.crop).parameters()),
-        "gflops": round(gflops(model, pixels.crop), 3),
+        "parameters": counts.parameter_count(),
+        "gflops": round(counts.gflops(pixels.crop), 3),
         "input": pixels.crop,
         "layers": {tap: list(shape) for tap, shape in taps.items()},
         "preprocessing": vars(pixels),
@@ -87,7 +88,7 @@ def _row(model: str) -> dict[str, Any]:
 def _list(names: list[str]) -> None:
     width = max(map(len, names))
     click.echo(f"{'model':<{width}}  dimension   parameters   GFLOPs  input  weights")
-    for row in map(_row, names):  # a line at a time, since a deep network takes a second or two
+    for row in map(_row, names):  # line by line, since timm's and torchvision's take a while each
         if "cannot" in row:
             click.echo(f"{row['model']:<{width}}  not for resfeat: {row['cannot']}")
             continue

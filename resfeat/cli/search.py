@@ -47,20 +47,18 @@ def search(
 
     Exact cosine over all rows. A query is embedded as the dataset's own images were.
     """
+    from resfeat import downstream
     from resfeat.dataset import open_dataset
-    from resfeat.downstream import search as searching
 
     dataset = open_dataset(output)
     if not dataset.commits().embedded:
         raise UsageError(f"{output} has no embeddings yet: see `resfeat status {output}`")
-    vectors = searching.embed_queries(dataset, queries, layer)
-    found = searching.search(dataset, vectors, k, layer)
+    vectors = downstream.embed_queries(dataset, queries, layer)
+    found = downstream.search(dataset, vectors, k, layer)
     if sheet:
-        from resfeat.downstream.sheet import contact_sheet
-
         uris = dataset.uris([neighbour.id for row in found for neighbour in row])
         try:
-            contact_sheet(queries, found, uris).save(sheet)
+            downstream.contact_sheet(queries, found, uris).save(sheet)
         except (OSError, ValueError) as error:
             raise ResfeatError(
                 f"cannot write {sheet}: {error}; give a path that ends in .png"

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat import runtimes
+from resfeat.decoding import Picture, decode
 from resfeat.errors import Failure, ResfeatError, UsageError
+from resfeat.fidelity import is_intact
+from resfeat.sources import read, uri_of
 from resfeat.spec import FeatureSpec
 
 if TYPE_CHECKING:
+    from resfeat.backbones.weights import Weights
     from resfeat.dataset import Dataset
 
 
@@ -29,47 +34,60 @@ def embed_queries(
 ) -> NDArray[np.float32]:
     """Embeddings float32 [len(paths), D] of image files, made as the dataset's own were.
 
-    layer: which embedding of several; the last where it is not given. Raises UsageError for a layer
-    that is not there or a file that gives no pixels, and ResfeatError where the weights that the
-    dataset was made with cannot be found again.
+    layer: which embedding of several; the last by default. Raises UsageError for an unknown layer
+    and for a file that does not decode, ResfeatError if embeddings like the dataset's cannot be
+    made any more.
     """
-    from resfeat import runtimes
-    from resfeat.backbones.weights import resolve
-    from resfeat.decoding.decode import decode
-    from resfeat.fidelity.calibration import is_intact
-    from resfeat.sources import read, uri_of
-
     identity = dataset.record.identity
     dataset.check_layer(layer)
-    pictures = []
-    for path in paths:
-        content = read(uri_of(path))
-        picture = (
-            content
-            if isinstance(content, Failure)
-            else decode(content[0], identity.preprocessing, identity.decode)
-        )
-        if isinstance(picture, Failure):
-            raise UsageError(f"cannot use {path} as a query: {picture.reason}, {picture.message}")
-        pictures.append(picture.pixels)
-    weights = resolve(FeatureSpec.of(identity, dataset.record.weights))
-    if weights.identity != identity:
-        raise ResfeatError(
-            f"{dataset.layout.root} was made with other weights than {dataset.record.weights} are "
-            "now: bring back the file that it was made with"
-        )
-    if identity.precision == "int8" and not is_intact(dataset.layout, dataset.record):
-        raise ResfeatError(
-            f"{dataset.layout.quantised} is gone or changed, and queries need the network that the "
-            "dataset was made with: bring it back"
-        )
+    pictures = [_decoded(path, dataset) for path in paths]
+    weights = _weights(dataset)
     name = runtimes.choose(None, identity.model, identity.precision, "cpu")
     network = runtimes.prepare(name, identity, weights.tensors, dataset.layout.quantised)
-    runtime = runtimes.start(name, identity, network, device="cpu", threads=1, batch_size=1)
+    runtime = runtimes.start(network, device="cpu", threads=1, batch_size=1)
     every = np.concatenate([runtime.embed(picture[None]) for picture in pictures])
     bounds = np.cumsum(list(weights.dims.values()))[:-1]
     by_layer = dict(zip(weights.dims, np.split(every, bounds, axis=1), strict=True))
     return by_layer[layer or identity.layers[-1]]
+
+
+def _decoded(path: str, dataset: Dataset) -> NDArray[np.uint8]:
+    identity = dataset.record.identity
+    content = read(uri_of(path))
+    if isinstance(content, Failure):
+        picture: Picture | Failure = content
+    else:
+        picture = decode(content[0], identity.preprocessing, identity.decode)
+    if isinstance(picture, Failure):
+        raise UsageError(f"cannot use {path} as a query: {picture.reason}, {picture.message}")
+    return picture.pixels
+
+
+def _weights(dataset: Dataset) -> Weights:
+    """The dataset's weights, found again. Raises ResfeatError if embeddings would be others now."""
+    from resfeat.backbones.weights import resolve
+
+    record, layout = dataset.record, dataset.layout
+    weights = resolve(FeatureSpec.of(record.identity, record.weights))
+    there, now = record.identity.as_dict(), weights.identity.as_dict()
+    changed = [name for name in there if there[name] != now[name]]
+    if "weights_digest" in changed:
+        raise ResfeatError(
+            f"{layout.root} was made with other weights than {record.weights} are now: bring back "
+            "the file that it was made with"
+        )
+    if changed:
+        made_by = record.versions.get("resfeat", "the version that made it")
+        raise ResfeatError(
+            f"{layout.root} was made with another {changed[0]} ({there[changed[0]]} there, "
+            f"{now[changed[0]]} now): search it with resfeat {made_by}, or extract it anew"
+        )
+    if record.identity.precision == "int8" and not is_intact(layout, record):
+        raise ResfeatError(
+            f"{layout.quantised} is gone or changed, and queries need the network that the "
+            "dataset was made with: bring it back"
+        )
+    return weights
 
 
 def search(
@@ -77,7 +95,7 @@ def search(
 ) -> list[list[Neighbour]]:
     """The k nearest images to each query, float32 [Q, D], nearest first; ties in plan order.
 
-    layer: which embedding of several; the last where it is not given.
+    layer: which embedding of several; the last by default.
     """
     directions = _normalise(queries)
     best: list[list[Neighbour]] = [[] for _ in queries]
@@ -93,5 +111,5 @@ def search(
 
 def _normalise(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     lengths: NDArray[np.float32] = np.linalg.norm(vectors, axis=1, keepdims=True)
-    lengths[lengths == 0] = 1  # an all-zero vector is near to nothing
+    lengths[lengths == 0] = 1  # an all-zero vector has a cosine of 0 to all
     return vectors / lengths

@@ -24,7 +24,7 @@ def contact_sheet(
 ) -> Image.Image:
     """One row a query: the query, then its neighbours with cosine and id.
 
-    `uris` says where each id lies; an image that cannot be read any more is a grey tile.
+    `uris` says where each id lies. An image that cannot be read any more is a grey tile.
     """
     columns = 1 + max(map(len, neighbours))
     width = GAP + columns * (TILE + GAP)
@@ -50,6 +50,6 @@ def _tile(uri: str) -> Image.Image:
             with Image.open(io.BytesIO(content[0])) as image:
                 picture = ImageOps.exif_transpose(image).convert("RGB")
             return ImageOps.fit(picture, (TILE, TILE))
-        except Exception:  # broken since it was embedded; decoders raise nearly anything
+        except Exception:  # the file broke since; decoders raise nearly anything
             pass
     return Image.new("RGB", (TILE, TILE), MISSING)

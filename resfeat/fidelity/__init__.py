@@ -1,1 +1,8 @@
-"""Is the embedding the right one: parity with fp32, on a sample of the images."""
+"""Is the embedding the right one: parity with fp32, and the calibration of int8, on a sample of the
+dataset's own images."""
+
+from resfeat.fidelity.calibration import calibrate, is_intact
+from resfeat.fidelity.parity import Parity, check, compare, differs, may_differ, reference
+
+__all__ = ["Parity", "calibrate", "check", "compare", "differs", "is_intact", "may_differ",
+           "reference"]  # fmt: skip

@@ -12,24 +12,20 @@ from typing import TYPE_CHECKING
 
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ChoiceError, ResfeatError
-from resfeat.fidelity.parity import SAMPLE
-from resfeat.fidelity.sample import pictures, sample
+from resfeat.fidelity.sample import CALIBRATION, for_calibration, pictures
 from resfeat.storage import Location, write_whole
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
 
-# More make it slower and, beyond this, hardly better.
-PICTURES = 128
-
 
 def calibrate(
     layout: Layout, record: Record, weights: Weights, on_note: Callable[[str], None]
 ) -> Record:
-    """See to it that the int8 network is there, and is the one that the dataset was begun with.
+    """Make the dataset's int8 network, unless it is there and intact.
 
-    Gives the record with the network's digest in it. Raises ResfeatError where no image can be
-    used, or where a network that was lost cannot be made again.
+    Returns the record with the network's digest in it. Raises ChoiceError if no image can be
+    used, ResfeatError if a lost network cannot be made again as it was.
     """
     network = layout.quantised
     if record.quantised is None or not is_intact(layout, record):
@@ -41,14 +37,14 @@ def calibrate(
         record.save(layout)
     elif record.quantised != digest:
         raise ResfeatError(
-            f"{network} is gone or changed, and made anew it is another one: bring it back, or "
-            "give a new -o"
+            f"{network} is gone or changed, and a new calibration gives another network: bring it "
+            "back, or give a new -o"
         )
     return record
 
 
 def is_intact(layout: Layout, record: Record) -> bool:
-    """Whether the int8 network is there, and the one that the dataset was made with."""
+    """Whether the int8 network is there, and is the one that the dataset was made with."""
     return _digest(layout.quantised) == record.quantised
 
 
@@ -56,11 +52,8 @@ def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]
     from resfeat.runtimes.openvino import quantise
 
     started = time.monotonic()
-    items = sample(layout, record.plan, SAMPLE + PICTURES)
-    # From the end: those at the beginning are for measuring parity.
-    chosen = pictures(
-        reversed(items), record.identity.preprocessing, record.identity.decode, PICTURES
-    )
+    items, identity = for_calibration(layout, record), record.identity
+    chosen = pictures(items, identity.preprocessing, identity.decode, CALIBRATION)
     if not chosen:
         raise ChoiceError(
             f"none of {len(items)} sampled images can be decoded, so int8 cannot be calibrated: "
@@ -69,7 +62,7 @@ def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]
     layout.quantised.parent.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix="resfeat-") as folder:
         made = Path(folder, "network.xml")
-        quantise(record.identity, weights.tensors, chosen, made)
+        quantise(identity, weights.tensors, chosen, made)
         for suffix in (".bin", ".xml"):
             content = made.with_suffix(suffix).read_bytes()
             write_whole(layout.tmp, layout.quantised.with_suffix(suffix), content)
@@ -77,7 +70,7 @@ def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]
 
 
 def _digest(network: Location) -> str:
-    """SHA-256 over both files of a network; empty where one is missing."""
+    """SHA-256 over both files of a network; empty if one is missing."""
     total = hashlib.sha256()
     for suffix in (".xml", ".bin"):
         try:

@@ -1,29 +1,30 @@
 """Parity: how near the embeddings of a run are to the reference, on the user's own images.
 
-The reference is torch in fp32 on a CPU. Where a run uses anything else, a sample of its images is
-embedded both ways before it starts.
+The reference is torch in fp32 on a CPU. If a run uses anything else, it first embeds a sample of
+its images both ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from resfeat.dataset import Layout, Record
 from resfeat.errors import ChoiceError
-from resfeat.fidelity.sample import pictures
-from resfeat.runtimes import REFERENCE
-from resfeat.runtimes.torch import TorchRuntime
-from resfeat.sources.item import Item
-from resfeat.spec import Decode, Identity
+from resfeat.fidelity.sample import SAMPLE, for_parity, pictures
+from resfeat.runtimes import REFERENCE, choose, keeps_to_the_cpu
+from resfeat.spec import Decode, Identity, RuntimeOptions
 from resfeat.worker import Placement
 
-# Images that are compared. In the reference's own precision a runtime does the same arithmetic in
-# another order, and the first few show whether it does.
-SAMPLE = 32
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Images to compare in the reference's own precision, in place of SAMPLE. There another runtime does
+# the same arithmetic in another order, and a few images show whether it does.
 SAMPLE_OF_REFERENCE = 4
 BATCH = 8  # of the reference
 LEAST = {"int8": 0.99}
@@ -37,6 +38,20 @@ class Parity:
     images: int
     minimum: float
     median: float
+
+
+def may_differ(identity: Identity, options: RuntimeOptions) -> bool:
+    """Whether the workers may make anything but the reference's embeddings, as far as is known
+    before they are placed. The machines of a cluster may have GPUs; this one is asked."""
+    import torch
+
+    elsewhere = options.workers != 0 and options.address is not None
+    if (elsewhere or torch.cuda.is_available()) and not keeps_to_the_cpu(
+        options, identity.precision
+    ):
+        return True
+    runtime = choose(options.runtime, identity.model, identity.precision, "cpu")
+    return (runtime, identity.precision) != ("torch", REFERENCE)
 
 
 def differs(identity: Identity, placement: Placement) -> bool:
@@ -53,16 +68,17 @@ class Reference:
     embeddings: NDArray[np.float32]
 
 
-def reference(
-    identity: Identity, tensors: Mapping[str, Tensor], items: Sequence[Item]
-) -> Reference | None:
-    """Embed the first images that decode as the reference does.
+def reference(layout: Layout, record: Record, tensors: Mapping[str, Tensor]) -> Reference | None:
+    """Embed a sample of the dataset's images as the reference does.
 
-    Where none does, or the reference has nothing to say of those that do, the reference's own
-    precision goes unmeasured (None), and any other raises ChoiceError.
+    If none decodes, or the reference gives nothing but zeros and non-finite values: None for the
+    reference's own precision, which then goes unmeasured, and ChoiceError for any other.
     """
+    from resfeat.runtimes.torch import TorchRuntime
+
+    identity, items = record.identity, for_parity(layout, record)
     wanted = SAMPLE_OF_REFERENCE if identity.precision == REFERENCE else SAMPLE
-    # By Pillow alone, where any pictures will do: it spares the child process torch, seconds of it.
+    # In fp32 any pictures will do. With Pillow the child process need not import torch for seconds.
     way: Decode = "pillow" if identity.precision == REFERENCE else identity.decode
     chosen = pictures(items, identity.preprocessing, way, wanted)
     if not chosen:
@@ -72,7 +88,6 @@ def reference(
     expected = np.concatenate(
         [runtime.embed(np.stack(chosen[i : i + BATCH])) for i in range(0, len(chosen), BATCH)]
     )
-    # Where the reference gives nothing, there is nothing to compare.
     sound = np.isfinite(expected).all(axis=1) & expected.any(axis=1)
     if not sound.any():
         why = f"fp32 embeddings of {len(chosen)} sampled images are all zero or not finite"
@@ -84,11 +99,11 @@ def reference(
 def compare(
     given: NDArray[np.float32], expected: Reference, identity: Identity, dims: Mapping[str, int]
 ) -> Parity | None:
-    """How near embeddings [N, D], once they are stored as the identity has it, are to the
-    reference's. dims: the length of each layer.
+    """How near embeddings [N, D], in the identity's stored type, are to the reference's.
 
-    Values that the stored type does not hold become failure rows, so they are left out; None where
-    nothing else is left and the precision is the reference's own.
+    Rows with values that the stored type does not hold become failures, so they are left out. If
+    none is left: None for the reference's own precision, a cosine of -1 for any other.
+    dims: the length of each layer.
     """
     with np.errstate(over="ignore"):
         stored = given.astype(identity.dtype).astype(np.float32)
@@ -115,7 +130,7 @@ def _go_without(identity: Identity, why: str, ask: str) -> Reference | None:
 
 
 def check(parity: Parity, identity: Identity, least: float | None) -> None:
-    """Raise ChoiceError where the embeddings are too far from the reference."""
+    """Raise ChoiceError if the embeddings are too far from the reference."""
     least = LEAST.get(identity.precision, LEAST_OTHERWISE) if least is None else least
     if not parity.minimum >= least:
         raise ChoiceError(
@@ -126,7 +141,7 @@ def check(parity: Parity, identity: Identity, least: float | None) -> None:
 
 
 def cosine(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each row [N, D] of the one to that of the other; not a number counts as -1."""
+    """Cosine of each row of `ours` [N, D] to that of `theirs`; not a number counts as -1."""
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -8,21 +8,35 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat.dataset import Layout
-from resfeat.decoding.careful import CarefulDecoder
-from resfeat.decoding.decode import Picture
+from resfeat.dataset import Layout, Record
+from resfeat.decoding import CarefulDecoder, Picture
 from resfeat.errors import Failure
 from resfeat.plan import Plan, read_shard
-from resfeat.sources import read
-from resfeat.sources.item import Item
+from resfeat.sources import Item, read
 from resfeat.spec import Decode, Preprocessing
 
-# Items that are drawn for each picture that is wanted, since some may give none.
+# Images on which parity is measured, and on which int8 is calibrated. More of the latter make it
+# slower and hardly better.
+SAMPLE = 32
+CALIBRATION = 128
+# Items to draw for each picture, since some may not decode.
 CANDIDATES = 4
 
 
+def for_parity(layout: Layout, record: Record) -> list[Item]:
+    """Items to measure parity on, the first to be used first."""
+    is_int8 = record.identity.precision == "int8"
+    return sample(layout, record.plan, SAMPLE + CALIBRATION if is_int8 else SAMPLE)
+
+
+def for_calibration(layout: Layout, record: Record) -> list[Item]:
+    """Items to calibrate int8 on. They are those of `for_parity`, taken from the other end: so int8
+    is not measured on the images that it was calibrated on, if there are enough."""
+    return sample(layout, record.plan, SAMPLE + CALIBRATION)[::-1]
+
+
 def sample(layout: Layout, plan: Plan, wanted: int) -> list[Item]:
-    """Items for about `wanted` pictures, in an order that spreads the first ones, too."""
+    """Items for about `wanted` pictures. The first ones are spread over the plan, too."""
     count = CANDIDATES * wanted
     shards = list(plan.shards.values())
     chosen = sorted({len(shards) * n // count for n in range(count)})
@@ -38,9 +52,9 @@ def sample(layout: Layout, plan: Plan, wanted: int) -> list[Item]:
 def pictures(
     items: Iterable[Item], preprocessing: Preprocessing, way: Decode, wanted: int
 ) -> list[NDArray[np.uint8]]:
-    """The first `wanted` pictures, uint8 [crop, crop, 3], of the items that give one.
+    """The first `wanted` pictures, uint8 [crop, crop, 3], of the items that decode.
 
-    Decoded in a child process: none of them may end the run.
+    A child process decodes them, so that none of them can end the run.
     """
     with CarefulDecoder(1) as decoder:
         return list(itertools.islice(_pixels(items, preprocessing, way, decoder), wanted))

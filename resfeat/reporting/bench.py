@@ -18,7 +18,7 @@ from resfeat.backbones.weights import Weights, resolve
 from resfeat.dataset import Layout, Part, Record, Row
 from resfeat.decoding.decode import Picture, decode
 from resfeat.errors import Failure, UsageError
-from resfeat.fidelity.calibration import calibrate
+from resfeat.fidelity import calibrate
 from resfeat.plan import write_plan
 from resfeat.reporting import limits as verdict
 from resfeat.reporting.report import versions

@@ -16,7 +16,7 @@ from resfeat.reporting import limits
 from resfeat.runtimes.hardware import hardware
 
 if TYPE_CHECKING:
-    from resfeat.fidelity.parity import Parity
+    from resfeat.fidelity import Parity
 
 
 LIBRARIES = (

@@ -15,7 +15,7 @@ from resfeat.reporting.watch import Progress, Watch
 from resfeat.worker import ShardResult
 
 if TYPE_CHECKING:
-    from resfeat.fidelity.parity import Parity
+    from resfeat.fidelity import Parity
 
 
 class Tally:

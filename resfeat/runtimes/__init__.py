@@ -1,12 +1,12 @@
-"""One model on one device: pixels in, embeddings out; and which of them runs where.
+"""One model on one device: pixels in, embeddings out; and which runtime runs where.
 
-A network is prepared once, where the weights are, and started in every worker. A runtime that was
-started has two methods, which several threads may call at once:
+The driver prepares a network once, where the weights are; each worker starts it. A started runtime
+has two methods, which several threads may call at once:
 
-    empty(shape)   zeros uint8, in which a batch is to be put together
+    empty(shape)   zeros uint8, to put a batch together in
     embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D]
 
-Its module is only imported where it is used.
+A runtime's module is only imported where it is used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -35,16 +36,19 @@ OFFERED: Mapping[RuntimeName, tuple[Precision, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
 }
 
-# Images in one forward pass. On a CPU each core runs one, and it is fastest while feature maps stay
-# in that core's cache.
+# Images in one forward pass. On a CPU each core runs its own pass, which is fastest while feature
+# maps stay in that core's cache.
 BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): 256}
-
-
-# What travels to the workers: named arrays, as `prepare` makes them for a runtime.
-Network = Mapping[str, NDArray[Any]]
-
-
 X86 = ("x86_64", "AMD64")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as its runtime takes it, made by `prepare`. It travels to the workers."""
+
+    runtime: RuntimeName
+    identity: Identity
+    arrays: Mapping[str, NDArray[Any]]
 
 
 class Runtime(Protocol):
@@ -55,14 +59,15 @@ class Runtime(Protocol):
 
 
 def keeps_to_the_cpu(options: RuntimeOptions, precision: Precision) -> bool:
-    """Whether no GPU is wanted, or what is asked for means a CPU and nothing is said of GPUs."""
+    """Whether the run may use no GPU: none is wanted, or the user did not say and asked for what
+    only CPUs have."""
     if options.gpus_per_worker is None:
         return options.runtime == "openvino" or precision == "int8"
     return options.gpus_per_worker == 0
 
 
 def check(options: RuntimeOptions, model: str, precision: Precision) -> None:
-    """Raise UsageError for what this machine is sure not to have, before any work is done."""
+    """Raise UsageError, before any work is done, for what this machine cannot have."""
     if options.gpus_per_worker or options.runtime or precision == "int8":
         choose(options.runtime, model, precision, "cuda" if options.gpus_per_worker else "cpu")
     if precision == "int8" and importlib.util.find_spec("nncf") is None:
@@ -74,7 +79,7 @@ def check(options: RuntimeOptions, model: str, precision: Precision) -> None:
 def choose(asked: RuntimeName | None, model: str, precision: Precision, device: str) -> RuntimeName:
     """The runtime that is asked for, or else the fastest that is known to be right.
 
-    Raises UsageError where this machine has none for it.
+    Raises UsageError if this machine has none for it.
     """
     if device == "cuda":
         return _on_cuda(asked, precision)
@@ -100,7 +105,7 @@ def choose(asked: RuntimeName | None, model: str, precision: Precision, device: 
         return "openvino"
     if asked == "torch" or not installed or precision not in OFFERED["openvino"]:
         return "torch"
-    # Other libraries' networks and other CPUs have not been tried, so they have to be asked for.
+    # OpenVINO is not tested with other libraries' networks and other CPUs: users must ask for it.
     if ":" in model or platform.machine() not in X86 or (precision == "bf16" and not _has_bf16()):
         return "torch"
     return "openvino"
@@ -125,32 +130,25 @@ def _has_bf16() -> bool:
 def prepare(
     name: RuntimeName, identity: Identity, tensors: Mapping[str, Tensor], quantised: Location
 ) -> Network:
-    """The network as this runtime takes it. quantised: where an int8 network lies."""
+    """The network as this runtime takes it. quantised: where a dataset's int8 network lies."""
     if name == "torch":
-        return {key: tensor.numpy() for key, tensor in tensors.items()}
+        return Network(name, identity, {key: tensor.numpy() for key, tensor in tensors.items()})
     from resfeat.runtimes.openvino import convert, load
 
-    return load(quantised) if identity.precision == "int8" else convert(identity, tensors)
+    is_int8 = identity.precision == "int8"
+    return Network(name, identity, load(quantised) if is_int8 else convert(identity, tensors))
 
 
-def start(
-    name: RuntimeName,
-    identity: Identity,
-    network: Network,
-    *,
-    device: str,
-    threads: int,
-    batch_size: int,
-) -> Runtime:
+def start(network: Network, *, device: str, threads: int, batch_size: int) -> Runtime:
     """Build the model. threads: how many will call it."""
-    if name == "torch":
+    if network.runtime == "torch":
         import torch
 
         from resfeat.runtimes.torch import TorchRuntime
 
-        # Copies, since what came through Ray's object store is read-only and shared.
-        tensors = {key: torch.from_numpy(array.copy()) for key, array in network.items()}
-        return TorchRuntime(identity, tensors, device)
+        # Copies, since arrays from Ray's object store are read-only and shared.
+        tensors = {key: torch.from_numpy(array.copy()) for key, array in network.arrays.items()}
+        return TorchRuntime(network.identity, tensors, device)
     from resfeat.runtimes.openvino import OpenVINORuntime
 
-    return OpenVINORuntime(identity, network, threads, batch_size)
+    return OpenVINORuntime(network.identity, network.arrays, threads, batch_size)

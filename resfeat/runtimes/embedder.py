@@ -1,4 +1,4 @@
-"""From pixels to embeddings as one module, which every runtime runs in its own way."""
+"""From pixels to embeddings as one torch module. Every runtime runs or converts it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from resfeat.spec import Identity
 class Embedder(nn.Module):
     """Normalise, run the network, pool each layer, and put the layers side by side.
 
-    Batch norm is folded in our own networks: that changes embeddings by about 3e-7 relative and
-    saves a pass over every feature map. The network runs in the type that its parameters have;
-    what comes before and after it in float32.
+    In our own networks batch norm is folded into the convolutions: that changes embeddings by about
+    3e-7 relative and saves a pass over every feature map. The network runs in its parameters' type,
+    everything else in float32.
     """
 
     mean: Tensor
@@ -50,21 +50,21 @@ class Embedder(nn.Module):
 def _load(identity: Identity, tensors: Mapping[str, Tensor]) -> Backbone:
     model, crop = identity.model, identity.preprocessing.crop
     network = outline(model, crop)
-    # Strict but for the counts of training batches: weights.py has checked the rest by name.
+    # Not strict, since the counts of training batches are missing. weights.py checked the rest.
     if isinstance(network, ResNet):
-        network = copy.deepcopy(network)  # without values, which would be drawn only to be lost
+        network = copy.deepcopy(network)  # cheap: it has no values yet
         network.load_state_dict(tensors, strict=False, assign=True)
         fold_batch_norm(network)
-    else:  # others may hold values that no checkpoint has, and order their layers otherwise
+    else:  # others may compute values of their own, and order their layers otherwise
         network = build(model, crop)
         network.load_state_dict(tensors, strict=False)
     return network.eval()
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Fold every batch norm into the convolution that feeds it; in place, for eval mode only.
+    """Fold every batch norm into the convolution before it; in place, for eval mode only.
 
-    Relies on each batch norm being registered right behind its convolution.
+    Each batch norm must be registered right behind its convolution.
     """
     for parent in list(model.modules()):
         children = list(parent.named_children())

@@ -19,32 +19,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Both libraries report what is done with them to their maker, from the import on, wherever this
-# module is found. Without it they keep quiet.
+# OpenVINO and NNCF report their use to their maker through this module. Without it they are quiet.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino
 
-from resfeat.errors import ResfeatError
-from resfeat.runtimes import Network
+from resfeat.errors import ResfeatError, first_line
 from resfeat.runtimes.embedder import Embedder
 from resfeat.spec import Identity
 from resfeat.storage import Location
 
-# What each precision makes of the layers that it does not quantise.
+# The arithmetic of layers that are not quantised.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
 class OpenVINORuntime:
     """A network compiled for `threads` cores and batches of one size.
 
-    May be called from as many threads, each of which runs one batch on one core: so the bits do not
-    depend on how many there are.
+    So many threads may call it. Each runs one batch on one core, so the bits do not depend on the
+    number of threads.
 
     network: what `convert` or `load` gave.
     """
 
-    def __init__(self, identity: Identity, network: Network, threads: int, batch_size: int) -> None:
+    def __init__(self, identity: Identity, network: Arrays, threads: int, batch_size: int) -> None:
         if identity.precision == "bf16" and not has_bf16():  # on this node of a cluster
             raise ResfeatError(
                 f"{platform.node()} has no bf16 instructions: give --precision fp32 or int8"
@@ -82,15 +82,15 @@ def has_bf16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def convert(identity: Identity, tensors: Mapping[str, Tensor]) -> Network:
-    """The network in OpenVINO's form. Raises ResfeatError where it cannot be brought into it."""
+def convert(identity: Identity, tensors: Mapping[str, Tensor]) -> Arrays:
+    """The network in OpenVINO's form. Raises ResfeatError if OpenVINO cannot convert it."""
     with TemporaryDirectory(prefix="resfeat-") as folder:
         path = Path(folder, "network.xml")
         openvino.save_model(_traced(identity, tensors), path, compress_to_fp16=False)
         return load(path)
 
 
-def load(path: Location) -> Network:
+def load(path: Location) -> Arrays:
     """A network that was saved at `path` (.xml, and .bin beside it)."""
     return {
         "xml": np.frombuffer(path.read_bytes(), np.uint8),
@@ -104,13 +104,13 @@ def quantise(
     pictures: Sequence[NDArray[np.uint8]],
     network: Path,
 ) -> None:
-    """Write an int8 network to `network` (.xml, and .bin beside it), by post-training quantisation:
-    its ranges are those that these pictures, uint8 [H, W, 3], give."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # there is no CUDA here
+    """Write an int8 network to `network` (.xml, and .bin beside it), by post-training quantisation.
+    Its ranges are calibrated on these pictures, uint8 [H, W, 3]."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    with redirect_stdout(io.StringIO()):  # it draws bars there
+    with redirect_stdout(io.StringIO()):  # NNCF draws bars
         quantised = nncf.quantize(
             _traced(identity, tensors),
             nncf.Dataset([picture[None] for picture in pictures]),
@@ -125,14 +125,13 @@ def _traced(identity: Identity, tensors: Mapping[str, Tensor]) -> Any:
     example = torch.zeros(1, crop, crop, 3, dtype=torch.uint8)
     embedder = Embedder(identity, tensors).eval()
     try:
-        # It looks for --verbose among the words of our command, and then talks.
+        # OpenVINO prints more if our own command line has a --verbose.
         with torch.inference_mode(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(embedder, example, check_trace=False)  # type: ignore[no-untyped-call]
             return openvino.convert_model(traced, example_input=example)
-    # Tracing and conversion fail in many ways, of which the user can mend none.
+    # Tracing and conversion fail in many ways, none of which the user can mend.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise ResfeatError(
-            f"OpenVINO cannot run {identity.model} ({reason}): give --runtime torch"
+            f"OpenVINO cannot run {identity.model} ({first_line(error)}): give --runtime torch"
         ) from error

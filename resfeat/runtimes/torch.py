@@ -15,14 +15,16 @@ from torch import Tensor
 from resfeat.runtimes.embedder import Embedder
 from resfeat.spec import Identity
 
+_setting_threads = threading.Lock()
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchRuntime:
     """An `Embedder` in eval mode on `device`, with channels last.
 
-    May be called from several threads. On a GPU each has a stream of its own, so that the copies of
-    one batch run while another is computed.
+    Several threads may call it. On a GPU each has a stream of its own, so that the copies of one
+    batch run while another is computed.
     """
 
     def __init__(self, identity: Identity, tensors: Mapping[str, Tensor], device: str) -> None:
@@ -34,7 +36,7 @@ class TorchRuntime:
         self._device = torch.device(device)
         self._embedder = Embedder(identity, tensors).to(self._device)
         self._embedder.network.to(DTYPES[identity.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if device == "cuda":  # the threads' own streams do not wait for what was begun here
+        if device == "cuda":  # the threads' own streams do not wait for these copies
             torch.cuda.synchronize()
         self._own = threading.local()
 
@@ -57,3 +59,17 @@ class TorchRuntime:
         if not hasattr(self._own, "stream"):
             self._own.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._own.stream)
+
+
+def use_one_core() -> None:
+    """Have torch use one core in the calling thread, and as many as before in all others.
+
+    `torch.set_num_threads` sets the number for this thread, and for every thread that first uses
+    torch later. So another thread sets the latter back.
+    """
+    with _setting_threads:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restoring.start()
+        restoring.join()

@@ -20,6 +20,7 @@ from resfeat.errors import DecoderHungError, Failure, ResfeatError
 from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
 from resfeat.runtimes.hardware import cpu_count
+from resfeat.runtimes.torch import use_one_core
 from resfeat.spec import Decode, Identity, Preprocessing, RuntimeOptions
 from resfeat.worker.messages import Job, Placement
 
@@ -66,8 +67,6 @@ class Worker:
         self.layout = Layout(job.output, job.share)
         self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
         self.runtime = runtimes.start(
-            placement.runtime,
-            job.identity,
             network,
             device=placement.device,
             threads=self.forward_threads,
@@ -136,7 +135,7 @@ class Worker:
 
 def _threads(name: str, count: int) -> ThreadPoolExecutor:
     """Threads in which torch uses one core each: there are enough of them."""
-    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(count, name, initializer=use_one_core)
 
 
 def forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

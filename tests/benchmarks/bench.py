@@ -187,14 +187,7 @@ def forward(output: Path, checkpoint: Path) -> float:
     threads, batch_size = engine["cpus"], engine["batch_size"]
     tensors = resolve(FeatureSpec.of(identity, str(checkpoint))).tensors
     network = runtimes.prepare(engine["runtime"], identity, tensors, layout.quantised)
-    runtime = runtimes.start(
-        engine["runtime"],
-        identity,
-        network,
-        device="cpu",
-        threads=threads,
-        batch_size=batch_size,
-    )
+    runtime = runtimes.start(network, device="cpu", threads=threads, batch_size=batch_size)
     items = sample(layout, record.plan, batch_size)
     chosen = pictures(items, identity.preprocessing, identity.decode, batch_size)
     pixels = np.stack(list(itertools.islice(itertools.cycle(chosen), batch_size)))

@@ -32,8 +32,8 @@ from reference import torchvision_model  # noqa: E402
 from resfeat import runtimes  # noqa: E402
 from resfeat.backbones.ours import LIKE_TORCHVISION, default_pixels  # noqa: E402
 from resfeat.decoding.decode import decode  # noqa: E402
-from resfeat.fidelity.calibration import PICTURES  # noqa: E402
 from resfeat.fidelity.parity import cosine  # noqa: E402
+from resfeat.fidelity.sample import CALIBRATION  # noqa: E402
 from resfeat.runtimes import OFFERED, REFERENCE  # noqa: E402
 from resfeat.runtimes.torch import TorchRuntime  # noqa: E402
 from resfeat.spec import Identity  # noqa: E402
@@ -82,9 +82,7 @@ def against_fp32(name, runtime, precision, device, paths, others):
 
             quantise(identity, tensors, list(pictures(others, identity)), quantised)
         prepared = runtimes.prepare(runtime, identity, tensors, quantised)
-        started = runtimes.start(
-            runtime, identity, prepared, device=device, threads=1, batch_size=len(pixels)
-        )
+        started = runtimes.start(prepared, device=device, threads=1, batch_size=len(pixels))
         return cosine(started.embed(pixels), expected)
 
 
@@ -149,7 +147,7 @@ def tables(paths, others, folder):
 def main(photos: int) -> None:
     """Write the tables into README.md."""
     with tempfile.TemporaryDirectory() as folder:
-        every = write_photos(Path(folder), photos + PICTURES)
+        every = write_photos(Path(folder), photos + CALIBRATION)
         lines = []
         for line in tables(every[:photos], every[photos:], Path(folder)):
             print(line, flush=True)
