@@ -4,8 +4,6 @@ An image that gives no embedding becomes a `Failure`, a row of `failures/`. Anyt
 run is a `ResfeatError` whose message is one line: it names the thing and the next step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

@@ -4,8 +4,6 @@
 seconds.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """What every network here offers, and the wrapper that makes another library's network offer it."""
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping

@@ -4,8 +4,6 @@ A training script's file holds more than the network: a `state_dict`, a prefix b
 two copies of the network, an optimizer. The network is found by the names that it must have.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import pickle

@@ -1,7 +1,5 @@
 """From a feature map to a vector."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ convolution, not on the first 1x1 as the paper's own networks do. Parameter name
 so its checkpoints load strictly once `fc` is left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """timm's networks, headless, and the weights that it publishes. An extra: `resfeat[timm]`."""
 
-from __future__ import annotations
-
 import math
 from functools import cache, partial
 from typing import Any

@@ -1,7 +1,5 @@
 """torchvision's classification networks, headless, and the weights that it publishes."""
 
-from __future__ import annotations
-
 import os
 import socket
 import warnings

@@ -3,8 +3,6 @@
 The driver resolves them once, before any worker starts.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The dataset card: a README.md that says what lies there, to people and to `load_dataset`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pyarrow as pa

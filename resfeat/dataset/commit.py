@@ -16,8 +16,6 @@ every moment. Until it is settled the shard counts as unfinished and keeps all i
 depend on the shard alone, so a second attempt replaces its twin with the same rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -14,8 +14,6 @@ OUT/
     tmp/<share>/                  files that its writer has not published yet (not in a store)
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

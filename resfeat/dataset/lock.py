@@ -9,8 +9,6 @@ has not changed for a while is stale. Two that begin in the same instant both wr
 again: the later one has it.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -24,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from resfeat.dataset.layout import Layout
 from resfeat.errors import ResfeatError, StoreError
@@ -61,13 +60,13 @@ class Writer:
         return f"process {self.pid} on {self.host} since {self.started}"
 
     @classmethod
-    def me(cls) -> Writer:
+    def me(cls) -> Self:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         me = os.getpid()
         return cls(socket.gethostname(), _machine(), me, _began(me), now, secrets.token_hex(8))
 
     @classmethod
-    def parse(cls, content: str | bytes) -> Writer | None:
+    def parse(cls, content: str | bytes) -> Self | None:
         """The writer that a lock names; None where it names nobody."""
         try:
             writer = cls(**json.loads(content))

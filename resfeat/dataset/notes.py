@@ -5,13 +5,12 @@ While a shard's files are being replaced it also has the digests of those that w
 such a shard counts as unfinished until both files have their new digests and the note says so.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import Self
 
 from resfeat.dataset.layout import Layout
 from resfeat.storage import StorePath, write_json
@@ -50,7 +49,7 @@ class Note:
         write_json(layout.tmp, layout.checksum(shard), asdict(self))
 
     @classmethod
-    def read(cls, layout: Layout, shard: int) -> Note | None:
+    def read(cls, layout: Layout, shard: int) -> Self | None:
         """The note of a shard; None where there is none, or none that can be understood."""
         try:
             note = cls(**json.loads(layout.checksum(shard).read_bytes()))
@@ -75,7 +74,7 @@ class Commits:
     failures: frozenset[int]
 
     @classmethod
-    def of(cls, layout: Layout) -> Commits:
+    def of(cls, layout: Layout) -> Self:
         """As the dataset stands now. Reads the notes, and no part."""
         shards = layout.committed()
         remote = isinstance(layout.root, StorePath)

@@ -1,10 +1,9 @@
 """`_resfeat/spec.json`: what a dataset is."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Self
 
 from resfeat import __version__
 from resfeat.dataset.layout import Layout
@@ -44,7 +43,7 @@ class Record:
         write_json(layout.tmp, layout.spec, content)
 
     @classmethod
-    def load(cls, layout: Layout) -> Record | None:
+    def load(cls, layout: Layout) -> Self | None:
         """The record of the dataset at `layout`; None where there is none."""
         try:
             content = json.loads(layout.spec.read_text(encoding="utf-8"))

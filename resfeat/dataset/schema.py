@@ -1,7 +1,5 @@
 """The columns of a dataset, and the rows that fill them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

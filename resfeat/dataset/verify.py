@@ -5,8 +5,6 @@ vector is looked at. Memory grows by 16 bytes an image: to find doubles, ids and
 remembered by 64-bit hashes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

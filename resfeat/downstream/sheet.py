@@ -1,7 +1,5 @@
 """A contact sheet: each query in a row with its nearest images."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

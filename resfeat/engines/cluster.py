@@ -1,7 +1,5 @@
 """Ray itself: joining a cluster, or starting one for the run while other work is done."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

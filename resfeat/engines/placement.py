@@ -1,7 +1,5 @@
 """How many workers a Ray has room for, and what each asks of it."""
 
-from __future__ import annotations
-
 import math
 
 import ray

@@ -1,7 +1,5 @@
 """Which shard is in whose hands. It calls no worker and knows nothing of Ray."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """A sample of a dataset's own images, spread evenly over its plan."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator
 

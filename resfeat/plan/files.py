@@ -4,8 +4,6 @@ A plan is a folder of Parquet files in which each row group is one shard, so a w
 rows and nothing else. Both sides are streamed: memory does not grow with the number of items.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

@@ -1,11 +1,9 @@
 """Which shard is listed where."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, order=True)
@@ -59,7 +57,7 @@ class Plan:
         return sum(shard.rows for shard in self.shards.values())
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`, from JSON, where tuples are lists."""
         files = (
             PlanFile(**{**file, "shards": tuple(file["shards"]), "rows": tuple(file["rows"])})

@@ -1,7 +1,5 @@
 """How fast each stage is on this machine, alone and together, on the user's own images."""
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 import time

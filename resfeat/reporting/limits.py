@@ -1,7 +1,5 @@
 """What limits a run, and what would help, from the seconds that its stages were busy."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from resfeat.worker import READ_AHEAD, SHARDS_IN_HAND

@@ -1,7 +1,5 @@
 """Who watches a run, and may stop it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """From pixels to embeddings as one torch module. Every runtime runs or converts it."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Mapping

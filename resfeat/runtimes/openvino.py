@@ -1,7 +1,5 @@
 """The OpenVINO runtime, on x86-64 CPUs: the fastest there, and the only one with int8."""
 
-from __future__ import annotations
-
 import io
 import logging
 import platform

@@ -1,7 +1,5 @@
 """The torch runtime, on a CPU or a CUDA device."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from contextlib import nullcontext

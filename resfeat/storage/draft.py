@@ -4,8 +4,6 @@ A file is written as a draft, in a hidden folder on a disk and in memory for a s
 is one atomic rename, or one PUT.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

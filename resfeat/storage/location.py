@@ -1,7 +1,5 @@
 """Where a file or folder is: on a disk, a `pathlib.Path`, or in a store, a `StorePath`."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

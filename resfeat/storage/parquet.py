@@ -1,7 +1,5 @@
 """Reading Parquet, on a disk or in a store."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

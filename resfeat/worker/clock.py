@@ -1,7 +1,5 @@
 """Busy seconds by stage, added up over threads, so that a report can name the bottleneck."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import Counter

@@ -6,8 +6,6 @@ A bounded number of images of each shard is under way, so memory grows with neit
 the dataset.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait

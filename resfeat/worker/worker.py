@@ -1,7 +1,5 @@
 """A worker: one model on one device, and the threads that its shards share."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
