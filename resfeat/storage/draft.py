@@ -10,7 +10,7 @@ import os
 import uuid
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,34 +18,54 @@ from resfeat.storage.location import Location, replace
 from resfeat.storage.remote import StorePath
 
 
-class Draft(Protocol):
-    """A file that is being written, seen by nobody until it is published."""
+class DiskDraft:
+    """A file in a hidden folder. `sink` is what to write to."""
 
-    @property
-    def sink(self) -> Path | pa.BufferOutputStream:
-        """What to write to, until `reopen` is called."""
-        ...
-
-    def write(self, content: bytes) -> None:
-        """Write all of it at once."""
-        ...
+    def __init__(self, folder: Path, name: str) -> None:
+        # Unique, so that a worker thought dead and its successor never write to one file.
+        self.sink = folder / f"{uuid.uuid4().hex[:12]}-{name}"
 
     def reopen(self) -> pa.NativeFile:
         """What was written, whole."""
-        ...
+        return pa.OSFile(str(self.sink))
 
     def publish(self, target: Any) -> None:
         """Put the file in its place, so that it survives a power cut."""
-        ...
+        with open(self.sink, "rb") as file:
+            os.fsync(file.fileno())
+        replace(self.sink, target)
 
     def discard(self) -> None:
         """Forget it, unless it was published."""
-        ...
+        self.sink.unlink(missing_ok=True)
+
+
+class StoreDraft:
+    """The same in memory, for a store."""
+
+    def __init__(self) -> None:
+        self.sink = pa.BufferOutputStream()
+
+    @cached_property
+    def _content(self) -> pa.Buffer:
+        return self.sink.getvalue()
+
+    def reopen(self) -> pa.NativeFile:
+        return pa.BufferReader(self._content)
+
+    def publish(self, target: Any) -> None:
+        target.write_bytes(self._content)
+
+    def discard(self) -> None:
+        """It is gone as soon as nobody holds it."""
+
+
+Draft = DiskDraft | StoreDraft
 
 
 def draft(folder: Path | None, name: str) -> Draft:
     """A new draft: in a folder on the file system of its target, or, for a store, in memory."""
-    return _StoreDraft() if folder is None else _DiskDraft(folder, name)
+    return StoreDraft() if folder is None else DiskDraft(folder, name)
 
 
 def sha256(draft: Draft) -> str:
@@ -55,56 +75,18 @@ def sha256(draft: Draft) -> str:
 
 
 def write_whole(folder: Path | None, location: Location, content: bytes) -> None:
-    """Write a small file by way of a draft in `folder`."""
-    document = draft(folder, location.name)
+    """Write a small file, whole or not at all; on a disk by way of a draft in `folder`."""
+    if isinstance(location, StorePath) or folder is None:
+        location.write_bytes(content)
+        return
+    document = DiskDraft(folder, location.name)
     try:
-        document.write(content)
+        document.sink.write_bytes(content)
         document.publish(location)
     finally:
         document.discard()
 
 
 def write_json(folder: Path | None, location: Location, content: object) -> None:
-    """Write a small JSON document, whole or not at all, by way of a draft in `folder`."""
+    """Write a small JSON document, as `write_whole` does."""
     write_whole(folder, location, (json.dumps(content, indent=2) + "\n").encode())
-
-
-class _DiskDraft:
-    def __init__(self, folder: Path, name: str) -> None:
-        # Unique, so that a worker thought dead and its successor never write to one file.
-        self.sink = folder / f"{uuid.uuid4().hex[:12]}-{name}"
-
-    def write(self, content: bytes) -> None:
-        self.sink.write_bytes(content)
-
-    def reopen(self) -> pa.NativeFile:
-        return pa.OSFile(str(self.sink))
-
-    def publish(self, target: Path) -> None:
-        with open(self.sink, "rb") as file:
-            os.fsync(file.fileno())
-        replace(self.sink, target)
-
-    def discard(self) -> None:
-        self.sink.unlink(missing_ok=True)
-
-
-class _StoreDraft:
-    def __init__(self) -> None:
-        self.sink = pa.BufferOutputStream()
-
-    def write(self, content: bytes) -> None:
-        self.sink.write(content)
-
-    @cached_property
-    def _content(self) -> pa.Buffer:
-        return self.sink.getvalue()
-
-    def reopen(self) -> pa.NativeFile:
-        return pa.BufferReader(self._content)
-
-    def publish(self, target: StorePath) -> None:
-        target.write_bytes(self._content)
-
-    def discard(self) -> None:
-        """It is gone as soon as nobody holds it."""
