@@ -166,7 +166,7 @@ def _load(hand: _Hand, item: Item, place: NDArray[np.uint8]) -> Row | Failure:
     """Read and decode one image into its place in the batch."""
     worker, identity = hand.worker, hand.worker.job.identity
     with hand.clock("read"):
-        content = read(item.uri)
+        content = read(item)
     if isinstance(content, Failure):
         return content
     data, size, mtime = content
