@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -13,9 +14,7 @@ from PIL import Image
 from seams import TREACHEROUS, after_import
 
 from resfeat.backbones.ours import IMAGENET
-from resfeat.decoding import careful
-from resfeat.decoding.careful import CarefulDecoder
-from resfeat.decoding.decode import Picture, decode
+from resfeat.decoding import CarefulDecoder, Picture, careful, decode
 from resfeat.errors import Failure, ResfeatError
 
 
@@ -158,3 +157,48 @@ def test_a_limit_of_the_system_is_kept(photo):
     )
     done = subprocess.run([sys.executable, "-c", script], input=photo, capture_output=True)
     assert done.stdout.strip() == b"Picture", done.stderr
+
+
+def test_a_child_that_idles_for_longer_than_an_image_may_take_goes_on(photo, monkeypatch):
+    monkeypatch.setattr(careful, "SECONDS", 1.0)
+    with CarefulDecoder(1) as decoder:
+        assert isinstance(decoder.decode(photo, IMAGENET, "pillow"), Picture)
+        (child,) = children()
+        time.sleep(1.5)
+        assert isinstance(decoder.decode(photo, IMAGENET, "pillow"), Picture)
+        assert children() == [child]
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_decoder_that_is_closed_says_so_at_once(photo, is_used):
+    with CarefulDecoder(1) as decoder:
+        if is_used:
+            decoder.decode(photo, IMAGENET, "pillow")
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="is closed"):
+            pool.submit(decoder.decode, photo, IMAGENET, "pillow").result(timeout=10)
+    assert not children()
+
+
+def test_a_child_that_is_busy_when_its_decoder_is_closed_is_ended_after_its_image(
+    photo, treacherous
+):
+    """And whoever waits for it is told."""
+    with ThreadPoolExecutor(2) as pool:
+        with CarefulDecoder(1) as decoder:
+            busy = pool.submit(decoder.decode, photo + b"hang", IMAGENET, "pillow")
+            while not children():
+                time.sleep(0.05)
+            waits = pool.submit(decoder.decode, photo, IMAGENET, "pillow")
+        assert busy.result(timeout=60).reason == "timeout"
+        with pytest.raises(ValueError, match="is closed"):
+            waits.result(timeout=10)
+    assert not children()
+
+
+def test_a_fault_of_our_own_is_no_crash_of_the_decoder(photo, monkeypatch, tmp_path):
+    broken = "def _resized(*arguments):\n    raise TypeError('ours')\n"
+    environment = after_import({"resfeat.decoding.resize": broken}, tmp_path / "hook")
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    with CarefulDecoder(1) as decoder, pytest.raises(ResfeatError, match="TypeError: ours"):
+        decoder.decode(photo, IMAGENET, "pillow")

@@ -1,7 +1,11 @@
 """The pixel policy, case by case, on pictures made here."""
 
+import importlib
 import io
 import struct
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -10,12 +14,12 @@ from PIL import Image, ImageFile
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import functional as F  # noqa: N812
 
-from resfeat.decoding import decode as module
-from resfeat.decoding.decode import Picture
-from resfeat.errors import REASONS, Failure
-from resfeat.sources.directory import read
+from resfeat.decoding import Loaded, Picture, load, quiet, resize
+from resfeat.errors import REASONS, Failure, ResfeatError
+from resfeat.sources import item_of, read
 from resfeat.spec import Preprocessing
 
+module = importlib.import_module("resfeat.decoding.decode")  # its function has the same name
 PREPROCESSING = Preprocessing(
     resize=232,
     crop=224,
@@ -207,6 +211,28 @@ def test_sixteen_bit_grey_where_white_is_zero_or_a_value_is_clear():
     assert decoded(Image.fromarray(wide), transparency=300).pixels[0, 0, 0] == 23
 
 
+def test_the_white_of_a_12_bit_tiff_is_white():
+    packed = b"\xff\xf0\x00" * 50  # two pixels in three bytes: 4095, 0
+    tags = [(256, 4, 10), (257, 4, 10), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
+    tags += [(277, 3, 1), (278, 4, 10), (279, 4, len(packed))]
+    directory = b"".join(
+        struct.pack("<HHI", tag, kind, 1) + struct.pack("<I", value) for tag, kind, value in tags
+    )
+    data = struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed
+    data += struct.pack("<H", len(tags)) + directory + bytes(4)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "I;16" and image.getpixel((0, 0)) == 4095
+    pixels = decode(data).pixels
+    assert pixels.max() == 255 and pixels.min() == 0
+
+
+def test_a_picture_of_one_to_two_is_resized_in_the_order_of_torchvision():
+    """Pillow 13 shrinks the rows first only of what is more than twice as tall as wide."""
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 600, 3), np.uint8)
+    picture = Image.fromarray(noise)
+    assert np.array_equal(decode(encoded(picture), "pillow").pixels, torchvisions_pixels(picture))
+
+
 def test_cmyk_is_converted_as_pillow_does():
     cmyk = gradient().convert("CMYK")
     expected = Image.open(io.BytesIO(encoded(cmyk, "TIFF"))).convert("RGB")
@@ -237,7 +263,7 @@ def test_broken_files_have_the_reason_that_fits(tmp_path):
     write_broken(tmp_path)
     given = {}
     for name in EXPECTED:
-        content = read((tmp_path / name).as_uri())
+        content = read(item_of(str(tmp_path / name)))
         failure = content if isinstance(content, Failure) else decode(content[0])
         assert isinstance(failure, Failure), name
         assert failure.reason in REASONS
@@ -280,3 +306,69 @@ def test_a_formats_code_does_not_run_unless_it_is_allowed(monkeypatch):
     ):
         assert decode(data).reason == "format_not_allowed"
     assert opened == []
+
+
+def test_a_fault_of_our_own_ends_the_run_and_blames_no_image(monkeypatch):
+    def broken(*arguments):
+        raise TypeError("ours")
+
+    data = encoded(gradient())
+    monkeypatch.setattr(resize, "_resized", broken)
+    with pytest.raises(ResfeatError, match=r"resfeat itself failed .*TypeError: ours.*report it"):
+        decode(data)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, struct.error])
+def test_whatever_pillow_raises_is_the_images_fault(error, monkeypatch):
+    def broken(*arguments):
+        raise error("theirs")
+
+    data = encoded(gradient(), "TIFF")
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    assert decode(data).reason == "corrupt"
+
+
+def test_memory_that_torch_does_not_get_is_a_failure(monkeypatch, way):
+    def short(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(resize, "_resized", short)
+    assert decode(encoded(gradient())).reason == "out_of_memory"
+
+
+def test_one_call_leads_from_an_item_to_a_picture_or_a_failure(tmp_path):
+    """With what it was when it was read; nothing is decoded of what cannot be read."""
+    (tmp_path / "a.png").write_bytes(encoded(gradient()))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    good, bad, gone = (item_of(str(tmp_path / name)) for name in ("a.png", "b.png", "c.png"))
+    loaded = load(good, PREPROCESSING, "pillow")
+    assert isinstance(loaded, Loaded)
+    status = (tmp_path / "a.png").stat()
+    assert (loaded.size, loaded.mtime) == (status.st_size, status.st_mtime_ns // 1000)
+    assert np.array_equal(loaded.picture.pixels, decode(encoded(gradient()), "pillow").pixels)
+    assert load(bad, PREPROCESSING, "pillow").stage == "decode"
+    assert load(gone, PREPROCESSING, "pillow").stage == "read"
+
+
+def test_warnings_are_left_as_they_are_but_for_pillows_in_a_run_of_ours():
+    code = (
+        "import warnings\n"
+        "from resfeat.decoding import quiet\n"
+        "from PIL import Image\n"
+        "before, large = list(warnings.filters), Image.DecompressionBombWarning\n"
+        "assert not any('PIL' in repr(each) for each in before), before\n"
+        "with quiet():\n"
+        "    warnings.warn('large', large)\n"
+        "assert warnings.filters == before\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_large_picture_is_no_failure_where_warnings_are_errors(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 320 * 240 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(encoded(gradient())).reason == "corrupt"
+        with quiet():
+            assert isinstance(decode(encoded(gradient())), Picture)

@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from resfeat.errors import Failure, ResfeatError, UsageError
-from resfeat.sources import gone
-from resfeat.sources.directory import Directories, path_of, read
+from resfeat.sources import directory, gone, item_of, read
+from resfeat.sources.directory import Directories, path_of
 
 
 def make(folder, *names):
@@ -69,7 +69,7 @@ def test_odd_names_survive(tmp_path):
     assert r"bad\xff\xfe.jpg" in {item.id for item in items}
     for item in items:
         item.id.encode(), item.uri.encode("ascii")  # both can be stored
-        content, size, mtime = read(item.uri)
+        content, size, mtime = read(item)
         assert os.path.basename(os.fsencode(path_of(item.uri))) == content
         assert (size, mtime) == (item.size, item.mtime)
 
@@ -83,8 +83,9 @@ def test_a_name_that_looks_like_an_escaped_one_has_its_own_id(tmp_path):
     assert {r"a\xff.jpg", r"a\\xff.jpg", r"plain\n.jpg"} < set(ids(tmp_path))
 
 
-def test_files_that_vanish_during_the_listing_are_counted(tmp_path):
+def test_files_that_vanish_during_the_listing_are_counted(tmp_path, monkeypatch):
     make(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    monkeypatch.setattr(directory, "TOGETHER", 1)
     listing = Directories([str(tmp_path)])
     given = []
     for item in listing:
@@ -111,6 +112,81 @@ def test_links_are_followed_but_not_for_ever(tmp_path):
     assert ids(inside) == ["1.jpg", "dangling.jpg", "file.jpg", "linked/2.jpg", "self.jpg"]
 
 
+def test_a_link_to_a_folder_further_up_is_a_loop(tmp_path):
+    make(tmp_path, "a/1.jpg", "a/b/c/2.jpg")
+    (tmp_path / "a" / "b" / "c" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "b" / "top").symlink_to(tmp_path)
+    listing = Directories([str(tmp_path)])
+    assert [item.id for item in listing] == ["a/1.jpg", "a/b/c/2.jpg"]
+    assert listing.skipped == {"link loop": 2}
+    within = Directories([str(tmp_path / "a" / "b")])  # a link leads out of it, and so back in
+    assert [item.id for item in within] == ["c/2.jpg", "c/up/1.jpg"]
+    assert within.skipped == {"link loop": 1, "repeated folder": 1}
+
+
+def test_a_folder_that_several_links_lead_to_is_listed_once(tmp_path):
+    """Where the listing first comes to it: each of ten floors has two links to the next."""
+    for floor in range(10):
+        (tmp_path / f"floor{floor}").mkdir()
+        for link in "ab":
+            (tmp_path / f"floor{floor}" / link).symlink_to(tmp_path / f"floor{floor + 1}")
+    make(tmp_path, "floor10/1.jpg", "zoo/2.jpg")
+    (tmp_path / "zoo" / "linked").symlink_to(tmp_path / "floor10")
+    listing = Directories([str(tmp_path)])
+    assert [item.id for item in listing] == ["floor0/a/a/a/a/a/a/a/a/a/a/1.jpg", "zoo/2.jpg"]
+    assert listing.skipped == {"repeated folder": 10 + 10 + 1}
+    assert ids(tmp_path / "floor9", tmp_path / "floor10") == ["floor10/1.jpg"]  # a source is itself
+
+
+def test_folders_that_look_the_same_are_all_listed_where_no_link_is(tmp_path, monkeypatch):
+    """Inode numbers of some file systems mean nothing."""
+    make(tmp_path, "a/1.jpg", "b/2.jpg", "b/c/3.jpg")
+    monkeypatch.setattr(directory, "_key", lambda status: 0)
+    assert ids(tmp_path) == ["a/1.jpg", "b/2.jpg", "b/c/3.jpg"]
+
+
+def test_folders_nested_deeper_than_python_recurses(tmp_path):
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    for _ in range(1_100):
+        os.mkdir("d")
+        os.chdir("d")
+    with open("1.jpg", "wb"):
+        pass
+    os.chdir(here)
+    assert ids(tmp_path) == ["d/" * 1_100 + "1.jpg"]
+
+
+def test_names_in_any_script_are_sorted_by_their_bytes(tmp_path):
+    names = [b"z.jpg", "\u00e9.jpg".encode(), "\U0001f600.jpg".encode(), b"\xe0.jpg", b"\xff.jpg",
+             "\uffff.jpg".encode(), b"A.jpg", b"a.jpg", b"a b.jpg"]  # fmt: skip
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb"):
+            pass
+    listed = [os.fsencode(path_of(item.uri)) for item in Directories([str(tmp_path)])]
+    assert [os.path.basename(path) for path in listed] == sorted(names)
+
+
+def test_a_label_is_the_name_of_the_folder(tmp_path):
+    make(tmp_path, "cats/1.jpg", "cats/x/2.jpg", "odd +%/3.jpg", "4.jpg")
+    given = {item.id: item.label for item in Directories([str(tmp_path)], "parent")}
+    assert given == {"cats/1.jpg": "cats", "cats/x/2.jpg": "x", "odd +%/3.jpg": "odd +%",
+                     "4.jpg": tmp_path.name}  # fmt: skip
+
+
+def test_an_image_within_a_file_of_several(tmp_path):
+    path = tmp_path / "several.bin"
+    path.write_bytes(b"0123456789")
+    whole = item_of(str(path))
+    part = whole._replace(offset=3, size=4)
+    mtime = path.stat().st_mtime_ns // 1000
+    assert read(whole) == (b"0123456789", 10, mtime)
+    assert read(part) == (b"3456", 4, mtime)
+    assert read(part._replace(offset=0)) == (b"0123", 4, mtime)
+    assert read(part._replace(offset=7)).reason == "bad_container"
+    assert read(part._replace(size=0)).reason == "empty"
+
+
 def test_special_files_are_listed_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo.jpg")
     bound = socket.socket(socket.AF_UNIX)
@@ -118,14 +194,14 @@ def test_special_files_are_listed_and_never_waited_for(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     with open(tmp_path / "giant.jpg", "wb") as file:
         file.truncate(64 << 30)
-    reasons = {item.id: read(item.uri).reason for item in Directories([str(tmp_path)])}
+    reasons = {item.id: read(item).reason for item in Directories([str(tmp_path)])}
     assert reasons == {
         "fifo.jpg": "not_regular_file",
         "giant.jpg": "too_large",
         "socket.jpg": "not_regular_file",
     }
-    assert read((tmp_path / "folder.jpg").as_uri()).reason == "not_regular_file"
-    assert read((tmp_path / "gone.jpg").as_uri()) == Failure(
+    assert read(item_of(str(tmp_path / "folder.jpg"))).reason == "not_regular_file"
+    assert read(item_of(str(tmp_path / "gone.jpg"))) == Failure(
         "read", "not_found", "No such file or directory"
     )
 
@@ -134,7 +210,7 @@ def test_special_files_are_listed_and_never_waited_for(tmp_path):
 def test_no_permission(tmp_path):
     make(tmp_path, "a/1.jpg", "2.jpg")
     (tmp_path / "2.jpg").chmod(0)
-    assert read((tmp_path / "2.jpg").as_uri()).reason == "permission"
+    assert read(item_of(str(tmp_path / "2.jpg"))).reason == "permission"
     (tmp_path / "a").chmod(0)
     with pytest.raises(ResfeatError, match="cannot list"):
         ids(tmp_path)

@@ -21,7 +21,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from resfeat.decoding.decode import LONGEST, Picture, decode
+from resfeat.decoding import Picture, decode
+from resfeat.decoding.resize import LONGEST
 from resfeat.spec import PIXEL_POLICY, Preprocessing
 
 GOLDEN = Path(__file__).parent / "golden" / "pixels.json"

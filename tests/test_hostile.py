@@ -22,8 +22,7 @@ import torch
 from hostile import Outcomes, write_hostile
 from PIL import Image
 
-from resfeat.decoding import decode as module
-from resfeat.decoding.decode import decode
+from resfeat.decoding import decode, stored
 from resfeat.errors import REASONS, Failure
 from resfeat.sources.directory import Directories, read
 from resfeat.spec import Preprocessing
@@ -57,7 +56,7 @@ def sweep(folder: str, order: int) -> list[Result]:
     for way in WAYS:
         for item in list(Directories([folder]))[::order]:
             before, began = _peak(), time.process_time()
-            content = read(item.uri)
+            content = read(item)
             answer = content
             if not isinstance(content, Failure):
                 answer = decode(content[0], PREPROCESSING, way)
@@ -124,20 +123,24 @@ def test_no_file_takes_long_or_much_memory(expected_and_swept):
 
 @pytest.mark.parametrize("size", [(250, 400), (700, 300), (150, 700)])
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "I;16"])
+@pytest.mark.parametrize("turn", [1, 3, 6, 7, 8])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_converted_in_bands_has_the_same_pixels(way, mode, size, monkeypatch):
+def test_what_is_converted_in_bands_has_the_same_pixels(way, turn, mode, size, monkeypatch):
     """So that a large picture, which takes less memory in this way, is treated as any other."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
     picture = Image.fromarray(noise).convert("RGB" if mode == "P" else "RGBA")
     if mode == "I;16":
         picture = Image.fromarray(noise.view(np.uint16)[..., 0])
     buffer = io.BytesIO()
-    picture.convert(mode).save(buffer, "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture.convert(mode).save(buffer, "PNG", exif=exif)
     whole = decode(buffer.getvalue(), PREPROCESSING, way)
-    monkeypatch.setattr(module, "BAND", 9_999)
+    monkeypatch.setattr(stored, "BAND", 9_999)
     banded = decode(buffer.getvalue(), PREPROCESSING, way)
     assert np.array_equal(banded.pixels, whole.pixels)
-    assert (banded.width, banded.height) == (whole.width, whole.height) == size
+    upright = size[::-1] if turn > 4 else size
+    assert (banded.width, banded.height) == (whole.width, whole.height) == upright
 
 
 if __name__ == "__main__":

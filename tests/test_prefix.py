@@ -11,7 +11,7 @@ from object_store import FaultyProxy, ObjectStore
 from pyarrow.fs import FileInfo
 
 from resfeat.errors import Failure, StoreError, UsageError
-from resfeat.sources import listing, prefix, rules
+from resfeat.sources import item_of, listing, prefix, read, rules
 from resfeat.storage import remote as stores
 
 ODD = ["a b.jpg", "100%.jpg", "%41.jpg", "a+b.jpg", "#1.jpg", "what?.jpg", "-rf.jpg", " lead.jpg",
@@ -68,7 +68,7 @@ def test_a_store_that_lists_milliseconds_changes_no_object(put, monkeypatch):
 
     monkeypatch.setattr(prefix, "_info", to_the_millisecond)
     (item,) = listing([f"{root}/a.jpg"])
-    assert item.mtime == prefix.read(item.uri)[2]
+    assert item.mtime == read(item)[2]
 
 
 def test_a_tree_gives_the_same_ids_in_the_same_order_as_on_a_disk(put, tmp_path):
@@ -87,7 +87,7 @@ def test_a_tree_gives_the_same_ids_in_the_same_order_as_on_a_disk(put, tmp_path)
     assert [item.size for item in in_store] == [item.size for item in on_disk]
     assert there.skipped == here.skipped == {"hidden": 2, ".json": 1, "resfeat output": 1}
     for item in in_store:
-        data, size, mtime = prefix.read(item.uri)
+        data, size, mtime = read(item)
         # The bytes are the key: had its name been misread, they would be those of another.
         key = f"deep/in/{item.id}" if "\\" not in item.id else "deep/in/back\\x41.jpg"
         assert (data.decode(), size, mtime) == (key, item.size, item.mtime)
@@ -98,7 +98,7 @@ def test_an_object_beside_its_own_prefix_is_an_image_like_those_below_it(put):
     root = put("in/a", "in/a/b", "in/a/b/c")
     assert ids(f"{root}/in") == ["a", "a/b", "a/b/c"]
     for name in ("in/a", "in/a/b", "in/a/b/c"):
-        assert prefix.read(f"{root}/{name}")[0] == name.encode()
+        assert read(item_of(f"{root}/{name}"))[0] == name.encode()
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,24 @@ def test_a_listing_of_more_than_a_page_is_whole_whatever_befalls_the_second(put,
 
 def test_an_empty_object_is_a_failure(put):
     root = put("1.jpg", body=b"")
-    assert prefix.read(f"{root}/1.jpg").reason == "empty"
+    assert read(item_of(f"{root}/1.jpg")).reason == "empty"
+
+
+def test_an_image_within_an_object_of_several_is_asked_for_alone(put, proxy):
+    root = put("several.bin", body=b"0123456789")
+    part = item_of(f"{root}/several.bin")._replace(offset=3, size=4)
+    proxy.requests.clear()
+    data, size, mtime = read(part)
+    assert (data, size) == (b"3456", 4) and mtime == read(item_of(part.uri))[2]
+    assert read(part._replace(offset=7)).reason == "bad_container"
 
 
 def test_a_file_over_the_limit_is_not_read(put, proxy, monkeypatch):
     root = put("small.jpg", body=b"x" * 1000)
     put("large.jpg", body=b"x" * 1001)
     monkeypatch.setattr(rules, "MAX_BYTES", 1000)
-    assert prefix.read(f"{root}/small.jpg")[1] == 1000
-    failure = prefix.read(f"{root}/large.jpg")
+    assert read(item_of(f"{root}/small.jpg"))[1] == 1000
+    failure = read(item_of(f"{root}/large.jpg"))
     assert (failure.stage, failure.reason) == ("read", "too_large")
     assert "1,001 bytes; 1,000 at most" in failure.message
     # It costs a look at its length, not its download.
@@ -189,12 +198,12 @@ def test_a_file_over_the_limit_is_not_read(put, proxy, monkeypatch):
 
 def test_an_object_that_is_gone_or_forbidden_is_a_failure(put, proxy):
     root = put("1.jpg", "2.jpg")
-    assert prefix.read(f"{root}/gone.jpg") == Failure("read", "not_found", "no such object")
+    assert read(item_of(f"{root}/gone.jpg")) == Failure("read", "not_found", "no such object")
     proxy.faults = lambda _, path: "403" if "1.jpg" in path else None
     proxy.requests.clear()
-    assert prefix.read(f"{root}/1.jpg").reason == "permission"
+    assert read(item_of(f"{root}/1.jpg")).reason == "permission"
     assert len(proxy.requests) == 1  # asking again would not help
-    assert prefix.read(f"{root}/2.jpg")[0] == b"2.jpg"
+    assert read(item_of(f"{root}/2.jpg"))[0] == b"2.jpg"
 
 
 def test_an_object_that_cannot_be_read_is_a_failure_and_a_store_that_cannot_is_an_error(
@@ -204,10 +213,10 @@ def test_an_object_that_cannot_be_read_is_a_failure_and_a_store_that_cannot_is_a
     monkeypatch.setattr(stores, "REQUEST_ATTEMPTS", 1)
     root = put("1.jpg")
     proxy.faults = lambda _, path: "500" if "1.jpg" in path else None
-    assert prefix.read(f"{root}/1.jpg").reason == "io_error"
+    assert read(item_of(f"{root}/1.jpg")).reason == "io_error"
     proxy.down = True
     with pytest.raises(StoreError, match=f"^{root}"):
-        prefix.read(f"{root}/1.jpg")
+        read(item_of(f"{root}/1.jpg"))
 
 
 def test_the_time_of_an_object_is_that_of_its_content(put):
@@ -215,7 +224,7 @@ def test_the_time_of_an_object_is_that_of_its_content(put):
     root = put("in/1.jpg")
     (item,) = listing([f"{root}/in"])
     assert before - 1 <= item.mtime / 1e6 <= datetime.now(UTC).timestamp()
-    assert prefix.read(item.uri)[2] == item.mtime
+    assert read(item)[2] == item.mtime
 
 
 def test_the_folders_above_a_source_are_not_looked_at(put, proxy):

@@ -8,20 +8,18 @@ child costs a start of Python, so it is kept until an image kills it.
 Run as a module, this is the child: `python -m resfeat.decoding.careful DESCRIPTOR SECONDS`.
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import resource
 import signal
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 
-from resfeat.decoding.decode import Picture, decode
+from resfeat.decoding.decode import Picture, decode, quiet
 from resfeat.errors import Failure, ResfeatError
 from resfeat.spec import Decode, Preprocessing
 
@@ -32,32 +30,37 @@ MEMORY_BYTES = 4 * 1024**3
 START_SECONDS = 45.0
 # Where this package lies. Children start there: Python looks for modules in the folder that it is
 # started in first, and that may be one of strangers' files.
-HOME = Path(__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[2]
 
 
 class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
     """As many images at a time as there are children; they start when they are needed."""
 
     def __init__(self, children: int) -> None:
+        self._is_closed = False
         self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(children):
             self._idle.put(None)
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
-        """As `decode.decode`, and a Failure for what crashes or hangs that."""
+        """As `decode.decode`, and a Failure for what crashes or hangs that. Raises ValueError once
+        the decoder is closed."""
         child = self._idle.get()
         try:
+            if self._is_closed:
+                raise ValueError("the careful decoder is closed")
             if child and not child.is_alive():  # killed while it had nothing to do
                 child.end()
                 child = None
             child = child or _Child()
-            outcome = child.decode(data, preprocessing, way)
+            return child.decode(data, preprocessing, way)
         finally:
             if child and not child.is_usable:
                 child.end()
                 child = None
             self._idle.put(child)
-        return outcome
+            if self._is_closed:
+                self._end_idle()
 
     def __exit__(
         self,
@@ -65,9 +68,19 @@ class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        while not self._idle.empty():
-            if child := self._idle.get():
+        self._is_closed = True
+        self._end_idle()
+
+    def _end_idle(self) -> None:
+        """End the children that wait, and leave their places for whoever still comes."""
+        waiting = []
+        with suppress(queue.Empty):
+            while True:
+                waiting.append(self._idle.get_nowait())
+        for child in waiting:
+            if child:
                 child.end()
+            self._idle.put(None)
 
 
 class _Child:
@@ -108,11 +121,13 @@ class _Child:
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         try:
             self._connection.send((data, preprocessing, way))
-            outcome: Picture | Failure = self._connection.recv()
-            return outcome
+            outcome: Picture | Failure | ResfeatError = self._connection.recv()
         except (EOFError, OSError):
             self.is_usable = False
             return self._death()
+        if isinstance(outcome, ResfeatError):
+            raise outcome
+        return outcome
 
     def _death(self) -> Failure:
         code = self._process.wait()
@@ -145,11 +160,16 @@ def _serve(connection: Connection, seconds: float) -> None:
         if task[2] == "turbo":
             import torch  # noqa: F401 (the first time takes seconds, which are no image's)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        outcome = decode(*task)
+        outcome: Picture | Failure | ResfeatError
+        try:
+            outcome = decode(*task)
+        except ResfeatError as error:  # no image's fault: the run is to hear of it
+            outcome = error
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(outcome)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    _serve(Connection(int(sys.argv[1])), float(sys.argv[2]))
+    with quiet():
+        _serve(Connection(int(sys.argv[1])), float(sys.argv[2]))

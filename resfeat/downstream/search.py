@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat import runtimes
-from resfeat.decoding import Picture, decode
+from resfeat.decoding import load, quiet
 from resfeat.errors import Failure, ResfeatError, UsageError
 from resfeat.fidelity import is_intact
-from resfeat.sources import read, uri_of
+from resfeat.sources import item_of
 from resfeat.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -53,14 +53,11 @@ def embed_queries(
 
 def _decoded(path: str, dataset: Dataset) -> NDArray[np.uint8]:
     identity = dataset.record.identity
-    content = read(uri_of(path))
-    if isinstance(content, Failure):
-        picture: Picture | Failure = content
-    else:
-        picture = decode(content[0], identity.preprocessing, identity.decode)
-    if isinstance(picture, Failure):
-        raise UsageError(f"cannot use {path} as a query: {picture.reason}, {picture.message}")
-    return picture.pixels
+    with quiet():
+        loaded = load(item_of(path), identity.preprocessing, identity.decode)
+    if isinstance(loaded, Failure):
+        raise UsageError(f"cannot use {path} as a query: {loaded.reason}, {loaded.message}")
+    return loaded.picture.pixels
 
 
 def _weights(dataset: Dataset) -> Weights:

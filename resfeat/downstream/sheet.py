@@ -1,17 +1,22 @@
 """A contact sheet: each query in a row with its nearest images."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from resfeat.decoding import load, quiet
 from resfeat.downstream.search import Neighbour
 from resfeat.errors import Failure
-from resfeat.sources import read, uri_of
+from resfeat.sources import item_of
+from resfeat.spec import Preprocessing
 
 TILE, CAPTION, GAP = 160, 32, 8
 LETTERS = 24
+# What a tile shows: the middle of the image. No model sees it, so it is not normalised.
+TILE_PIXELS = Preprocessing(
+    resize=TILE, crop=TILE, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1)
+)
 INK, PAPER, MISSING = (20, 20, 20), (255, 255, 255), (222, 222, 222)
 
 
@@ -31,7 +36,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
     for row, (query, found) in enumerate(zip(queries, neighbours, strict=True)):
-        tiles = [("query", Path(query).name, uri_of(query))]
+        tiles = [("query", Path(query).name, query)]
         tiles += [(f"{n.cosine:.4f}", n.id, uris.get(n.id, "")) for n in found]
         for column, (heading, name, uri) in enumerate(tiles):
             corner = GAP + column * (TILE + GAP), GAP + row * (TILE + CAPTION + GAP)
@@ -41,13 +46,9 @@ def contact_sheet(
     return sheet
 
 
-def _tile(uri: str) -> Image.Image:
-    content = read(uri)
-    if not isinstance(content, Failure):
-        try:
-            with Image.open(io.BytesIO(content[0])) as image:
-                picture = ImageOps.exif_transpose(image).convert("RGB")
-            return ImageOps.fit(picture, (TILE, TILE))
-        except Exception:  # the file broke since; decoders raise nearly anything
-            pass
-    return Image.new("RGB", (TILE, TILE), MISSING)
+def _tile(name: str) -> Image.Image:
+    with quiet():
+        loaded = load(item_of(name), TILE_PIXELS, "pillow")
+    if isinstance(loaded, Failure):  # gone or broken since it was embedded
+        return Image.new("RGB", (TILE, TILE), MISSING)
+    return Image.fromarray(loaded.picture.pixels)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat.decoding import quiet
 from resfeat.engines import DRAIN_SECONDS, POLL_SECONDS, OnProgress
 from resfeat.engines.pool import Member, Pool
 from resfeat.errors import DecoderHungError, Stopped
@@ -38,12 +40,15 @@ class InlineEngine:
         self._network = network_for(job, self.placement, weights.tensors)
         self._worker = Worker(job, self.placement, self._network)
         self._threads = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
+        self._filters = ExitStack()
+        self._filters.enter_context(quiet())
 
     def close(self) -> None:
         """Leave the shards in hand unfinished, and let the threads go."""
         self._worker.stopping.set()
         self._threads.shutdown(cancel_futures=True)
         self._worker.close()
+        self._filters.close()
 
     def embed(
         self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]

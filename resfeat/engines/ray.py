@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from resfeat import __version__
+from resfeat.decoding import quiet
 from resfeat.engines import DRAIN_SECONDS, POLL_SECONDS, OnProgress
 from resfeat.engines.cluster import Cluster, last_line
 from resfeat.engines.placement import place
@@ -52,6 +53,8 @@ class RayWorker:
         self._placement = placement
         self._worker: Worker | None = None
         self._building = threading.Lock()
+        self._quiet = quiet()  # for as long as this process lives
+        self._quiet.__enter__()
 
     @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
     def start(self, network: list[ray.ObjectRef[Any]]) -> str:

@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.dataset import Layout, Record
-from resfeat.decoding import CarefulDecoder, Picture
-from resfeat.errors import Failure
+from resfeat.decoding import CarefulDecoder, Loaded, load
 from resfeat.plan import Plan, read_shard
-from resfeat.sources import Item, read
+from resfeat.sources import Item
 from resfeat.spec import Decode, Preprocessing
 
 # Images on which parity is measured, and on which int8 is calibrated. More of the latter make it
@@ -62,8 +61,6 @@ def _pixels(
     items: Iterable[Item], preprocessing: Preprocessing, way: Decode, decoder: CarefulDecoder
 ) -> Iterator[NDArray[np.uint8]]:
     for item in items:
-        content = read(item.uri)
-        if not isinstance(content, Failure):
-            picture = decoder.decode(content[0], preprocessing, way)
-            if isinstance(picture, Picture):
-                yield picture.pixels
+        loaded = load(item, preprocessing, way, decoder.decode)
+        if isinstance(loaded, Loaded):
+            yield loaded.picture.pixels

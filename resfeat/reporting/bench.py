@@ -166,7 +166,7 @@ def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
     comes from memory, as it does in a job that follows another."""
     with ThreadPoolExecutor(worker.placement.cpus + worker.job.reads_ahead) as pool:
         started = time.perf_counter()
-        contents = list(pool.map(lambda item: read(item.uri), items))
+        contents = list(pool.map(read, items))
         rate = len(items) / (time.perf_counter() - started)
     whole = [content[0] for content in contents if not isinstance(content, Failure)]
     if not whole:

@@ -1,7 +1,5 @@
 """Where images come from: listing them, and reading one. A module for each kind of place."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,7 @@ from resfeat.sources.item import Item
 from resfeat.sources.rules import printable
 from resfeat.storage import is_remote, locate
 
-__all__ = ["Item", "Listing", "gone", "listing", "printable", "read", "uri_of"]
+__all__ = ["Item", "Listing", "gone", "item_of", "listing", "printable", "read"]
 
 
 class Listing(Protocol):
@@ -51,17 +49,19 @@ def listing(sources: Sequence[str], label_from: str | None = None) -> Listing:
     return prefix.Prefixes(sources, label_from)
 
 
-def read(uri: str) -> tuple[bytes, int, int] | Failure:
-    """An image's bytes with the size (bytes) and mtime (microseconds) that it has now.
+def read(item: Item) -> tuple[bytes, int, int] | Failure:
+    """An image's bytes with the size (bytes) and mtime (microseconds) that they have now.
 
-    Raises ResfeatError where the store that holds it is out of reach.
+    Of a file that holds several images, its own bytes and the mtime of the file. Raises
+    ResfeatError where the store that holds it is out of reach.
     """
-    return prefix.read(uri) if is_remote(uri) else directory.read(uri)
+    return prefix.read(item) if is_remote(item.uri) else directory.read(item)
 
 
-def uri_of(name: str) -> str:
-    """The URI of an image that a user names: a path, or an address already."""
-    return name if is_remote(name) else Path(name).absolute().as_uri()
+def item_of(name: str) -> Item:
+    """The image that a user names, by a path or a URI. Its size and mtime are not looked up."""
+    is_uri = is_remote(name) or name.startswith("file://")
+    return Item(name, name if is_uri else Path(name).absolute().as_uri(), size=0, mtime=0)
 
 
 def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:

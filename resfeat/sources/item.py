@@ -1,7 +1,5 @@
 """One input image."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

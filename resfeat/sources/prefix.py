@@ -4,8 +4,6 @@ The rules are those of a directory: the same tree on a disk and in a store gives
 same order. Folders are listed one by one, so memory grows with the largest, not with the bucket.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -13,9 +11,9 @@ from urllib.parse import quote, unquote
 
 from pyarrow.fs import FileInfo, FileSelector, FileType, S3FileSystem
 
-from resfeat.errors import Failure, StoreError, UsageError
+from resfeat.errors import Failure, StoreError, UsageError, first_line
 from resfeat.sources.item import Item
-from resfeat.sources.rules import base_of, check_apart, folder_of, passed_over, printable, unfit
+from resfeat.sources.rules import base_of, check_apart, extent, folder_of, passed_over, printable
 from resfeat.storage import SCHEME, is_refused, patiently, store
 
 # Parts of a key that a path cannot have: two slashes in a row leave an empty one. The AWS library
@@ -96,30 +94,31 @@ def is_there(root: str) -> bool:
     return bool(_info(root.removeprefix(SCHEME)).type != FileType.NotFound)
 
 
-def read(uri: str) -> tuple[bytes, int, int] | Failure:
-    """The object's bytes with the size (bytes) and mtime (microseconds) that it has now.
+def read(item: Item) -> tuple[bytes, int, int] | Failure:
+    """The image's bytes with the size (bytes) and mtime (microseconds) that they have now.
 
     Raises StoreError where the whole store is out of reach.
     """
-    path = unquote(uri.removeprefix(SCHEME))
+    path = unquote(item.uri.removeprefix(SCHEME))
 
     def get() -> tuple[bytes, int, int] | Failure:
         with _store(path).open_input_file(path) as file:
-            if failure := unfit(file.size()):
-                return failure
-            data = file.read()
-            if len(data) != file.size():  # another object has taken its place meanwhile
-                raise OSError(f"{len(data):,} of {file.size():,} bytes came")
+            if isinstance(where := extent(item, file.size()), Failure):
+                return where
+            start, size = where
+            data = file.read_at(size, start)
+            if len(data) != size:  # another object has taken its place meanwhile
+                raise OSError(f"{len(data):,} of {size:,} bytes came")
             written = file.metadata()["Last-Modified"].decode()
         seconds = datetime.fromisoformat(written.replace("Z", "+00:00")).timestamp()
-        return data, len(data), round(seconds * 1_000_000)
+        return data, size, round(seconds * 1_000_000)
 
     try:
-        return patiently(uri, get)
+        return patiently(item.uri, get)
     except FileNotFoundError:
         return Failure("read", "not_found", "no such object")
     except StoreError as error:
-        message = str(error.__cause__).partition("\n")[0][:300]
+        message = first_line(error.__cause__ or error)
         if is_refused(error):
             return Failure("read", "permission", message)
         _info(path.partition("/")[0])  # is it this object, or the store?

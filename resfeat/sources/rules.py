@@ -1,12 +1,11 @@
 """What is taken for an image, and how it is called: the same wherever it lies."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Sequence
 
 from resfeat.errors import Failure, UsageError
+from resfeat.sources.item import Item
 
 MAX_BYTES = 256 * 1024**2
 
@@ -18,11 +17,19 @@ SIDECARS = frozenset(
 
 
 def passed_over(name: str) -> str | None:
-    """As what a file of this name is not taken for an image; None where it is."""
+    """Why a file of this name is skipped; None if it may be an image."""
     if name.startswith("."):
         return "hidden"
-    extension = os.path.splitext(name)[1].lower()
+    extension = name[name.rfind(".") :].lower()  # a last letter, where there is no dot
     return extension if extension in SIDECARS else None
+
+
+def may_be_passed_over(names: Sequence[str]) -> bool:
+    """False if `passed_over` gives None for all of these names; faster than asking for each."""
+    endings = {name.rpartition(".")[2] for name in names}
+    return "/." in "/" + "/".join(names) or not SIDECARS.isdisjoint(
+        f".{ending.lower()}" for ending in endings
+    )
 
 
 def check_apart(roots: Sequence[str]) -> None:
@@ -57,8 +64,13 @@ def folder_of(path: str) -> str:
     return printable(os.path.basename(os.path.dirname(path)))
 
 
-def unfit(size: int) -> Failure | None:
-    """Why a file of this many bytes is not read; None where it is."""
+def extent(item: Item, held: int) -> tuple[int, int] | Failure:
+    """Where an item's bytes begin in the file that holds them, of `held` bytes, and how many there
+    are; or why they are not read."""
+    start, size = (0, held) if item.offset is None else (item.offset, item.size)
     if size > MAX_BYTES:
         return Failure("read", "too_large", f"{size:,} bytes; {MAX_BYTES:,} at most")
-    return None if size else Failure("read", "empty", "0 bytes")
+    if start + size > held:
+        message = f"it would end at byte {start + size:,}, and the file has {held:,}"
+        return Failure("read", "bad_container", message)
+    return (start, size) if size else Failure("read", "empty", "0 bytes")

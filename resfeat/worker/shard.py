@@ -7,7 +7,7 @@ the dataset.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from resfeat.dataset import FailedItem, Part, Row, kept_rows
-from resfeat.decoding import CarefulDecoder, Picture
+from resfeat.decoding import CarefulDecoder, Decoder, load
 from resfeat.errors import Failure, ResfeatError, Stopped, first_line
 from resfeat.plan import read_shard
-from resfeat.sources import Item, gone, read
+from resfeat.sources import Item, gone
 from resfeat.worker.clock import StageClock
 from resfeat.worker.messages import ShardResult, Task
 from resfeat.worker.worker import Worker, forward
@@ -105,8 +105,14 @@ class _Hand:
 
     worker: Worker
     kept: Mapping[str, tuple[Row, NDArray[np.floating]]]
-    decode: Callable[..., Picture | Failure]
+    decode: Decoder
     clock: StageClock
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of one image; no more are decoded at a time than there are cores."""
+        with self.worker.decoding if name == "decode" else nullcontext(), self.clock(name):
+            yield
 
 
 @dataclass
@@ -162,17 +168,12 @@ def _start_batch(hand: _Hand, items: Sequence[Item]) -> Future[_Batch]:
 
 def _load(hand: _Hand, item: Item, place: NDArray[np.uint8]) -> Row | Failure:
     """Read and decode one image into its place in the batch."""
-    worker, identity = hand.worker, hand.worker.job.identity
-    with hand.clock("read"):
-        content = read(item.uri)
-    if isinstance(content, Failure):
-        return content
-    data, size, mtime = content
-    with worker.decoding, hand.clock("decode"):
-        picture = hand.decode(data, identity.preprocessing, identity.decode)
-        if not isinstance(picture, Picture):
-            return picture
-        place[:] = picture.pixels
+    identity = hand.worker.job.identity
+    loaded = load(item, identity.preprocessing, identity.decode, hand.decode, hand.stage)
+    if isinstance(loaded, Failure):
+        return loaded
+    picture, size, mtime = loaded
+    place[:] = picture.pixels
     return Row(item.id, picture.width, picture.height, size, mtime, item.label, item.carried)
 
 

@@ -21,7 +21,7 @@ from integration.test_resume import SHARD, wait_for_parts
 from seams import KILL_AT_STEP, after_import
 
 from resfeat.dataset import Layout
-from resfeat.sources.directory import read
+from resfeat.sources import item_of, read
 
 # Of a shard that is committed for the first time.
 STEPS = ("written", "checked", "noted", "failures", "embeddings")
@@ -439,10 +439,10 @@ def test_a_file_that_is_written_to_while_it_is_read(left, tmp_path, monkeypatch)
         return status
 
     monkeypatch.setattr(os, "fstat", and_write)
-    failure = read(path.as_uri())
+    failure = read(item_of(str(path)))
     assert (failure.stage, failure.reason) == ("read", "io_error")
     assert "written to while it was read" in failure.message
-    assert read(path.as_uri())[0] == path.read_bytes()
+    assert read(item_of(str(path)))[0] == path.read_bytes()
 
 
 # The source is moved away by the worker that comes to read this many files from it.
@@ -452,11 +452,11 @@ import itertools, os, threading
 count = itertools.count(1)
 truly_read = read
 
-def read(uri):
+def read(item):
     by_worker = threading.current_thread().name.startswith("load")
     if by_worker and next(count) == int(os.environ["AFTER"]):
         os.rename(os.environ["SOURCE"], os.environ["SOURCE"] + " elsewhere")
-    return truly_read(uri)
+    return truly_read(item)
 """
 
 

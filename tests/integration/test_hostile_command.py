@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -95,5 +96,5 @@ def test_ids_lead_back_to_the_files(hostile, runs):
     from resfeat.sources.directory import path_of
 
     for uri in plan["uri"].to_pylist():
-        path = path_of(uri)
+        path = Path(path_of(uri))
         assert path.is_relative_to(folder) and (path.exists() or path.is_symlink())

@@ -1,0 +1,48 @@
+"""From an item to pixels: the one way that images take into resfeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+from resfeat.decoding.decode import Picture, decode
+from resfeat.errors import Failure
+from resfeat.spec import Decode, Preprocessing
+
+if TYPE_CHECKING:
+    from resfeat.sources import Item
+
+Decoder = Callable[[bytes, Preprocessing, Decode], Picture | Failure]
+
+
+class Loaded(NamedTuple):
+    """A picture, and the size and mtime that its bytes had when they were read."""
+
+    picture: Picture
+    size: int
+    mtime: int
+
+
+def load(
+    item: Item,
+    preprocessing: Preprocessing,
+    way: Decode,
+    decoder: Decoder = decode,
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Loaded | Failure:
+    """Read an image and decode it.
+
+    stage: gives what to do "read", and "decode", within: a clock, say. Raises ResfeatError where
+    neither the image nor its file is to blame.
+    """
+    from resfeat.sources import read  # brings Arrow, which a child that only decodes need not load
+
+    with stage("read"):
+        content = read(item)
+    if isinstance(content, Failure):
+        return content
+    data, size, mtime = content
+    with stage("decode"):
+        picture = decoder(data, preprocessing, way)
+    return picture if isinstance(picture, Failure) else Loaded(picture, size, mtime)

@@ -1,0 +1,136 @@
+"""Resize and centre crop, by Pillow's filters or by torch's.
+
+Only the crop is sampled of a picture more than `LONGEST` times as long as wide: bilinear pixels may
+move by a level or two, bicubic ones by more, and nearest ones may be their neighbours.
+"""
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from resfeat.decoding.stored import Stored
+from resfeat.spec import Preprocessing
+
+LONGEST = 8
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+def _resized(width: int, height: int, short: int) -> tuple[int, int]:
+    """Width and height once the short side is `short`: both as torchvision rounds them."""
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
+
+
+def _corner(resized: tuple[int, int], crop: int) -> tuple[int, int]:
+    """Left and top of the centre crop, as torchvision rounds them."""
+    left, top = (round((side - crop) / 2) for side in resized)
+    return left, top
+
+
+def takes_torch(width: int, height: int, preprocessing: Preprocessing) -> bool:
+    short = preprocessing.resize
+    usual = max(_resized(width, height, short)) <= LONGEST * short
+    return usual and preprocessing.interpolation != "nearest"
+
+
+def narrowed(stored: Stored, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """RGB pixels [h, w, 3]; of a picture of several bands, as wide as they are to be.
+
+    torch resizes every row by itself before any column, so bands do not move a pixel.
+    """
+    bands = map(np.array, stored.bands())
+    width, height = stored.size
+    first = next(bands)
+    if first.shape[:2] == (height, width):
+        return first
+    across, _ = _resized(width, height, preprocessing.resize)
+    return np.concatenate(
+        [
+            _interpolate(band, across, len(band), preprocessing)
+            for band in itertools.chain([first], bands)
+        ]
+    )
+
+
+def resize_with_torch(
+    pixels: NDArray[np.uint8], width: int, height: int, preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    """Pixels [h, w, 3] of a picture of this size, perhaps scaled down already, resized, cropped."""
+    crop = preprocessing.crop
+    resized = _resized(width, height, preprocessing.resize)
+    left, top = _corner(resized, crop)
+    return _interpolate(pixels, *resized, preprocessing)[top : top + crop, left : left + crop]
+
+
+def _interpolate(
+    pixels: NDArray[np.uint8], width: int, height: int, preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    import torch  # takes seconds, which a child that decodes by Pillow alone need not spend
+
+    with torch.inference_mode():
+        shown = torch.nn.functional.interpolate(
+            torch.from_numpy(pixels).permute(2, 0, 1)[None],  # channels last, and 8 bits throughout
+            size=(height, width),
+            mode=preprocessing.interpolation,
+            antialias=True,
+        )
+    resized: NDArray[np.uint8] = shown[0].permute(1, 2, 0).numpy()
+    return resized
+
+
+def resize_with_pillow(stored: Stored, preprocessing: Preprocessing) -> Image.Image:
+    short, crop = preprocessing.resize, preprocessing.crop
+    width, height = stored.size
+    resized = _resized(width, height, short)
+    left, top = _corner(resized, crop)
+    resample = _FILTERS[preprocessing.interpolation]
+    if max(resized) <= LONGEST * short:
+        whole = (0.0, 0.0, float(width), float(height))
+        resized_image = _resize(stored, resized, resample, whole)
+        return resized_image.crop((left, top, left + crop, top + crop))
+    # A 60,000 x 3 picture would become 4.6 million pixels wide: sample only what the crop keeps.
+    across, down = width / resized[0], height / resized[1]
+    box = (
+        left * across,
+        top * down,
+        min((left + crop) * across, width),
+        min((top + crop) * down, height),
+    )
+    return _resize(stored, (crop, crop), resample, box)
+
+
+def _resize(
+    stored: Stored,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    box: tuple[float, float, float, float],
+) -> Image.Image:
+    """Resample `box` of the picture, as RGB, to `size`, one direction after the other.
+
+    Which comes first moves pixels by a level, and Pillow 13 changed it for tall pictures; this is
+    its order, fixed.
+    """
+    left, top, right, bottom = box
+    width, height = size
+    full_width, full_height = stored.size
+    done = 0
+    if full_height > 2 * full_width and full_height > height:
+        rows = Image.new("RGB", (full_width, height))
+        for band in stored.bands(upright=True):
+            shrunk = band.resize((band.width, height), resample, box=(0, top, band.width, bottom))
+            rows.paste(shrunk, (done, 0))
+            done += band.width
+        return rows.resize(size, resample, box=(left, 0, right, height))
+    columns = Image.new("RGB", (width, full_height))
+    for band in stored.bands():
+        shrunk = band.resize((width, band.height), resample, box=(left, 0, right, band.height))
+        columns.paste(shrunk, (0, done))
+        done += band.height
+    return columns.resize(size, resample, box=(0, top, width, bottom))
