@@ -29,7 +29,7 @@ bench: $(VENV)/dev.done ## the peers on the same images, printed as ratios
 scale: $(VENV)/dev.done ## one driver and millions of invented images
 	$(BIN)/python tests/benchmarks/scale.py
 
-parity: $(VENV)/dev.done ## the tables of the README that compare us with torchvision and with fp32
+parity: $(VENV)/dev.done ## compare with torchvision and with fp32 on torch; writes tests/benchmarks/PARITY.md
 	$(BIN)/python tests/benchmarks/parity.py
 
 clean:

@@ -2,8 +2,8 @@
 
     python pipelines/demo.py FOLDER [--count 300]
 
-Everything is made below FOLDER, in place of what an earlier demonstration made there. Each command
-is printed before it is run.
+Everything is written below FOLDER, and replaces what an earlier demonstration left there. Each
+command is printed before it runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(folder: Path, count: int) -> None:
 
 
 def weights() -> str:
-    """DEFAULT where the pretrained weights can be had, and otherwise random ones, said aloud."""
+    """DEFAULT if the pretrained weights can be had; otherwise random ones, and says so."""
     try:
         resolve(FeatureSpec(model=MODEL))
     except ResfeatError as error:

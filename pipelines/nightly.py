@@ -1,14 +1,15 @@
-"""The nightly run, for a scheduler: extract, check, say how it went, exit with a code.
+"""A nightly run for a scheduler: extract, verify, print what was found, exit with a code.
 
     python pipelines/nightly.py SRC OUT [options of `resfeat extract`]
 
-Each day has its own dataset, OUT/<date>, so that it holds what SRC held that day; started again on
-the same day, it goes on with that day's. As a line of a crontab:
+Each day gets its own dataset, OUT/<date>, of what SRC holds that day. The same command on the same
+day resumes. As a line of a crontab:
 
     0 2 * * *  python pipelines/nightly.py /data/photos /data/embeddings --model resnet50
 
-Exit codes: those of `resfeat extract`, and 1 where an image that was listed has no row, or where
-anything is not as it was committed; `resfeat verify --repair` sends that back to be done again.
+Exit codes: those of `resfeat extract`, and 1 if a listed image has no row or a part is not what was
+committed. Then `resfeat verify --repair` removes the bad shards, and the same command does them
+again.
 """
 
 from __future__ import annotations

@@ -46,6 +46,21 @@ def test_the_compose_file_has_a_head_and_workers_that_share_it():
         assert ("--head" in service["entrypoint"]) == (name == "head")
 
 
+def test_contributing_names_every_room_and_what_is_in_it():
+    text, package = (ROOT / "CONTRIBUTING.md").read_text(), ROOT / "resfeat"
+    rooms = re.findall(r"^\| `([\w./]+)` \| .* \| (.*) \|$", text, re.MULTILINE)
+    there = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    there |= {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    assert {room for room, _ in rooms} == there
+    for room, used in rooms:
+        files = (package / room).glob("*.py") if room.endswith("/") else [package / room]
+        code = "\n".join(path.read_text() for path in files)
+        for name in re.findall(r"`(\w+)`", used):
+            assert re.search(rf"^(?:def|class) {name}\b|^{name} = ", code, re.MULTILINE), name
+    for path in re.findall(r"`(\w+/\w+\.py)`", text):
+        assert (package / path).exists(), path
+
+
 def test_the_tests_that_the_table_of_faults_names_are_there():
     table = (ROOT / "tests" / "README.md").read_text()
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", table)

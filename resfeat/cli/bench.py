@@ -31,17 +31,17 @@ Examples:
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="About so many.",
+    help="Images in the sample, roughly.",
 )
 @options.features
 @options.placement
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def bench(context: click.Context, /, images: int, as_json: bool, **choices: Any) -> None:
-    """Measure each stage on a sample of the images below SRC..., and say what limits the job.
+    """Measure each stage on a sample of the images below SRC..., and name what limits the job.
 
-    Nothing is kept. Random weights are as fast as any, so they are what is taken unless --weights
-    names others. One worker is measured, in this process.
+    Nothing is kept. One worker is measured, in this process. Weights are random unless you give
+    --weights: that makes no difference to the speed.
     """
     from resfeat.reporting.bench import bench as run
     from resfeat.spec import FeatureSpec, RuntimeOptions
@@ -66,7 +66,7 @@ def _tell(measured: Bench) -> None:
     device = "a GPU and " if place.device == "cuda" else ""
     click.echo(
         f"{measured.images:,} images of {measured.megapixels:.1f} megapixels and "
-        f"{measured.kilobytes:,.0f} kB in the mean, {measured.failed:,} of them broken; "
+        f"{measured.kilobytes:,.0f} kB on average, {measured.failed:,} of them broken; "
         f"{measured.precision} on {place.runtime}, {device}{place.cpus} CPU cores, batches of "
         f"{place.batch_size}"
     )

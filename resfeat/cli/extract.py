@@ -23,26 +23,26 @@ Examples:
   resfeat extract photos -o embeddings
       All images below photos/, ResNet-50, on every GPU here, or on the CPU.
   resfeat extract photos -o embeddings
-      Again: goes on where a killed or stopped run left off.
+      The same again: resumes a run that was killed or stopped.
   resfeat extract photos -o embeddings --retry-failed
-      Once more the images that failed; what is there stays as it is.
+      Does the failed images again; all other rows stay.
   resfeat extract s3://bucket/photos -o s3://bucket/embeddings
-      From and to an object store; the AWS_* variables say which and who you are.
+      From and to an object store; the AWS_* variables hold its address and your credentials.
   resfeat extract train val -o embeddings --model resnet18 --label-from parent
-      Two folders in one dataset; each image's folder becomes its label.
+      Two folders in one dataset; the name of each image's folder becomes its label.
   resfeat extract photos -o embeddings --weights finetuned.pth --workers 0
       Your own checkpoint; in this process, without Ray.
   resfeat extract photos -o embeddings --layers layer3,avgpool --pool gem --normalize
-      Two embeddings of each image in one pass, GeM-pooled, of unit length.
+      Two embeddings per image in one pass, GeM-pooled, of unit length.
   resfeat extract photos -o embeddings --model timm:convnext_tiny --precision bf16
-      A network of timm in half precision, checked first on a sample of the images.
+      A network of timm in bf16, first compared with fp32 on a sample of the images.
   resfeat extract /data/photos -o /data/embeddings --address auto --workers 16
-      On the Ray cluster that is running here; all its machines see /data.
+      On the Ray cluster that runs here; all its machines see /data.
 
 \b
-Exit codes: 0 finished; 3 finished, more failed images than --max-error-rate;
+Exit codes: 0 finished; 3 finished, but more images failed than --max-error-rate allows;
 1 the run failed; 2 wrong usage; 130 or 143 stopped by SIGINT or SIGTERM.
-Run it again to go on, whatever ended it.
+Whatever ended a run, the same command resumes it.
 """
 
 
@@ -58,7 +58,7 @@ Run it again to go on, whatever ended it.
 @click.option(
     "--min-parity",
     type=float,
-    help="Least cosine to fp32 on a sample of the images.  [default: 0.999, with int8 0.99]",
+    help="Stop if a sample's cosine to fp32 is lower.  [default: 0.999, with int8 0.99]",
 )
 @options.features
 @options.placement
@@ -73,7 +73,7 @@ Run it again to go on, whatever ended it.
 @click.option(
     "--shard-size",
     type=int,
-    help="Images in a shard, the unit of commit.  [default: 4096, less for few images]",
+    help="Images in a shard, the unit of retry and commit.  [default: 4096, less for few images]",
 )
 @click.option(
     "--label-from",
@@ -88,7 +88,7 @@ Run it again to go on, whatever ended it.
     help="Share of failed images above which the exit code is 3.",
 )
 @click.option(
-    "--retry-failed", is_flag=True, help="Do the images that failed once more, and only them."
+    "--retry-failed", is_flag=True, help="Also do the failed images again; other rows stay."
 )
 @click.option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
 @click.option("--verbose", "talk", flag_value="verbose", help="Also print where the time went.")
@@ -104,8 +104,8 @@ def extract(
 ) -> None:
     """Embed all images below SRC... and write Parquet to OUT.
 
-    Every image ends as one row, in OUT/embeddings or, with the reason, in OUT/failures. What was
-    committed is never done again: give the same command to go on after a crash or a stop.
+    Every image becomes one row: in OUT/embeddings, or in OUT/failures with the reason. After a
+    crash or a stop, give the same command: it resumes, and does no committed shard again.
     """
     from resfeat.spec import ExtractSpec, RuntimeOptions
 
@@ -154,7 +154,7 @@ def _display(talk: str | None) -> Bar | JsonLines | Lines | Quiet:
 
 
 def _tell(report: Report, *, verbose: bool) -> None:
-    """The last lines: what was done, how fast, what failed and where it lies."""
+    """Print the last lines: what was done, how fast, what failed and where it is."""
     if report.images:
         click.echo(
             f"This run: {report.images:,} images in {report.seconds:,.1f} s, "

@@ -1,4 +1,4 @@
-"""Options that several commands share: which features, and on what."""
+"""Options that several commands share: which features to make, and where."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Command = Callable[..., Any]
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]
-    """A number, or "auto", which is None."""
+    """A number; "auto" becomes None."""
 
     name = "auto|N"
 
@@ -28,7 +28,7 @@ class Count(click.ParamType):  # type: ignore[type-arg]
 
 
 class Auto(click.Choice[str]):
-    """One of some names, or "auto", which is None."""
+    """One of several names; "auto" becomes None."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, context: click.Context | None
@@ -64,7 +64,7 @@ features = _all(
         "--layers",
         metavar="NAME,...",
         callback=_names,
-        help="Taps of the model, one column each; see `resfeat models MODEL`.  [default: the last]",
+        help="Layers to store, one column each; see `resfeat models MODEL`.  [default: the last]",
     ),
     click.option(
         "--pool",
@@ -77,14 +77,14 @@ features = _all(
         type=click.Choice(["float32", "float16"]),
         default="float32",
         show_default=True,
-        help="Of the stored values.",
+        help="Type of the stored values.",
     ),
     click.option(
         "--precision",
         type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
         default="fp32",
         show_default=True,
-        help="Of the forward pass.",
+        help="Precision of the forward pass.",
     ),
     click.option("--resize", type=int, help="Short side in pixels.  [default: the weights' own]"),
     click.option(
@@ -93,15 +93,15 @@ features = _all(
     click.option(
         "--interpolation",
         type=click.Choice(["nearest", "bilinear", "bicubic"]),
-        help="[default: the weights' own]",
+        help="How to resize.  [default: the weights' own]",
     ),
     click.option(
         "--decode",
         type=click.Choice(["turbo", "pillow"]),
         default="turbo",
         show_default=True,
-        help="turbo: libjpeg-turbo and torch, several times faster; pillow: torchvision's pixels "
-        "on Pillow, to the last bit.",
+        help="turbo: several times faster (libjpeg-turbo, torch); pillow: torchvision's pixels to "
+        "the last bit.",
     ),
 )
 placement = _all(
@@ -110,7 +110,7 @@ placement = _all(
         type=Auto(["auto", "torch", "openvino"]),
         default="auto",
         show_default=True,
-        help="What runs the network. auto: OpenVINO on a CPU where it can, else torch.",
+        help="What runs the network. auto: OpenVINO for our own networks on x86 CPUs, else torch.",
     ),
     click.option(
         "--batch-size",
@@ -122,13 +122,13 @@ placement = _all(
     click.option(
         "--gpus-per-worker",
         type=float,
-        help="Share of a GPU for each, 0 to 1.  [default: 1 if there are any]",
+        help="Share of a GPU for each worker, 0 to 1.  [default: 1 if there is a GPU]",
     ),
-    click.option("--cpus-per-worker", type=int, help="CPU cores for each.  [default: shared out]"),
+    click.option("--cpus-per-worker", type=int, help="Cores for each.  [default: a fair share]"),
 )
 
 
 def pick(choices: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """Those of the choices that a dataclass has a field for."""
+    """The choices that are fields of a dataclass."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in choices.items() if name in names}

@@ -13,7 +13,7 @@ from resfeat.cli import shown
 @click.argument("output", metavar="OUT")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(output: str, as_json: bool) -> None:
-    """Say what the dataset OUT is and how far it has come."""
+    """Show what the dataset OUT is, and how much of it is done."""
     from resfeat.dataset import holder, open_dataset
 
     dataset = open_dataset(output)

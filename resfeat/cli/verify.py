@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   resfeat verify embeddings
-      Read all of it; exit code 1 where anything is wrong.
+      Read all of it; exit code 1 if anything is wrong.
   resfeat verify embeddings --repair
-      Then send the damaged shards back; the extract command does just them again.
+      Also remove the damaged shards; the extract command then does just these again.
 """
 
 SHOWN = 3
@@ -30,17 +30,17 @@ SHOWN = 3
 @click.command(epilog=EXAMPLES)
 @click.argument("output", metavar="OUT")
 @click.option(
-    "--repair", is_flag=True, help="Remove what is left of bad shards, so they are done again."
+    "--repair", is_flag=True, help="Remove bad shards, for the extract command to do again."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) -> None:
     """Check that OUT holds every image once, unchanged since it was committed.
 
-    Each shard is held against the plan and the checksums of its commit, and every vector is looked
-    at. Images with equal embeddings are counted, which is no error.
+    Compares each shard with the plan and the checksums of its commit, and looks at every vector.
+    Images with equal embeddings are counted, and are no error.
 
-    Exit code 1 where anything is wrong or not done yet, also right after --repair; 0 otherwise.
+    Exit code 1 if anything is wrong or not done yet, also right after --repair; 0 otherwise.
     """
     from resfeat.dataset import open_dataset
     from resfeat.dataset.verify import repair as send_back
@@ -64,7 +64,7 @@ def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) 
 
 
 def _tell(found: Verification, sent: Sequence[int] | None) -> None:
-    """The checks and what they found. sent: shards that were sent back, None if none were to be."""
+    """Print the checks and what they found. sent: the shards sent back; None without --repair."""
     from resfeat.dataset.verify import CHECKS
 
     width = max(map(len, CHECKS.values()))
@@ -81,21 +81,18 @@ def _tell(found: Verification, sent: Sequence[int] | None) -> None:
     )
     if found.unseen:
         click.echo(
-            f"{found.unseen:,} shards were not looked at: bring their plan back from a copy, or "
-            "make the dataset anew"
+            f"{found.unseen:,} shards could not be checked: restore their plan from a copy, or "
+            "extract again with a new -o"
         )
     if not found.problems:
         click.echo("Nothing is wrong")
     elif all(each.kind == "unfinished" for each in found.problems):
-        click.echo("Unfinished, and nothing is damaged: the extract command goes on")
+        click.echo("Unfinished, and nothing is damaged: the extract command resumes")
     elif not found.bad_shards:
         click.echo("Wrong, and no shard is to blame: see above")
     elif sent is not None:
-        click.echo(
-            f"Sent back: {len(sent):,} shards; give the extract command again, which does just "
-            "what is not done"
-        )
+        click.echo(f"Sent back: {len(sent):,} shards; the extract command does just these again")
     else:
         click.echo(
-            f"Wrong: {len(found.bad_shards):,} shards; --repair sends them back to be done again"
+            f"Wrong: {len(found.bad_shards):,} shards; give --repair, then the extract command"
         )

@@ -1,17 +1,12 @@
-"""How near our embeddings are to the reference's, on real photographs: the tables of the README.
+"""How near our embeddings are to the reference's, on real photographs.
 
     python tests/benchmarks/parity.py [--photos 18]
 
-The first table compares every network that torchvision has too with torchvision's own model and
-transforms: pixels, and embeddings from the file to the vector. The second compares every precision
-that a runtime offers on this machine with fp32 on torch. Weights are random, with batch norms that
-do something: published ones cannot be had on a machine without a network, and would only be easier.
-Both tables are written into README.md, between its markers.
+Writes three tables, with what each one compares, to PARITY.md beside this file.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 from dataclasses import replace
@@ -23,7 +18,8 @@ import torch
 from PIL import Image
 from torchvision.models import get_model_weights
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "pipelines")]
 
 from photos import write_photos  # noqa: E402
@@ -39,6 +35,31 @@ from resfeat.runtimes.torch import TorchRuntime  # noqa: E402
 from resfeat.spec import Identity  # noqa: E402
 
 SOME = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d")
+
+INTRODUCTION = """\
+# How near to the reference
+
+`make parity`, on {photos} real photographs. Weights are random, with batch norms that change their
+input: published weights would have to be downloaded, and would be the easier case.
+"""
+TORCHVISION = """\
+## Our networks against torchvision's
+
+From the file to the vector, with `--decode pillow`: torchvision's own transforms and model, and
+ours. Differences of embeddings are relative to their largest value.
+"""
+PRECISION = """\
+## Each precision against fp32 on torch
+
+The same pixels through the same network, in every precision that a runtime offers on this machine.
+int8 was calibrated on other photographs.
+"""
+DECODING = """\
+## `--decode turbo` against `--decode pillow`
+
+The photographs as JPEGs of three sizes. turbo decodes the larger two at a half or a quarter of
+their size.
+"""
 
 
 def network(name):
@@ -107,12 +128,16 @@ def as_jpegs(paths, folder, size):
 
 
 def tables(paths, others, folder):
+    """PARITY.md, line by line. others: photographs to calibrate int8 on."""
+    yield INTRODUCTION.format(photos=len(paths))
+    yield TORCHVISION
     yield "| model | pixels, largest difference of 255 | embeddings, largest relative difference |"
     yield "| --- | ---: | ---: |"
     for name in LIKE_TORCHVISION:
         levels, relative = against_torchvision(name, paths)
         yield f"| {name} | {levels:.0f} | {relative:.1e} |"
     yield ""
+    yield PRECISION
     yield "| against fp32, torch, CPU | model | cosine, least | cosine, median |"
     yield "| --- | --- | ---: | ---: |"
     places = [("torch", "cpu"), ("openvino", "cpu")]
@@ -128,6 +153,7 @@ def tables(paths, others, folder):
                     f"| {np.median(cosines):.7f} |"
                 )
     yield ""
+    yield DECODING
     yield (
         "| `--decode turbo` against `pillow` | pixels, largest | pixels, mean "
         "| resnet50, cosine, least | median |"
@@ -145,20 +171,14 @@ def tables(paths, others, folder):
 @click.command()
 @click.option("--photos", default=18, show_default=True, help="How many photographs to compare on.")
 def main(photos: int) -> None:
-    """Write the tables into README.md."""
+    """Write PARITY.md."""
     with tempfile.TemporaryDirectory() as folder:
         every = write_photos(Path(folder), photos + CALIBRATION)
         lines = []
         for line in tables(every[:photos], every[photos:], Path(folder)):
             print(line, flush=True)
             lines.append(line)
-    readme = ROOT / "README.md"
-    marked = re.compile(r"(<!-- parity -->\n).*(<!-- /parity -->)", re.DOTALL)
-    text, found = marked.subn(
-        lambda match: match[1] + "\n".join(lines) + "\n" + match[2], readme.read_text()
-    )
-    assert found == 1, "README.md has lost its markers"
-    readme.write_text(text)
+    (HERE / "PARITY.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,20 @@ from resfeat.runtimes import OFFERED, REFERENCE
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PARITY = (ROOT / "tests" / "benchmarks" / "PARITY.md").read_text()
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "tests/README.md", "tests/benchmarks/PARITY.md",
+    "tests/benchmarks/RESULTS.md", "tests/benchmarks/SCALE.md",
+)  # fmt: skip
 
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def cells(line):
+    """What stands between the bars of a table's row."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 COMMANDS = [line[2:] for block in blocks("console") for line in block.splitlines()]
@@ -90,9 +100,8 @@ def test_the_python(home, store):
             assert told.startswith("16 0 ") and "16 (16, 512)" in told
 
 
-def test_the_parity_tables_are_whole_and_within_the_goals():
-    table = README.partition("<!-- parity -->")[2].partition("<!-- /parity -->")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+def test_the_parity_tables_are_whole_and_within_the_goals_and_the_readme_says_no_more():
+    rows = [cells(line) for line in PARITY.splitlines()]
     compared = {row[0]: row[1:] for row in rows if row and row[0] in LIKE_TORCHVISION}
     assert list(compared) == list(LIKE_TORCHVISION)
     for levels, relative in compared.values():
@@ -111,7 +120,25 @@ def test_the_parity_tables_are_whole_and_within_the_goals():
         assert least >= LEAST.get(precision, LEAST_OTHERWISE)
     assert sum("JPEGs of" in row[0] for row in rows if row) == 3
 
+    (largest,) = re.findall(r"embeddings differ by at most (\S+)", README)
+    assert max(float(relative) for _, relative in compared.values()) <= float(largest)
+    told = {name: float(least) for least, name in re.findall(r"(0\.9+\d*) in (\w+)", README)}
+    assert set(told) == {precision for precision, *_ in cosines} - {REFERENCE}
+    for (precision, *_), least in cosines.items():
+        assert least >= told.get(precision, 1.0)
 
-def test_the_files_that_it_links_to_are_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+
+def test_the_figures_of_the_readme_are_those_that_were_measured():
+    results = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text()
+    rows = [row for line in results.splitlines() if len(row := cells(line)) == 5]
+    measured = {(rate, ratio, whole) for _, rate, ratio, _, whole in rows}
+    (table,) = re.findall(r"^\| \| images/s .*\n.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    for _, *figures in map(cells, table.splitlines()):
+        assert tuple(figures) in measured
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_files_that_are_linked_to_are_there(document):
+    place = ROOT / document
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", place.read_text()):
+        assert (place.parent / target).exists(), target
