@@ -1,16 +1,22 @@
-# Everything here needs Python (3.10 or newer) and make, and installs the rest into .venv.
+# Everything here needs Python (3.11 or newer) and make, and installs the rest into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint slow soak bench scale parity clean
+# Two processes share the tests; all that uses Ray runs in one of them (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test test-more lint slow soak bench scale parity clean
 
 demo: $(VENV)/demo.done ## extract a few hundred real photographs and show the nearest neighbours
 	$(BIN)/python pipelines/demo.py demo
 
-test: lint ## everything that CI runs
-	$(BIN)/python -m pytest
+test: lint ## ruff, mypy and the tests
+	$(PYTEST)
+
+test-more: $(VENV)/dev.done ## faults once more, in another way: CI runs these too
+	$(PYTEST) -m more
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
@@ -36,8 +42,8 @@ clean:
 	rm -rf $(VENV) demo build *.egg-info
 
 $(VENV)/python.done:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "resfeat needs Python 3.10 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "resfeat needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) has no venv module: on Debian, apt install python3-venv"; exit 1; }
 	@touch $@

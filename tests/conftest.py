@@ -2,58 +2,142 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from broken import write_broken
+from command import call, end_ray
+from hypothesis import settings
 from photos import write_photos
 from reference import torchvision_model
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 PHOTOS = 500
 
+# How long an example takes depends on what runs beside it.
+settings.register_profile("beside others", deadline=None)
+settings.load_profile("beside others")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What uses Ray is one group, so that no two Rays fight for the cores, and comes first, being
+    the longest; then the files, each a group, in the order of LONGEST."""
+    for item in items:
+        group = "ray" if _uses_ray(item) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+        # pytest-xdist 3.8 writes the group into `_nodeid`, which pytest 9.2 does not look at.
+        if config.getoption("loadgroup", False) and hasattr(item, "_id"):
+            item._id = type(item._id).parse(f"{item.nodeid}@{group}")
+    items.sort(key=_place)
+
+
+def _uses_ray(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    return bool(item.get_closest_marker("ray") or (call and call.params.get("workers")))
+
+
+# Files that take long, longest first: the order in which they are begun.
+LONGEST = (
+    "test_faults",
+    "test_object_store",
+    "test_resume",
+    "test_resnet",
+    "test_retry_failed",
+    "test_backbones",
+    "test_features",
+    "test_killers",
+    "test_int8",
+    "test_verify_command",
+    "test_hostile",
+    "test_runtime",
+    "test_weights",
+)
+
+
+def _place(item: pytest.Item) -> tuple[bool, int]:
+    name = item.path.stem
+    return not _uses_ray(item), LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a folder once for all processes of this session: `once("photos", write)` gives it, and
+    has it written if that was not done. Not to be changed by who gets it."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        folder, done = common / "once" / name, common / "once" / f"{name}.done"
+        folder.parent.mkdir(exist_ok=True)
+        with open(folder.with_name(f"{name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                write(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photos(once: Once) -> Path:
     """500 real photographs as JPEG, PNG and WebP, in one subfolder a subject. Not to be changed."""
-    folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder, PHOTOS, long_side=400)
-    return folder
+    return once("photos", lambda folder: write_photos(folder, PHOTOS, long_side=400))
 
 
 @pytest.fixture(scope="session")
-def collection(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def collection(photos: Path, once: Once) -> Path:
     """The photographs, nested deeper, with a dozen broken files among them. Not to be changed."""
-    folder = tmp_path_factory.mktemp("collection")
-    for photo in sorted(photos.rglob("*.*")):
-        place = folder / "some" / photo.parent.name / "deeper" / photo.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.link(photo, place)
-    write_broken(folder / "some" / "chelsea")
-    return folder
+
+    def write(folder: Path) -> None:
+        for photo in sorted(photos.rglob("*.*")):
+            place = folder / "some" / photo.parent.name / "deeper" / photo.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.link(photo, place)
+        write_broken(folder / "some" / "chelsea")
+
+    return once("collection", write)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(once: Once) -> Path:
     """A torchvision ResNet-18 state dict with lively batch norms, as a .pth file."""
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(torchvision_model("resnet18", seed=1).state_dict(), path)
-    return path
+
+    def write(folder: Path) -> None:
+        torch.save(torchvision_model("resnet18", seed=1).state_dict(), folder / "resnet18.pth")
+
+    return once("weights", write) / "resnet18.pth"
 
 
 @pytest.fixture(scope="session")
-def resfeat() -> Run:
-    """Run the installed command: `resfeat("status", "out")` gives the finished process."""
+def resfeat() -> Iterator[Run]:
+    """Run the command in this process: `resfeat("status", "out")` gives what a finished process
+    gives. See command.py."""
+    yield call
+    end_ray()
+
+
+@pytest.fixture(scope="session")
+def command() -> Run:
+    """The same in a process of its own, for what the process itself is about: kills, terminals,
+    permissions, hooks, and a Ray that is started for one run."""
 
     def run(*arguments: object, env: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "resfeat", *map(str, arguments)]
+        words = [sys.executable, "-m", "resfeat", *map(str, arguments)]
         environment = {**os.environ, **(env or {})}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
 
     return run

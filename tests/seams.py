@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,10 +71,28 @@ def after_import(sources: Mapping[str, str], folder: Path) -> dict[str, str]:
     """The environment of a Python, and of those that it starts, in which source is run inside a
     module as soon as that is imported, before whoever imports it sees it.
 
-    sources: Python source by name of the module.
+    sources: Python source by name of the module. Its functions and its constants must replace
+        some that are there: a seam that was renamed would be a test that tests nothing.
     folder: to write the hook into; one for each hook.
     """
+    for name, source in sources.items():
+        module = importlib.import_module(name)
+        missing = [each for each in _replaced(source) if not hasattr(module, each)]
+        if missing:
+            raise AttributeError(f"{name} has no {', '.join(missing)}: where did the seam go?")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(sources=dict(sources)))
     path = [str(folder), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _replaced(source: str) -> list[str]:
+    """Names of the functions and the constants that source defines."""
+    names = []
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.FunctionDef):
+            names.append(statement.name)
+        else:
+            given = (each for each in ast.walk(statement) if isinstance(each, ast.Name))
+            names += [each.id for each in given if type(each.ctx) is ast.Store if each.id.isupper()]
+    return names

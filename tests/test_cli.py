@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import termios
 import time
 
 import pytest
+from command import error_of
 from PIL import Image
 
 from resfeat.cli import progress
@@ -42,9 +44,11 @@ def test_help_imports_nothing_heavy(command):
 
 def test_help_takes_under_300_ms():
     def seconds():
-        started = time.perf_counter()
+        """Of the processor: the clock would also count what others do."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "resfeat", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.3
 
@@ -58,7 +62,7 @@ def test_help_names_every_command(resfeat):
 def one_line(done, code):
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    (line,) = done.stderr.strip().splitlines()
+    line = error_of(done.stderr)
     assert line.startswith("Error: ")
     return line
 
@@ -80,8 +84,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(one_photo, tmp_path, resfeat):
     assert "does not exist" in refused(tmp_path / "no", "-o", out, *HERE, code=2)
     assert "no images in" in refused(tmp_path / "empty", "-o", out, *HERE, code=2)
     assert "passed over: 1 .txt" in refused(tmp_path / "texts", "-o", out, *HERE, code=2)
-    assert "unknown model" in refused(one_photo, "-o", out, "--model", "vgg", code=2)
-    assert "unknown weights" in refused(one_photo, "-o", out, "--weights", "best", code=2)
+    assert "unknown model" in refused(one_photo, "-o", out, *HERE, "--model", "vgg", code=2)
+    assert "unknown weights" in refused(one_photo, "-o", out, *HERE, "--weights", "best", code=2)
     assert "drop one" in refused(one_photo, "-o", out, *HERE, "--address", "auto", code=2)
     assert "is a file" in refused(one_photo, "-o", tmp_path / "file", *HERE, code=2)
     assert "other files" in refused(one_photo, "-o", tmp_path / "full", *HERE, code=2)
@@ -119,8 +123,8 @@ def test_a_count_that_is_none(one_photo, tmp_path, resfeat):
     assert done.returncode == 2 and "neither a number nor auto" in done.stderr
 
 
-def test_what_is_printed(one_photo, tmp_path, resfeat):
-    quiet = resfeat("extract", one_photo, "-o", tmp_path / "a", *HERE, "--quiet")
+def test_what_is_printed(one_photo, tmp_path, command, resfeat):
+    quiet = command("extract", one_photo, "-o", tmp_path / "a", *HERE, "--quiet")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
     lines = resfeat("extract", one_photo, "-o", tmp_path / "b", *HERE, "--verbose")

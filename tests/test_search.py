@@ -70,6 +70,7 @@ def test_pixels_that_are_made_otherwise_now_are_not_blamed_on_the_weights(photos
 
 @pytest.fixture(scope="module")
 def dataset(photos, resfeat, tmp_path_factory):
+    """Photographs of two subjects. Not to be changed."""
     output = tmp_path_factory.mktemp("search") / "out"
     sources = (photos / "chelsea", photos / "rocket")
     assert resfeat("extract", *sources, "-o", output, *QUICK).returncode == 0

@@ -55,6 +55,10 @@ def pool(through):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pool.submit(int).result()  # it has the environment now
             yield pool
+            # At an orderly exit the destructor of an upload that failed waits for threads that have
+            # ended already, for ever.
+            for process in multiprocessing.active_children():
+                process.kill()
 
 
 @pytest.fixture

@@ -16,12 +16,24 @@ def choices(checkpoint) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def inline(collection, choices, resfeat, tmp_path_factory) -> Path:
+def extracted(once, resfeat):
+    """Make a dataset once for all tests: `extracted("name", source, *options)` gives its folder.
+    Not to be changed by who gets it."""
+
+    def make(name, *arguments, code=0) -> Path:
+        def write(folder):
+            done = resfeat("extract", *arguments, "-o", folder / "out")
+            assert done.returncode == code, done.stderr
+
+        return once(name, write) / "out"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def inline(collection, choices, extracted) -> Path:
     """The collection, extracted in one undisturbed process. Not to be changed."""
-    output = tmp_path_factory.mktemp("inline") / "out"
-    done = resfeat("extract", collection, "-o", output, "--workers", 0, *choices)
-    assert done.returncode == 0, done.stderr
-    return output
+    return extracted("inline", collection, "--workers", 0, *choices)
 
 
 @pytest.fixture

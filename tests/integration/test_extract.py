@@ -1,10 +1,12 @@
 """The main job on 500 real photographs with a dozen broken files among them."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from broken import EXPECTED
 from datasets import rows, vectors
 from PIL import Image
@@ -53,6 +55,7 @@ def test_the_other_columns(inline, collection):
         assert row["label"] == path.parent.name == "deeper"
 
 
+@pytest.mark.ray
 def test_two_ray_workers_give_the_same_bits(inline, collection, choices, resfeat, tmp_path):
     output = tmp_path / "out"
     done = resfeat("extract", collection, "-o", output, "--workers", 2, *choices)
@@ -67,7 +70,7 @@ def test_two_ray_workers_give_the_same_bits(inline, collection, choices, resfeat
     assert (engine["engine"], engine["workers"]) == ("ray", 2)
 
 
-def test_the_report_and_the_last_lines(inline, collection, choices, resfeat):
+def test_the_report_and_the_last_lines(inline, collection, choices, resfeat, tmp_path):
     (path,) = (inline / "_resfeat" / "runs").glob("*.json")
     report = json.loads(path.read_text())
     assert report["status"] == "finished"
@@ -79,12 +82,14 @@ def test_the_report_and_the_last_lines(inline, collection, choices, resfeat):
     assert report["images_per_second"] > 0
     assert report["hardware"]["cpus"] >= 1 and "torch" in report["versions"]
 
-    again = resfeat("extract", collection, "-o", inline, "--workers", 0, *choices)
+    output = tmp_path / "out"
+    shutil.copytree(inline, output)
+    again = resfeat("extract", collection, "-o", output, "--workers", 0, *choices)
     assert again.returncode == 0
     lines = again.stdout.splitlines()
     assert lines[0] == "This run: nothing was left to do"
-    assert lines[-1] == f"Finished: 500 embedded and 12 failed of 512 images in {inline}"
-    assert f"see {inline}/failures" in lines[-2]
+    assert lines[-1] == f"Finished: 500 embedded and 12 failed of 512 images in {output}"
+    assert f"see {output}/failures" in lines[-2]
 
 
 def test_a_part_says_what_its_embeddings_are(inline, checkpoint):

@@ -15,9 +15,10 @@ import numpy as np
 import psutil
 import pytest
 from broken import write_broken
+from command import error_of
 from datasets import rows, vectors
 from integration.test_ray import workers_of
-from integration.test_resume import SHARD, wait_for_parts
+from integration.test_resume import MORE, SHARD, start, title, wait_for_parts
 from seams import KILL_AT_STEP, after_import
 
 from resfeat.dataset import Layout
@@ -27,26 +28,27 @@ from resfeat.sources import item_of, read
 STEPS = ("written", "checked", "noted", "failures", "embeddings")
 PHOTOS = 70
 ANY_FAILURES = ["--max-error-rate", 1]
+# What does not depend on who does the shards is shown by one process, and once more by Ray.
+BY_ONE_PROCESS = [0, pytest.param(1, marks=MORE)]
 
 
 @pytest.fixture(scope="module")
-def original(photos, tmp_path_factory):
+def original(photos, once):
     """Seventy photographs and the broken files: three shards. Not to be changed."""
-    folder = tmp_path_factory.mktemp("original") / "few"  # which is their label
-    folder.mkdir()
-    for photo in sorted(photos.rglob("*.*"))[::7][:PHOTOS]:
-        shutil.copy2(photo, folder / f"{photo.parent.name}-{photo.name}")
-    write_broken(folder)
-    return folder
+
+    def write(folder):
+        for photo in sorted(photos.rglob("*.*"))[::7][:PHOTOS]:
+            shutil.copy2(photo, folder / f"{photo.parent.name}-{photo.name}")
+        write_broken(folder)
+
+    return once("few", write)  # which is their label
 
 
 @pytest.fixture(scope="module")
-def undisturbed(original, choices, resfeat, tmp_path_factory):
+def undisturbed(original, choices, extracted):
     """The same, extracted in one undisturbed process. Not to be changed."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = resfeat(*extract(original, output, choices))
-    assert done.returncode == 0, done.stderr
-    return output
+    options = ["--workers", 0, "--shard-size", SHARD, *ANY_FAILURES]
+    return extracted("few-extracted", original, *choices, *options)
 
 
 @pytest.fixture
@@ -67,12 +69,6 @@ def _copy(source, target):
 def extract(source, output, choices, *options, workers=0):
     return ["extract", source, "-o", output, *choices, "--workers", workers, "--shard-size", SHARD,
             *ANY_FAILURES, *options]  # fmt: skip
-
-
-def start(*arguments, env=None):
-    command = [sys.executable, "-m", "resfeat", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=env, **pipes)
 
 
 def failed(output):
@@ -120,12 +116,13 @@ def on_step(step):
 """
 
 
-def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, resfeat, tmp_path):
+@pytest.mark.ray
+def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, command, tmp_path):
     died_at = tmp_path / "died_at"
     died_at.mkdir()
     hook = after_import({"resfeat.dataset.commit": DIE_ONCE_AT_EACH_STEP}, tmp_path / "hook")
     output = tmp_path / "out"
-    done = resfeat(
+    done = command(
         *extract(collection, output, choices, "--shard-size", 16, workers=2),
         env={**hook, "DIED_AT": str(died_at)},
     )
@@ -135,11 +132,13 @@ def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, r
     assert_same(output, inline)
 
 
-def test_the_driver_killed_at_every_step_of_a_commit(few, choices, undisturbed, resfeat, tmp_path):
+def test_the_driver_killed_at_every_step_of_a_commit(
+    few, choices, undisturbed, command, resfeat, tmp_path
+):
     hook = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "hook")
     for step in STEPS:
         output = tmp_path / step
-        killed = resfeat(*extract(few, output, choices), env={**hook, "KILL_AT": step})
+        killed = command(*extract(few, output, choices), env={**hook, "KILL_AT": step})
         assert killed.returncode == -signal.SIGKILL, (step, killed.stderr)
         assert len(Layout(output).committed()) == (step == "embeddings")
         done = resfeat(*extract(few, output, choices))
@@ -198,6 +197,7 @@ def short_folder():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.ray
 def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_path, three_nodes):
     raylets, environment = three_nodes
     output = tmp_path / "out"
@@ -218,11 +218,8 @@ def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_pa
 
 
 def shard_workers(raylet):
-    return [
-        child
-        for child in raylet.children(recursive=True)
-        if (child.cmdline() or [""])[0].startswith("ray::RayWorker")
-    ]
+    below = raylet.children(recursive=True)
+    return [child for child in below if title(child).startswith("ray::RayWorker")]
 
 
 @contextmanager
@@ -247,48 +244,48 @@ def run(*command):
     return subprocess.run([str(word) for word in command], capture_output=True).returncode
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", BY_ONE_PROCESS)
 def test_a_disk_that_holds_no_part_is_one_line_that_names_it(
-    workers, few, choices, undisturbed, resfeat, tmp_path
+    workers, few, choices, undisturbed, command, resfeat, tmp_path
 ):
     """48 KiB: the plan fits, the embeddings do not; then there is room."""
     with mounted(tmp_path / "small", "48k") as disk:
-        command = extract(few, disk / "out", choices, workers=workers)
-        line = the_error(resfeat(*command))
+        words = extract(few, disk / "out", choices, workers=workers)
+        line = the_error(command(*words))
         assert str(disk / "out") in line and "No space left" in line and "resumes" in line
         layout = Layout(disk / "out")
         assert not layout.committed() and not list(layout.tmp.iterdir())
         assert layout.spec.exists()  # the plan is not made again
         remount(disk, "size=64m")
-        done = resfeat(*command)
+        done = resfeat(*words)
         assert done.returncode == 0, done.stderr
         assert_same(disk / "out", undisturbed)
 
 
 def test_a_disk_that_fills_up_keeps_what_was_committed(
-    few, choices, undisturbed, resfeat, tmp_path
+    few, choices, undisturbed, command, resfeat, tmp_path
 ):
     """128 KiB: some of eleven shards fit."""
     with mounted(tmp_path / "small", "128k") as disk:
         output = disk / "out"
-        command = extract(few, output, choices, "--shard-size", 8)
-        line = the_error(resfeat(*command))
+        words = extract(few, output, choices, "--shard-size", 8)
+        line = the_error(command(*words))
         assert str(output) in line and "No space left" in line and "resumes" in line
         layout = Layout(output)
         committed = layout.committed()
         assert 1 <= len(committed) < 11 and not list(layout.tmp.iterdir())
         stamps = {path: path.stat().st_mtime_ns for path in layout.embeddings.iterdir()}
         remount(disk, "size=64m")
-        done = resfeat(*command)
+        done = resfeat(*words)
         assert done.returncode == 0, done.stderr
         assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
         assert_same(output, undisturbed)
 
 
-def test_a_disk_that_holds_no_plan_is_left_as_it_was(few, choices, resfeat, tmp_path):
+def test_a_disk_that_holds_no_plan_is_left_as_it_was(few, choices, command, tmp_path):
     with mounted(tmp_path / "small", "8k") as disk:
         (disk / "taken").write_bytes(b"x" * 4096)
-        line = the_error(resfeat(*extract(few, disk / "out", choices)))
+        line = the_error(command(*extract(few, disk / "out", choices)))
         assert str(disk / "out") in line and "No space left" in line and "same command" in line
         assert [path.name for path in disk.iterdir()] == ["taken"]
 
@@ -312,8 +309,10 @@ def without_rights(tmp_path):
     return run_command
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_photograph_that_may_not_be_read(workers, few, choices, tmp_path, without_rights):
+@pytest.mark.parametrize("workers", BY_ONE_PROCESS)
+def test_a_photograph_that_may_not_be_read(
+    workers, few, choices, tmp_path, without_rights, resfeat
+):
     hidden = next(few.glob("*.png"))
     hidden.chmod(0)
     output = tmp_path / "out"
@@ -323,14 +322,14 @@ def test_a_photograph_that_may_not_be_read(workers, few, choices, tmp_path, with
     assert (row["stage"], row["reason"]) == ("read", "permission")
 
     hidden.chmod(0o644)
-    done = without_rights(*extract(few, output, choices, "--retry-failed", workers=workers))
+    done = resfeat(*extract(few, output, choices, "--retry-failed", workers=workers))
     assert done.returncode == 0, done.stderr
     assert hidden.name in rows(output)["id"].to_pylist()
     assert hidden.name not in failed(output)["id"].to_pylist()
 
 
 @pytest.mark.parametrize("where", ["the source itself", "a folder in it", "the folder around it"])
-def test_a_source_that_may_not_be_read(where, few, choices, tmp_path, without_rights):
+def test_a_source_that_may_not_be_read(where, few, choices, tmp_path, without_rights, resfeat):
     source = few.parent / "around" / "few"
     source.parent.mkdir()
     few.rename(source)
@@ -341,17 +340,26 @@ def test_a_source_that_may_not_be_read(where, few, choices, tmp_path, without_ri
     output = tmp_path / "out"
     done = without_rights(*extract(source, output, choices))
     folder.chmod(0o755)
-    (line,) = done.stderr.strip().splitlines()
+    line = error_of(done.stderr)
     assert done.returncode == (2 if folder == source.parent else 1)
     assert str(folder) in line and ("readable" in line or "check the path" in line)
     assert not output.exists()
-    done = without_rights(*extract(source, output, choices))
+    done = resfeat(*extract(source, output, choices))
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("mode", [0o555, 0])
-@pytest.mark.parametrize("made", [True, False])
-def test_an_output_that_may_not_be_written(mode, made, few, choices, tmp_path, without_rights):
+@pytest.mark.parametrize(
+    ("mode", "made"),
+    [
+        (0o555, False),
+        (0, True),
+        pytest.param(0o555, True, marks=MORE),
+        pytest.param(0, False, marks=MORE),
+    ],
+)
+def test_an_output_that_may_not_be_written(
+    mode, made, few, choices, tmp_path, without_rights, resfeat
+):
     """The folder of the dataset, or the one that it is to be made in."""
     folder = tmp_path / "closed"
     folder.mkdir()
@@ -362,20 +370,20 @@ def test_an_output_that_may_not_be_written(mode, made, few, choices, tmp_path, w
     line = the_error(done)
     assert str(output) in line and "Permission denied" in line and "can be written" in line
     assert not list(folder.iterdir())
-    done = without_rights(*extract(few, output, choices))
+    done = resfeat(*extract(few, output, choices))
     assert done.returncode == 0, done.stderr
 
 
-def test_a_file_system_that_is_read_only(few, choices, resfeat, tmp_path):
+def test_a_file_system_that_is_read_only(few, choices, command, resfeat, tmp_path):
     hook = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "hook")
     with mounted(tmp_path / "disk", "64m") as disk:
         new, begun = disk / "new", disk / "begun"
-        killed = resfeat(*extract(few, begun, choices), env={**hook, "KILL_AT": "embeddings"})
+        killed = command(*extract(few, begun, choices), env={**hook, "KILL_AT": "embeddings"})
         assert killed.returncode == -signal.SIGKILL
         before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
         remount(disk, "ro")
         for output in (new, begun):
-            line = the_error(resfeat(*extract(few, output, choices)))
+            line = the_error(command(*extract(few, output, choices)))
             assert str(output) in line and "Read-only file system" in line
             assert "can be written" in line
         assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
@@ -388,11 +396,11 @@ def test_a_file_system_that_is_read_only(few, choices, resfeat, tmp_path):
 
 
 def test_files_that_vanish_or_change_after_they_were_listed(
-    few, choices, undisturbed, resfeat, tmp_path
+    few, choices, undisturbed, command, resfeat, tmp_path
 ):
     hook = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "hook")
     output = tmp_path / "out"
-    killed = resfeat(*extract(few, output, choices), env={**hook, "KILL_AT": "written"})
+    killed = command(*extract(few, output, choices), env={**hook, "KILL_AT": "written"})
     assert killed.returncode == -signal.SIGKILL
     assert not Layout(output).committed()
     gone, changed, other = sorted(few.glob("*.png"))[::7][:3]
@@ -460,16 +468,18 @@ def read(item):
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("after", [65, 75])
+@pytest.mark.parametrize(
+    ("after", "workers"),
+    [(65, 0), (75, 1), pytest.param(65, 1, marks=MORE), pytest.param(75, 0, marks=MORE)],
+)
 def test_a_source_that_goes_away_during_the_run(
-    after, workers, few, choices, undisturbed, resfeat, tmp_path
+    after, workers, few, choices, undisturbed, command, resfeat, tmp_path
 ):
     """Between two shards, and in the middle of one."""
     output = tmp_path / "out"
     hook = after_import({"resfeat.sources.directory": MOVE_AWAY}, tmp_path / "hook")
     line = the_error(
-        resfeat(
+        command(
             *extract(few, output, choices, workers=workers),
             env={**hook, "SOURCE": str(few), "AFTER": str(after)},
         )
@@ -488,18 +498,19 @@ def test_a_source_that_goes_away_during_the_run(
     assert_same(output, undisturbed)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", BY_ONE_PROCESS)
 def test_two_writers_that_begin_together(workers, collection, choices, inline, tmp_path):
     output = tmp_path / "out"
     both = [start(*extract(collection, output, choices, workers=workers)) for _ in range(2)]
     ended = {process: process.communicate(timeout=300) for process in both}
     first, second = sorted(both, key=lambda process: process.returncode)
     assert (first.returncode, second.returncode) == (0, 1), ended
-    (line,) = ended[second][1].strip().splitlines()
+    line = error_of(ended[second][1])
     assert f"is being written by process {first.pid} on {socket.gethostname()}" in line
     assert_same(output, inline)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("before", ["", "import ray; "])
 def test_ray_listens_to_this_machine_alone(before, collection, choices, tmp_path):
     output = tmp_path / "out"
@@ -526,13 +537,14 @@ def test_ray_listens_to_this_machine_alone(before, collection, choices, tmp_path
     assert not outside
 
 
+@pytest.mark.ray
 def test_no_secret_of_the_environment_is_written_down(
-    few, choices, resfeat, tmp_path, short_folder
+    few, choices, command, tmp_path, short_folder
 ):
     names = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DATABASE_PASSWORD", "HF_TOKEN")
     secrets = {name: f"planted-{number}-{os.urandom(8).hex()}" for number, name in enumerate(names)}
     output = tmp_path / "out"
-    done = resfeat(
+    done = command(
         *extract(few, output, choices, "--log-json", workers=1),
         env={**secrets, "RAY_TMPDIR": str(short_folder)},
     )
@@ -574,14 +586,14 @@ def start(*args, **options):
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", BY_ONE_PROCESS)
 def test_a_device_without_memory_gets_smaller_batches_and_the_report_says_so(
-    workers, few, undisturbed, choices, resfeat, tmp_path
+    workers, few, undisturbed, choices, command, tmp_path
 ):
     def run(holds, full_after):
         hook = after_import({"resfeat.runtimes": SMALL_DEVICE}, tmp_path / "hook")
         output = tmp_path / f"{holds}-{full_after}"
-        done = resfeat("extract", few, "-o", output, *choices, *ANY_FAILURES, "--workers", workers,
+        done = command("extract", few, "-o", output, *choices, *ANY_FAILURES, "--workers", workers,
                        "--batch-size", 8, "--runtime", "torch", "--log-json",
                        env=hook | {"HOLDS": str(holds), "FULL_AFTER": str(full_after)})  # fmt: skip
         assert "Traceback" not in done.stderr

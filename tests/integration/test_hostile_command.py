@@ -12,6 +12,8 @@ from hostile import write_hostile
 
 from resfeat.errors import REASONS
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def hostile(photos, tmp_path_factory):

@@ -3,14 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 
 import pyarrow.compute as pc
 import pytest
 from datasets import rows
-from integration.test_resume import wait_for_parts
+from integration.test_resume import start, wait_for_parts
 from PIL import Image
 from seams import TREACHEROUS, after_import
 
@@ -22,24 +20,24 @@ CRASH, HANG = "chelsea/killer.jpg", "rocket/killer.jpg"
 
 
 @pytest.fixture(scope="module")
-def killers(photos, tmp_path_factory):
+def killers(photos, once):
     """Photographs, of which one crashes the decoder and one hangs it; they are whole otherwise."""
-    folder = tmp_path_factory.mktemp("killers")
-    for subject in ("chelsea", "rocket", "coffee"):
-        shutil.copytree(photos / subject, folder / subject)
-    jpeg = next((folder / "coffee").glob("*.jpg")).read_bytes()
-    (folder / CRASH).write_bytes(jpeg + b"crash")
-    (folder / HANG).write_bytes(jpeg + b"hang")
-    return folder
+
+    def write(folder):
+        for subject in ("chelsea", "rocket", "coffee"):
+            shutil.copytree(photos / subject, folder / subject)
+        jpeg = min((folder / "coffee").glob("*.jpg")).read_bytes()
+        (folder / CRASH).write_bytes(jpeg + b"crash")
+        (folder / HANG).write_bytes(jpeg + b"hang")
+
+    return once("killers", write)
 
 
 @pytest.fixture(scope="module")
-def unharmed(killers, choices, resfeat, tmp_path_factory):
+def unharmed(killers, choices, extracted):
     """The same images by a decoder that none of them harms."""
-    output = tmp_path_factory.mktemp("unharmed") / "out"
-    done = resfeat("extract", killers, "-o", output, "--workers", 0, "--shard-size", 32, *choices)
-    assert done.returncode == 0, done.stderr
-    return rows(output)
+    options = ["--workers", 0, "--shard-size", 32]
+    return rows(extracted("unharmed", killers, *options, *choices))
 
 
 @pytest.fixture
@@ -64,10 +62,11 @@ def check(output, unharmed):
     assert embedded.equals(others)
 
 
+@pytest.mark.ray
 def test_the_images_that_kill_workers_are_found(killers, choices, unharmed, treacherous, tmp_path,
-                                                resfeat):  # fmt: skip
+                                                command):  # fmt: skip
     output = tmp_path / "out"
-    done = resfeat("extract", killers, "-o", output, "--workers", 1, "--shard-size", 32,
+    done = command("extract", killers, "-o", output, "--workers", 1, "--shard-size", 32,
                    "--log-json", *choices, env=treacherous)  # fmt: skip
     assert done.returncode == 0, done.stderr
     check(output, unharmed)
@@ -77,19 +76,19 @@ def test_the_images_that_kill_workers_are_found(killers, choices, unharmed, trea
 
 
 def test_an_image_that_hangs_in_this_process_is_found(killers, choices, unharmed, treacherous,
-                                                      tmp_path, resfeat):  # fmt: skip
+                                                      tmp_path, command):  # fmt: skip
     output = tmp_path / "out"
-    command = ["extract", killers, "-o", output, "--workers", 0, "--shard-size", 32, *choices]
+    words = ["extract", killers, "-o", output, "--workers", 0, "--shard-size", 32, *choices]
     # One that crashes takes this process with it; the next run knows that, and takes care.
-    crashed = resfeat(*command, env=treacherous)
+    crashed = command(*words, env=treacherous)
     assert crashed.returncode == -11
-    done = resfeat(*command, env=treacherous)
+    done = command(*words, env=treacherous)
     assert done.returncode == 0, done.stderr
     assert "was killed" in done.stderr
     assert "1; their shards were done again" in done.stdout
     check(output, unharmed)
     # What is known to kill is done once more with the same care.
-    again = resfeat(*command, "--retry-failed", env=treacherous)
+    again = command(*words, "--retry-failed", env=treacherous)
     assert again.returncode == 0, again.stderr
     check(output, unharmed)
 
@@ -133,13 +132,8 @@ def test_a_signal_is_heeded_while_an_image_hangs(killers, choices, tmp_path):
         "resfeat.worker.worker": "HUNG_SECONDS = 3600.0",
     }
     output = tmp_path / "out"
-    command = ["extract", killers / "rocket", "-o", output, "--workers", 0, "--shard-size", 32]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "resfeat", *map(str, [*command, *choices])],
-        env=after_import(sources, tmp_path / "hook"),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["extract", killers / "rocket", "-o", output, "--workers", 0, "--shard-size", 32]
+    process = start(*words, *choices, env=after_import(sources, tmp_path / "hook"))
     wait_for_parts(process, output, 1)
     process.send_signal(signal.SIGINT)
     _, complained = process.communicate(timeout=30)
@@ -148,15 +142,16 @@ def test_a_signal_is_heeded_while_an_image_hangs(killers, choices, tmp_path):
     assert not list(Layout(output).tmp.iterdir())
 
 
+@pytest.mark.ray
 def test_an_image_that_crashes_while_a_sample_is_taken_harms_nobody(
-    killers, choices, treacherous, tmp_path, resfeat
+    killers, choices, treacherous, tmp_path, command
 ):
     """The driver decodes some images itself, to compare runtimes. Here it is all that there are."""
     folder = tmp_path / "one"
     folder.mkdir()
     shutil.copy(killers / CRASH, folder)
     shutil.copy(next((killers / "coffee").glob("*.jpg")), folder)
-    done = resfeat("extract", folder, "-o", tmp_path / "out", "--workers", 1,
+    done = command("extract", folder, "-o", tmp_path / "out", "--workers", 1,
                    "--max-error-rate", 1, *choices, env=treacherous)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "out", "failures")["reason"].to_pylist() == ["decoder_crash"]

@@ -6,6 +6,7 @@ and breaks what passes. Rows are looked at by another client.
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -14,15 +15,19 @@ import sys
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from urllib.request import Request, urlopen
 
 import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command import call, error_of
 from datasets import rows
+from integration.test_resume import start
 from object_store import FaultyProxy, ObjectStore, RandomFaults
 from photos import write_photos
+from seams import after_import
 
 from resfeat.dataset import Layout
 from resfeat.fidelity.parity import SAMPLE
@@ -137,13 +142,27 @@ def finished(source, objects, store, options, resfeat):
     return bucket, proxy.requests, done
 
 
-def start(*arguments, env, patch=""):
-    """The command; `patch` is Python that runs before it, to shorten its waiting."""
-    modules = "resfeat.cli, resfeat.dataset.lock, resfeat.storage.remote"
-    code = f"import {modules}\n{patch}\nresfeat.cli.main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, **env}, **pipes)
+@pytest.fixture(scope="module")
+def resfeat():
+    """Run the command in a process that stays: the store and the proxy are threads of this one,
+    and what waits for their answer in it would keep them from giving it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda *arguments, env=None: pool.submit(call, *map(str, arguments), env=env).result(
+            timeout=300
+        )
+        for process in multiprocessing.active_children():
+            process.kill()  # see test_store.py
+
+
+@pytest.fixture
+def hasty(tmp_path):
+    """The environment of a process that waits for the store less long, or less often."""
+
+    def environment(proxy, patch):
+        hook = after_import({"resfeat.storage.remote": patch}, tmp_path / "hook")
+        return {**hook, **proxy.environment}
+
+    return environment
 
 
 def table(bucket, kind="embeddings"):
@@ -290,17 +309,18 @@ def test_what_reads_a_dataset_reads_one_in_a_store(
     assert Counter(reasons) == REASONS
 
 
+@pytest.mark.ray
 def test_from_disk_to_store_and_from_store_to_disk_by_ray(
-    tree, source, bucket, options, undisturbed, proxy, resfeat, tmp_path
+    tree, source, bucket, options, undisturbed, proxy, command, tmp_path
 ):
     """One each way; Ray's worker finds the store by the same variables."""
     env = proxy.environment
     output = f"s3://{bucket.name}/out"
-    there = resfeat("extract", tree, "-o", output, *options, "--workers", 1, env=env)
+    there = command("extract", tree, "-o", output, *options, "--workers", 1, env=env)
     assert there.returncode == 0, there.stderr
     assert whole(bucket, undisturbed)
     back = tmp_path / "out"
-    here = resfeat("extract", source, "-o", back, *options, env=env)
+    here = command("extract", source, "-o", back, *options, env=env)
     assert here.returncode == 0, here.stderr
     assert rows(back).select(COLUMNS).equals(rows(undisturbed).select(COLUMNS))
 
@@ -320,7 +340,7 @@ def test_a_bad_network_changes_nothing_but_the_time(
 
 
 def test_requests_that_stall_are_given_up_and_sent_again(
-    source, bucket, options, undisturbed, proxy
+    source, bucket, options, undisturbed, proxy, hasty
 ):
     stalled = Counter()
 
@@ -335,7 +355,7 @@ def test_requests_that_stall_are_given_up_and_sent_again(
 
     proxy.faults = rule
     command = ["extract", source, "-o", f"s3://{bucket.name}/out", *options]
-    run = start(*command, env=proxy.environment, patch="resfeat.storage.remote.REQUEST_SECONDS = 2")
+    run = start(*command, env=hasty(proxy, "REQUEST_SECONDS = 2"))
     _, complained = run.communicate(timeout=120)
     assert run.returncode == 0, complained
     assert whole(bucket, undisturbed)
@@ -343,12 +363,12 @@ def test_requests_that_stall_are_given_up_and_sent_again(
 
 
 def test_a_store_that_goes_away_ends_the_run_in_one_line_and_the_next_goes_on(
-    source, bucket, options, undisturbed, proxy, resfeat
+    source, bucket, options, undisturbed, proxy, hasty, resfeat
 ):
     output = f"s3://{bucket.name}/out"
     command = ["extract", source, "-o", output, *options]
     proxy.faults = after_parts(2, lambda: setattr(proxy, "down", True))
-    run = start(*command, env=proxy.environment, patch="resfeat.storage.remote.ATTEMPTS = 2")
+    run = start(*command, env=hasty(proxy, "ATTEMPTS = 2"))
     _, complained = run.communicate(timeout=150)
     line = one_line(complained, run.returncode, 1)
     assert "s3://" in line and "give the same command again" in line
@@ -421,7 +441,7 @@ def test_a_run_that_is_killed_at_any_moment_is_gone_on_with(
     chance = random.Random(0)
     for _ in range(2):
         before = set(parts(bucket))
-        run = start(*command, env=proxy.environment)
+        run = start(*command, env={**os.environ, **proxy.environment})
         proxy.requests.clear()
         proxy.faults = killing(run, after=chance.randint(0, 30))
         _, complained = run.communicate(timeout=120)
@@ -465,12 +485,13 @@ def test_of_two_that_begin_together_one_is_refused_by_name(
 ):
     output = f"s3://{bucket.name}/out"
     command = ["extract", source, "-o", output, *options]
-    runs = [start(*command, env=proxy.environment) for _ in range(2)]
+    env = {**os.environ, **proxy.environment}
+    runs = [start(*command, env=env) for _ in range(2)]
     told = [run.communicate(timeout=200) for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 1], told
     won, lost = sorted(runs, key=lambda run: run.returncode)
     complained = told[runs.index(lost)][1]
-    (line,) = complained.strip().splitlines()
+    line = error_of(complained)
     assert line.startswith(f"Error: {output} is being written by process {won.pid} on ")
     assert whole(bucket, undisturbed)
 

@@ -35,6 +35,7 @@ def some(photos, tmp_path):
     return folder
 
 
+@pytest.mark.ray
 def test_demo(tmp_path):
     nothing_cached = {**os.environ, "TORCH_HOME": str(tmp_path / "hub")}
     command = [sys.executable, PIPELINES / "demo.py", tmp_path / "demo", "--count", 32]
@@ -115,6 +116,7 @@ def _free_port():
         return server.getsockname()[1]
 
 
+@pytest.mark.ray
 def test_ray_job(some, tmp_path, head):
     command = [PIPELINES / "ray_job.sh", some, "-o", tmp_path / "out", *QUICK, "--workers", 1]
     done = run(*command, "--max-error-rate", 0.2, env=head)
@@ -128,6 +130,7 @@ def test_ray_job(some, tmp_path, head):
     assert "SRC... -o OUT" in run(PIPELINES / "ray_job.sh").stdout
 
 
+@pytest.mark.ray
 def test_the_simulation_of_millions_runs_with_thousands(tmp_path):
     """`make scale` measures with parts of ours that nothing else puts together so."""
     script = PIPELINES.parent / "tests" / "benchmarks" / "scale.py"

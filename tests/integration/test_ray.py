@@ -11,8 +11,9 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from command import end_ray, error_of
 from datasets import rows
-from integration.test_resume import start, wait_for_parts
+from integration.test_resume import start, title, wait_for_parts
 
 import resfeat
 from resfeat import engines
@@ -26,15 +27,14 @@ from resfeat.plan import Shard
 from resfeat.spec import FeatureSpec, Identity, RuntimeOptions
 from resfeat.worker import Job, ShardResult, Task
 
+pytestmark = pytest.mark.ray
 IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
 
 
 def workers_of(process):
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if (child.cmdline() or [""])[0].startswith("ray::RayWorker")
-    ]
+    """The processes of Ray workers below one."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if title(child).startswith("ray::RayWorker")]
 
 
 def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, tmp_path):
@@ -72,6 +72,7 @@ def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, checkpoint, tmp
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray of 4 CPUs and 2 GPUs, by its own account; placement needs no more."""
+    end_ray()
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -247,24 +248,24 @@ def test_nobody_waits_for_a_worker_that_is_not_up(cluster, tmp_path, monkeypatch
         assert not first.live and engine.description["worker_deaths"] == 1
 
 
-def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, resfeat):
+def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, command):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     started = time.monotonic()
-    done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "resnet18", "--weights",
+    done = command("extract", photos, "-o", tmp_path / "out", "--model", "resnet18", "--weights",
                    "random:0", "--address", "auto", env={"RAY_TMPDIR": str(tmp_path)})  # fmt: skip
     assert done.returncode == 1 and time.monotonic() - started < 20
     assert "cannot join Ray at auto" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_gpu_is_said_and_nothing_is_left(photos, tmp_path, resfeat):
+def test_a_missing_gpu_is_said_and_nothing_is_left(photos, tmp_path, command):
     for workers in (0, 1):
-        done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
+        done = command("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
                        "--weights", "random:0", "--gpus-per-worker", 1, "--workers", workers,
                        env={"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
         assert done.returncode == 1
-        (line,) = done.stderr.strip().splitlines()
+        line = error_of(done.stderr)
         assert "a GPU was asked for" in line and "--gpus-per-worker 0" in line
         assert not (tmp_path / "out").exists()
 
@@ -349,9 +350,9 @@ def test_preempted_machines_cost_their_shard_nothing(tmp_path):
     assert told == {"shards": [0, 1], "careful": False, "worker_deaths": 3}
 
 
-def test_an_address_where_nobody_listens(photos, tmp_path, resfeat):
+def test_an_address_where_nobody_listens(photos, tmp_path, command):
     started = time.monotonic()
-    done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
+    done = command("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
                    "--weights", "random:0", "--address", "127.0.0.1:1")  # fmt: skip
     assert done.returncode == 1 and time.monotonic() - started < 20
     assert "cannot join Ray at 127.0.0.1:1" in done.stderr

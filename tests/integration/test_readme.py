@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import share_ray
 from object_store import ObjectStore
 from reference import torchvision_model
 from torchvision.models import ResNet50_Weights
@@ -36,6 +37,7 @@ def cells(line):
 
 
 COMMANDS = [line[2:] for block in blocks("console") for line in block.splitlines()]
+FIRST = next(command for command in COMMANDS if command.startswith("resfeat extract"))
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +71,20 @@ def store(home):
 
 
 def run(words, folder):
+    """Run words of a command line, in a folder."""
     environment = {**os.environ, "TORCH_HOME": str(folder)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_commands(home, store):
+@pytest.mark.ray
+def test_the_commands(home, store, resfeat, monkeypatch):
+    """In processes of their own the first, which starts its own Ray, and what talks to the store,
+    which is in this one; the others share a Ray."""
     assert len(COMMANDS) >= 10
+    monkeypatch.chdir(home)
+    share_ray()
     for command in COMMANDS:
         program, *words = shlex.split(command)
         if program == "make":  # these run this test; tests/test_project.py looks at them
@@ -87,13 +95,18 @@ def test_the_commands(home, store):
             run([sys.executable, "-m", "pip", *where, "--dry-run", "--no-deps", "--quiet"], home)
         else:
             assert program == "resfeat"
-            run([sys.executable, "-m", "resfeat", *words], home)
+            if command == FIRST or "s3://" in command:
+                run([sys.executable, "-m", "resfeat", *words], home)
+                continue
+            done = resfeat(*words, env={"TORCH_HOME": str(home)})
+            assert done.returncode == 0, done.stdout + done.stderr
     assert (home / "nearest.png").exists()
 
 
-def test_the_python(home, store):
+@pytest.mark.ray
+def test_the_python(home, store, resfeat, monkeypatch):
     if not (home / "embeddings").exists():
-        test_the_commands(home, store)
+        test_the_commands(home, store, resfeat, monkeypatch)
     for block in blocks("python"):
         told = run([sys.executable, "-c", block], home)
         if "print(report" in block:

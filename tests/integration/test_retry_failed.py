@@ -9,12 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 from datasets import planned, rows, vectors
 from seams import KILL_AT_STEP, after_import
 
 from resfeat import open_dataset
-from resfeat.cli import main
 from resfeat.dataset.commit import STEPS
 from resfeat.dataset.verify import repair, verify
 
@@ -59,14 +57,14 @@ def spoil(folder, number):
 
 
 @pytest.fixture(scope="module")
-def command(choices):
+def options(choices):
     """The options of all runs here, in which 2 of 24 are not too many failures, and 11 are."""
     sizes = ["--shard-size", SHARD, "--batch-size", BATCH]
     return ["--workers", 0, *sizes, "--max-error-rate", 0.1, *choices]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(whole, command, resfeat, tmp_path_factory):
+def undisturbed(whole, options, resfeat, tmp_path_factory):
     """The dataset of a run that found the mended images at once. Not to be changed."""
     folder, output = (tmp_path_factory.mktemp(kind) for kind in ("mended", "undisturbed"))
     (folder / "some").mkdir()
@@ -74,17 +72,17 @@ def undisturbed(whole, command, resfeat, tmp_path_factory):
         put(folder, whole, number)
     for number in STAY_BROKEN:
         spoil(folder, number)
-    done = resfeat("extract", folder, "-o", output, *command)
+    done = resfeat("extract", folder, "-o", output, *options)
     assert done.returncode == 0, done.stderr
     return output
 
 
 @pytest.fixture(scope="module")
-def first(whole, command, resfeat, tmp_path_factory):
+def first(whole, options, resfeat, tmp_path_factory):
     """Source and dataset of a run that found many images broken. Not to be changed."""
     folder, output = (tmp_path_factory.mktemp(kind) for kind in ("source", "first"))
     fill(folder, whole)
-    done = resfeat("extract", folder, "-o", output, *command)
+    done = resfeat("extract", folder, "-o", output, *options)
     assert done.returncode == 3, done.stderr
     return SimpleNamespace(source=folder, output=output)
 
@@ -99,12 +97,12 @@ def fill(folder, whole):
 
 
 @pytest.fixture
-def case(first, whole, command, tmp_path):
+def case(first, whole, options, tmp_path):
     """A dataset of one's own, with its source as it was; `retry` is what does it again."""
     fill(first.source, whole)
     output = tmp_path / "out"
     shutil.copytree(first.output, output)
-    again = ["extract", first.source, "-o", output, *command]
+    again = ["extract", first.source, "-o", output, *options]
     return SimpleNamespace(
         source=first.source, output=output, again=again, retry=[*again, "--retry-failed"]
     )
@@ -214,11 +212,13 @@ def test_without_the_option_what_failed_stays_failed(case, whole, resfeat):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step_it_loses_nothing(step, case, whole, undisturbed, resfeat, tmp_path):
+def test_killed_at_any_step_it_loses_nothing(
+    step, case, whole, undisturbed, command, resfeat, tmp_path
+):
     earlier = rows(case.output)
     mend(case, whole)
     env = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "seam")
-    killed = resfeat(*case.retry, env={**env, "KILL_AT": step})
+    killed = command(*case.retry, env={**env, "KILL_AT": step})
     assert killed.returncode == -signal.SIGKILL
 
     # Nobody who looks now is told of damage, or led to throw away what is there.
@@ -229,8 +229,8 @@ def test_killed_at_any_step_it_loses_nothing(step, case, whole, undisturbed, res
     assert found.problems or not in_between  # the other shard may be half way at any step
     assert repair(dataset, found) == []
 
-    resumed = CliRunner().invoke(main, list(map(str, case.again)))
-    assert resumed.exit_code in (0, 3), resumed.output
+    resumed = resfeat(*case.again)
+    assert resumed.returncode in (0, 3), resumed.stderr
     now = rows(case.output)
     kept = np.isin(now["id"].to_pylist(), earlier["id"].to_pylist())
     assert now.filter(kept).equals(earlier)

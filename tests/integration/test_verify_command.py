@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import planned, rows, vectors
-from test_resume import start, wait_for_parts
+from integration.test_resume import start, wait_for_parts
 
 from resfeat.dataset import Layout, open_dataset
 from resfeat.dataset.verify import CHECKS

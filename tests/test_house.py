@@ -1,0 +1,101 @@
+"""The house: imports go down, rooms keep to what is theirs, and nothing grows out of hand."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import resfeat
+
+ROOT = Path(resfeat.__file__).parent
+# From the top: nothing imports what stands above it.
+ROOMS = ["cli", "extraction", "run", "engines", "downstream", "reporting", "fidelity", "worker",
+         "dataset", "plan", "runtimes", "backbones", "decoding", "sources", "storage", "spec",
+         "errors"]  # fmt: skip
+# The way in, for programs and for `python -m resfeat`: they may see all.
+DOORS = ("__init__", "__main__")
+ONLY_THERE = {"ray": "engines", "click": "cli"}
+MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 6, 350, 6
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room(path: Path) -> str:
+    """The folder, or the module of the top level, that a file belongs to."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of all that a file imports, also inside functions."""
+    package = ["resfeat", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, each.name) for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *filter(None, [node.module])])
+            yield from ((node.lineno, f"{module}.{each.name}") for each in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_imports_go_down_and_only_where_they_may(path):
+    here, wrong = room(path), []
+    assert here in (*ROOMS, *DOORS), f"{here} is no room of the house: see ROOMS"
+    for line, name in imported(path):
+        package, *inner = name.split(".")
+        if package in ONLY_THERE and here != ONLY_THERE[package]:
+            wrong.append(f"{line}: {package} belongs to {ONLY_THERE[package]}/")
+        if package != "resfeat" or here in DOORS or inner == ["__version__"]:
+            continue
+        if not inner or inner[0] not in ROOMS:
+            wrong.append(f"{line}: {name} goes round by the front door")
+        elif ROOMS.index(inner[0]) < ROOMS.index(here):
+            wrong.append(f"{line}: {inner[0]} stands above {here}")
+    assert wrong == []
+
+
+def test_the_imports_are_seen():
+    """Those in functions, and relative ones: a test that sees none finds nothing wrong."""
+    seen = {name for path in (ROOT / "cli").glob("*.py") for _, name in imported(path)}
+    assert {"click", "resfeat.extraction.extract", "resfeat.errors.ResfeatError"} <= seen
+    every = {name.split(".")[0] for path in MODULES for _, name in imported(path)}
+    assert {"ray", "torch", "pyarrow", "numpy"} <= every
+
+
+def test_the_top_level_is_six_modules():
+    assert len([named(path) for path in ROOT.glob("*.py")]) <= MOST_MODULES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_files_and_lists_of_parameters_are_short(path):
+    text = path.read_text()
+    long = [
+        f"{node.name} has {count} parameters"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not (room(path) == "cli" and is_command(node))
+        and (count := parameters(node)) > MOST_PARAMETERS
+    ]
+    if (lines := len(text.splitlines())) > MOST_LINES:
+        long.append(f"{lines} lines")
+    assert long == []
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many it takes, without `self` and `cls`."""
+    given = function.args
+    names = [each.arg for each in [*given.posonlyargs, *given.args, *given.kwonlyargs]]
+    names += [each.arg for each in (given.vararg, given.kwarg) if each]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Click calls it, with an argument for each option."""
+    decorators = (ast.unparse(each) for each in function.decorator_list)
+    return any(each.startswith(("click.command", "click.group")) for each in decorators)
