@@ -1,8 +1,8 @@
 """Listing and reading directories."""
 
 import os
-import subprocess
 import socket
+import subprocess
 
 import pytest
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from datasets import rows, vectors
+from tables import rows, vectors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import planned
+from tables import planned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

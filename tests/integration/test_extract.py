@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from broken import EXPECTED
-from datasets import rows, vectors
+from tables import rows, vectors
 from PIL import Image
 from reference import reference_embeddings
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from broken import write_broken
 from command import error_of
-from datasets import rows, vectors
+from tables import rows, vectors
 from integration.test_ray import workers_of
 from integration.test_resume import MORE, SHARD, start, title, wait_for_parts
 from seams import KILL_AT_STEP, after_import

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from command import error_of
-from datasets import rows, vectors
+from tables import rows, vectors
 
 from resfeat import open_dataset
 from resfeat.backbones.ours import BACKBONES

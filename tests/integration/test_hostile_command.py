@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pytest
-from datasets import rows
+from tables import rows
 from hostile import write_hostile
 
 from resfeat.errors import REASONS

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from datasets import rows
+from tables import rows
 
 CHOICES = ("--model", "resnet18", "--weights", "random:0", "--precision", "int8")
 

@@ -7,7 +7,7 @@ import threading
 
 import pyarrow.compute as pc
 import pytest
-from datasets import rows
+from tables import rows
 from integration.test_resume import start, wait_for_parts
 from PIL import Image
 from seams import TREACHEROUS, after_import

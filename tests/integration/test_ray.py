@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 from command import end_ray, error_of
-from datasets import rows
+from tables import rows
 from integration.test_resume import start, title, wait_for_parts
 
 import resfeat

@@ -1,12 +1,13 @@
 """The dataset as it stands, in the readers that people use."""
 
+import datasets
 import duckdb
 import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow.dataset as ds
 import pytest
-from datasets import rows, vectors
+from tables import rows, vectors
 
 import resfeat
 from resfeat.dataset.verify import verify
@@ -51,6 +52,17 @@ def test_duckdb(inline, expected):
         select count(*) from '{inline}/embeddings/*.parquet' e
         join '{inline}/failures/*.parquet' f using (id)"""
     assert duckdb.sql(joined).fetchall() == [(0,)]
+
+
+def test_hugging_face_takes_the_folder_itself(inline, expected, tmp_path):
+    """By its card: without it, the plan and the failures would pass for rows."""
+    loaded = datasets.load_dataset(str(inline), cache_dir=str(tmp_path))
+    rows = loaded["train"].to_dict()
+    check(expected, *(rows[name] for name in ("id", "embedding", "label")))
+    card = (inline / "README.md").read_text()
+    for told in ("resnet18", "| `label` | string |", "| `reason` | string |", "resfeat search"):
+        assert told in card
+    assert resfeat.open_dataset(inline).record.identity.fingerprint in card
 
 
 def test_our_own_reader(inline, expected):

@@ -12,7 +12,7 @@ import psutil
 import pyarrow.dataset as ds
 import pytest
 from command import error_of
-from datasets import planned, rows, vectors
+from tables import planned, rows, vectors
 
 from resfeat.dataset import Layout
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import planned, rows, vectors
+from tables import planned, rows, vectors
 from seams import KILL_AT_STEP, after_import
 
 from resfeat import open_dataset

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from broken import write_broken
-from datasets import rows
+from tables import rows
 from integration.test_resume import title
 
 from resfeat.dataset import Layout

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import planned, rows, vectors
+from tables import planned, rows, vectors
 from integration.test_resume import start, wait_for_parts
 
 from resfeat.dataset import Layout, open_dataset
