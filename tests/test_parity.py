@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from tables import rows, vectors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tables import rows, vectors
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, fidelity, sources
 from resfeat.backbones.weights import resolve

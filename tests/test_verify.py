@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tables import planned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import planned
 
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import (

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from broken import EXPECTED
-from tables import rows, vectors
 from PIL import Image
 from reference import reference_embeddings
+from tables import rows, vectors
 
 PHOTOS = 500
 

@@ -16,10 +16,10 @@ import psutil
 import pytest
 from broken import write_broken
 from command import error_of
-from tables import rows, vectors
 from integration.test_ray import workers_of
 from integration.test_resume import MORE, SHARD, start, title, wait_for_parts
 from seams import KILL_AT_STEP, after_import
+from tables import rows, vectors
 
 from resfeat.dataset import Layout
 from resfeat.sources import item_of, read

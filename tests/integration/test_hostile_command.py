@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pytest
-from tables import rows
 from hostile import write_hostile
+from tables import rows
 
 from resfeat.errors import REASONS
 

@@ -7,10 +7,10 @@ import threading
 
 import pyarrow.compute as pc
 import pytest
-from tables import rows
 from integration.test_resume import start, wait_for_parts
 from PIL import Image
 from seams import TREACHEROUS, after_import
+from tables import rows
 
 from resfeat import ExtractSpec, RuntimeOptions, extract
 from resfeat.dataset import Layout

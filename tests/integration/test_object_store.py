@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import call, error_of
-from tables import rows
 from integration.test_resume import start
 from object_store import FaultyProxy, ObjectStore, RandomFaults
 from photos import write_photos
 from seams import after_import
+from tables import rows
 
 from resfeat.dataset import Layout
 from resfeat.fidelity.parity import SAMPLE

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import ray
 from command import end_ray, error_of
-from tables import rows
 from integration.test_resume import start, title, wait_for_parts
+from tables import rows
 
 import resfeat
 from resfeat import engines

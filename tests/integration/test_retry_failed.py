@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tables import planned, rows, vectors
 from seams import KILL_AT_STEP, after_import
+from tables import planned, rows, vectors
 
 from resfeat import open_dataset
 from resfeat.dataset.commit import STEPS

@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 from broken import write_broken
-from tables import rows
 from integration.test_resume import title
+from tables import rows
 
 from resfeat.dataset import Layout
 

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tables import planned, rows, vectors
 from integration.test_resume import start, wait_for_parts
+from tables import planned, rows, vectors
 
 from resfeat.dataset import Layout, open_dataset
 from resfeat.dataset.verify import CHECKS
