@@ -160,6 +160,17 @@ def test_folders_nested_deeper_than_python_recurses(tmp_path):
     assert found == ["d/" * 1_100 + "1.jpg"]
 
 
+def test_a_listing_leaves_no_descriptor_open(tmp_path):
+    make(tmp_path, "a/1.jpg", "a/2.jpg", "b/c/3.jpg", "out/_resfeat")
+    before = os.listdir("/proc/self/fd")
+    assert len(ids(tmp_path)) == 3
+    assert os.listdir("/proc/self/fd") == before
+    listing = iter(Directories([str(tmp_path)]))
+    next(listing)
+    listing.close()  # as when a run is stopped
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_names_in_any_script_are_sorted_by_their_bytes(tmp_path):
     names = [b"z.jpg", "\u00e9.jpg".encode(), "\U0001f600.jpg".encode(), b"\xe0.jpg", b"\xff.jpg",
              "\uffff.jpg".encode(), b"A.jpg", b"a.jpg", b"a b.jpg"]  # fmt: skip

@@ -17,10 +17,9 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import repeat
 from operator import attrgetter
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -81,17 +80,21 @@ class Directories:
                 yield from self._items(folder, [name], [os.stat(root)])
 
     def _walk(self, root: str, met: dict[int, bool]) -> Iterator[Item]:
-        above = [_Folder(root, _key(os.stat(root)), False, _runs(_entries(root)))]
-        while above:
-            folder = above[-1]
-            for some in folder.runs:
-                if isinstance(some, list):
-                    yield from self._files(folder.path, some)
-                elif below := self._enter(some, above, met):
-                    above.append(below)
-                    break
-            else:
-                above.pop()
+        above = [_open(root, _key(os.stat(root)), linked=False)]
+        try:
+            while above:
+                folder = above[-1]
+                for some in folder.runs:
+                    if isinstance(some, list):
+                        yield from self._files(folder.path, some)
+                    elif below := self._enter(some, above, met):
+                        above.append(below)
+                        break
+                else:
+                    above.pop().close()
+        finally:
+            for folder in above:
+                folder.close()
 
     def _enter(
         self, entry: os.DirEntry[str], above: Sequence[_Folder], met: dict[int, bool]
@@ -104,18 +107,19 @@ class Directories:
             is_loop = any(key == folder.key for folder in above)
             self.skipped["link loop" if is_loop else "repeated folder"] += 1
             return None
-        entries = _entries(entry.path)
-        if any(each.name == "_resfeat" for each in entries):
+        folder = _open(entry.path, key, linked)
+        if folder.is_output:
+            folder.close()
             self.skipped["resfeat output"] += 1
             return None
         met[key] = linked
-        return _Folder(entry.path, key, linked, _runs(entries))
+        return folder
 
-    def _files(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[Item]:
-        if may_be_passed_over([entry.name for entry in entries]):
-            kinds = [passed_over(entry.name) for entry in entries]
-            self.skipped.update(filter(None, kinds))
-            entries = [entry for entry, kind in zip(entries, kinds, strict=True) if not kind]
+    def _files(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> list[Item]:
+        names = [entry.name for entry in entries]
+        if may_be_passed_over(names):
+            self.skipped.update(filter(None, map(passed_over, names)))
+            entries = [entry for entry in entries if not passed_over(entry.name)]
         try:
             statuses = [entry.stat() for entry in entries]
         except OSError:  # a dangling link, or gone again
@@ -123,57 +127,85 @@ class Directories:
             if gone := len(entries) - len(there):
                 self.skipped["vanished while listing"] += gone
             entries, statuses = [entry for entry, _ in there], [status for _, status in there]
-        return self._items(folder, [entry.name for entry in entries], statuses)
+        if len(entries) < len(names):
+            names = [entry.name for entry in entries]
+        return self._items(folder, names, statuses)
 
     def _items(
         self, folder: str, names: Sequence[str], statuses: Sequence[os.stat_result]
-    ) -> Iterator[Item]:
+    ) -> list[Item]:
         folder = os.path.join(folder, "")
         above, text = folder[len(self._base) :], "/".join(names)
         quoted = quote_from_bytes(os.fsencode(text))
-        uris = map(uri_of(folder).__add__, names if quoted == text else quoted.split("/"))
-        ids: Iterable[str]
+        parts = names if quoted == text else quoted.split("/")
         if text.isascii() and "\\" not in text:
-            ids = map(printable(above).__add__, names)
+            ids = list(map(printable(above).__add__, names))
         else:
             ids = [printable(above + name) for name in names]
-        sizes = [status.st_size for status in statuses]
-        mtimes = [status.st_mtime_ns // 1000 for status in statuses]
+        above_uri = uri_of(folder)
         label = folder_of(folder) if self._labelled else None
-        values = zip(ids, uris, sizes, mtimes, repeat(None), repeat(label), repeat(()))
-        return map(_tuple, repeat(Item), values)
+        return [
+            _tuple(
+                Item, (own, above_uri + part, st.st_size, st.st_mtime_ns // 1000, None, label, ())
+            )
+            for own, part, st in zip(ids, parts, statuses, strict=True)
+        ]
 
 
 @dataclass
 class _Folder:
-    """A folder that is being listed. linked: a link leads to it, or to a folder above it."""
+    """A folder that is being listed. linked: a link leads to it, or to a folder above it.
+
+    runs: its entries in their order, each folder by itself, files several at a time. descriptor: by
+    which its files are looked up, faster than by a path. Only a folder without subfolders has one,
+    so that however deep the tree, one is open at a time.
+    """
 
     path: str
     key: int
     linked: bool
+    is_output: bool
     runs: Iterator[os.DirEntry[str] | list[os.DirEntry[str]]]
+    descriptor: int | None
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def _open(path: str, key: int, linked: bool) -> _Folder:
+    descriptor: int | None = None
     try:
-        with os.scandir(folder) as scan:
-            entries = list(scan)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        entries, folders = _scan(descriptor)
+        if folders:
+            os.close(descriptor)
+            descriptor = None
+            entries, folders = _scan(path)
     except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
         raise ResfeatError(
-            f"cannot list {printable(folder)}: {error.strerror}; "
+            f"cannot list {printable(path)}: {error.strerror}; "
             "make it readable, or leave it out of the sources"
         ) from error
-    # By name as bytes. Of ASCII that is the order of the strings themselves.
+    is_output = any(entry.name == "_resfeat" for entry in entries)
+    return _Folder(path, key, linked, is_output, _runs(entries, folders), descriptor)
+
+
+def _scan(place: str | int) -> tuple[list[os.DirEntry[str]], list[int]]:
+    """The entries of a folder, sorted by their names as bytes, and which of them are folders."""
+    with os.scandir(place) as scan:
+        entries = list(scan)
+    # The order of ASCII strings is that of their bytes.
     is_ascii = "".join([entry.name for entry in entries]).isascii()
     entries.sort(key=_BY_NAME if is_ascii else lambda entry: os.fsencode(entry.name))
-    return entries
+    return entries, [n for n, entry in enumerate(entries) if _is_folder(entry)]
 
 
 def _runs(
-    entries: list[os.DirEntry[str]],
+    entries: list[os.DirEntry[str]], folders: list[int]
 ) -> Iterator[os.DirEntry[str] | list[os.DirEntry[str]]]:
-    """The entries in their order: each folder by itself, files several at a time."""
-    folders = [n for n, entry in enumerate(entries) if _is_folder(entry)]
     start = 0
     for end in [*folders, len(entries)]:
         for first in range(start, end, TOGETHER):
