@@ -1,7 +1,5 @@
 """The command line: one file a command, each of which imports what it needs when it runs."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
@@ -47,6 +45,11 @@ def _check_current_folder() -> None:
 def shown(text: str) -> str:
     """The text with its control characters escaped, so that it cannot act on a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def note(text: str) -> None:
+    """Tell the user, beside the output."""
+    click.echo(f"Note: {shown(text)}", err=True)
 
 
 def leave(context: click.Context, code: int) -> NoReturn:

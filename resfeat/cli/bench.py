@@ -1,18 +1,12 @@
 """resfeat bench"""
 
-from __future__ import annotations
-
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from resfeat.cli import options
-
-if TYPE_CHECKING:
-    from resfeat.reporting.bench import Bench
 
 EXAMPLES = """\b
 Examples:
@@ -26,16 +20,12 @@ Examples:
 
 @click.command(epilog=EXAMPLES)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-@click.option(
-    "--images",
-    type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    help="Images in the sample, roughly.",
+@options.option(
+    "--images", type=click.IntRange(1), default=256, help="Images in the sample, roughly."
 )
 @options.features
 @options.placement
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.as_json
 @click.pass_context
 def bench(context: click.Context, /, images: int, as_json: bool, **choices: Any) -> None:
     """Measure each stage on a sample of the images below SRC..., and name what limits the job.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from resfeat.cli import leave, options
+from resfeat.cli.options import option
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import Stopped
@@ -48,60 +50,46 @@ Whatever ended a run, the same command resumes it.
 
 @click.command(epilog=EXAMPLES)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-@click.option(
+@option(
     "-o",
     "--output",
     metavar="OUT",
     required=True,
     help="Folder of the dataset; resumed if it exists.",
 )
-@click.option(
+@option(
     "--min-parity",
     type=float,
     help="Stop if a sample's cosine to fp32 is lower.  [default: 0.999, with int8 0.99]",
 )
 @options.features
 @options.placement
-@click.option(
-    "--workers",
-    type=options.Count(),
-    default="auto",
-    show_default=True,
-    help="Ray workers; 0 runs in this process, without Ray.",
-)
-@click.option("--address", help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT.")
-@click.option(
+@options.count("--workers", help="Ray workers; 0 runs in this process, without Ray.")
+@option("--address", help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT.")
+@option(
     "--shard-size",
     type=int,
     help="Images in a shard, the unit of retry and commit.  [default: 4096, less for few images]",
 )
-@click.option(
+@option(
     "--label-from",
     type=click.Choice(["parent"]),
     help="Store the name of each image's folder as its label.",
 )
-@click.option(
+@option(
     "--max-error-rate",
     type=float,
     default=0.05,
-    show_default=True,
     help="Share of failed images above which the exit code is 3.",
 )
-@click.option(
-    "--retry-failed", is_flag=True, help="Also do the failed images again; other rows stay."
-)
-@click.option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
-@click.option("--verbose", "talk", flag_value="verbose", help="Also print where the time went.")
-@click.option(
+@option("--retry-failed", is_flag=True, help="Also do the failed images again; other rows stay.")
+@option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
+@option("--verbose", "talk", flag_value="verbose", help="Also print where the time went.")
+@option(
     "--log-json", "talk", flag_value="json", help="Print progress and the report as JSON lines."
 )
 @click.pass_context
-def extract(
-    context: click.Context,
-    /,
-    talk: str | None,
-    **choices: Any,
-) -> None:
+def extract(context: click.Context, /, talk: str | None, **choices: Any) -> None:
     """Embed all images below SRC... and write Parquet to OUT.
 
     Every image becomes one row: in OUT/embeddings, or in OUT/failures with the reason. After a
@@ -111,7 +99,9 @@ def extract(
 
     choices["runtime"] = RuntimeOptions(**options.pick(choices, RuntimeOptions))
     spec = ExtractSpec(**options.pick(choices, ExtractSpec))
-    with StopSignals() as signals, _display(talk) as display:
+    displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "json": JsonLines}
+    show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
+    with StopSignals() as signals, show() as display:
         display.step("starting")
         from resfeat.extraction import extract as run
 
@@ -143,18 +133,7 @@ def extract(
     leave(context, code)
 
 
-def _display(talk: str | None) -> Bar | JsonLines | Lines | Quiet:
-    if talk == "quiet":
-        return Quiet()
-    if talk == "json":
-        return JsonLines()
-    if sys.stderr.isatty():
-        return Bar()
-    return Lines()
-
-
 def _tell(report: Report, *, verbose: bool) -> None:
-    """Print the last lines: what was done, how fast, what failed and where it is."""
     if report.images:
         click.echo(
             f"This run: {report.images:,} images in {report.seconds:,.1f} s, "
@@ -164,17 +143,14 @@ def _tell(report: Report, *, verbose: bool) -> None:
     else:
         click.echo("This run: nothing was left to do")
     if verbose:
-        click.echo(
-            "Where: " + ", ".join(f"{name} {value}" for name, value in report.engine.items())
-        )
-        busy = (f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
-        click.echo("Busy seconds, over all threads: " + ", ".join(busy))
+        where = ", ".join(f"{name} {value}" for name, value in report.engine.items())
+        busy = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
+        click.echo(f"Where: {where}\nBusy seconds, over all threads: {busy}")
     if deaths := report.engine.get("worker_deaths"):
-        click.echo(f"Workers that died and were replaced: {deaths}; their shards were done again")
+        click.echo(f"Workers that died and were replaced: {deaths}")
     if report.changed:
-        click.echo(
-            f"Changed since they were listed: {report.changed:,} images, taken as they are now"
-        )
+        changed = f"{report.changed:,} images, taken as they are now"
+        click.echo(f"Changed since they were listed: {changed}")
     if report.skipped:
         click.echo(f"Passed over, not images: {_counts(report.skipped)}")
     if report.failed:
@@ -186,6 +162,5 @@ def _tell(report: Report, *, verbose: bool) -> None:
     )
 
 
-def _counts(counts: object) -> str:
-    assert isinstance(counts, dict)
+def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in counts.items())

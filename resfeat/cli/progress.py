@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resfeat.cli import shown
+from resfeat.cli import note, shown
 
 if TYPE_CHECKING:
     from resfeat.reporting import Progress
@@ -20,53 +21,85 @@ SECONDS_BETWEEN_LINES = 30.0
 STEP_SECONDS = 0.5
 
 
-class Quiet(AbstractContextManager["Quiet"]):
-    """Shows nothing."""
+class Lines(AbstractContextManager["Lines"]):
+    """A line at the start and then every 30 s; what is being done, once it has taken a moment."""
+
+    def __init__(self) -> None:
+        self._step: threading.Timer | None = None
+        self._last = -math.inf
+        self._first: tuple[float, int] | None = None
+
+    def step(self, text: str) -> None:
+        self._over()
+        line = f"{shown(text)} ..."
+        self._step = threading.Timer(STEP_SECONDS, click.echo, [line], {"err": True})
+        self._step.daemon = True
+        self._step.start()
+
+    def note(self, text: str) -> None:
+        note(text)
 
     def show(self, progress: Progress) -> None:
+        self._over()
+        now = time.monotonic()
+        if progress.total is not None and self._first is None:
+            self._first = now, progress.done
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            since, before = self._first or (now, 0)
+            self.line(progress, (progress.done - before) / (now - since) if now > since + 1 else 0)
+
+    def line(self, progress: Progress, speed: float) -> None:
+        """Print one line. speed: images per second since the first; 0 if it is too early to say."""
+        done, total = progress.done, progress.total
+        if total is None:
+            click.echo(f"listing: {done:,} images so far", err=True)
+            return
+        text = f"{done:,} of {total:,} images ({done / total:.0%})"
+        if speed:
+            text += f", {speed:,.1f} images/s, {(total - done) / speed / 60:,.0f} min left"
+        text += f", {progress.failed:,} failed, {progress.workers} workers"
+        click.echo(text, err=True)
+
+    def _over(self) -> None:
+        if self._step is not None:
+            self._step.cancel()
+
+    def __exit__(self, *_: object) -> None:
+        self._over()
+
+
+class JsonLines(Lines):
+    """The same as JSON objects on standard output, for programs."""
+
+    def step(self, text: str) -> None:
+        click.echo(json.dumps({"event": "step", "text": text}))
+
+    def note(self, text: str) -> None:
+        click.echo(json.dumps({"event": "note", "text": text}))
+
+    def line(self, progress: Progress, speed: float) -> None:
+        rate = round(speed, 2) if speed else None
+        click.echo(json.dumps({"event": "progress", **vars(progress), "images_per_second": rate}))
+
+
+class Quiet(Lines):
+    """Shows nothing."""
+
+    def step(self, text: str) -> None:
         pass
 
     def note(self, text: str) -> None:
         pass
 
-    def step(self, text: str) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
+    def show(self, progress: Progress) -> None:
         pass
 
 
-class _Steps(Quiet):
-    """Says what is being done, once it has taken a moment."""
-
-    def __init__(self) -> None:
-        self._timer: threading.Timer | None = None
-
-    def step(self, text: str) -> None:
-        self._over()
-        self._timer = threading.Timer(STEP_SECONDS, self.say, [text])
-        self._timer.daemon = True
-        self._timer.start()
-
-    def say(self, text: str) -> None:
-        """Print what is being done."""
-        click.echo(f"{shown(text)} ...", err=True)
-
-    def _over(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def __exit__(self, *_: object) -> None:
-        self._over()
-
-
-class Bar(_Steps):
+class Bar(Lines):
     """A tqdm bar: images, images/s, time left, failures, live workers."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: Any = None
+    _bar: Any = None
 
     def show(self, progress: Progress) -> None:
         from tqdm import tqdm
@@ -84,7 +117,7 @@ class Bar(_Steps):
 
     def note(self, text: str) -> None:
         self._close()
-        click.echo(f"Note: {shown(text)}", err=True)
+        super().note(text)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -94,57 +127,3 @@ class Bar(_Steps):
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         self._close()
-
-
-class Lines(_Steps):
-    """One line at the start and then every 30 s."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last = -SECONDS_BETWEEN_LINES
-        self._first: tuple[float, int] | None = None
-
-    def show(self, progress: Progress) -> None:
-        self._over()
-        now = time.monotonic()
-        if progress.total is not None and self._first is None:
-            self._first = now, progress.done
-        if now - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = now
-            self.line(progress, self._speed(progress, now))
-
-    def note(self, text: str) -> None:
-        click.echo(f"Note: {shown(text)}", err=True)
-
-    def line(self, progress: Progress, speed: float | None) -> None:
-        """Print one line; `speed` is images per second since the first, if there was time."""
-        if progress.total is None:
-            click.echo(f"listing: {progress.done:,} images so far", err=True)
-            return
-        text = (
-            f"{progress.done:,} of {progress.total:,} images ({progress.done / progress.total:.0%})"
-        )
-        if speed:
-            left = (progress.total - progress.done) / speed
-            text += f", {speed:,.1f} images/s, {left / 60:,.0f} min left"
-        text += f", {progress.failed:,} failed, {progress.workers} workers"
-        click.echo(text, err=True)
-
-    def _speed(self, progress: Progress, now: float) -> float | None:
-        if self._first is None or now - self._first[0] < 1:
-            return None
-        return (progress.done - self._first[1]) / (now - self._first[0])
-
-
-class JsonLines(Lines):
-    """The same as JSON objects on standard output, for programs."""
-
-    def step(self, text: str) -> None:
-        click.echo(json.dumps({"event": "step", "text": text}))
-
-    def note(self, text: str) -> None:
-        click.echo(json.dumps({"event": "note", "text": text}))
-
-    def line(self, progress: Progress, speed: float | None) -> None:
-        rate = round(speed, 2) if speed else None
-        click.echo(json.dumps({"event": "progress", **vars(progress), "images_per_second": rate}))

@@ -1,14 +1,11 @@
 """SIGINT and SIGTERM: the first asks the run to stop, a second one ends it at once."""
 
-from __future__ import annotations
-
 import os
 import signal
 from contextlib import AbstractContextManager
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPING = b"\nstopping: finishing what is in hand, 20 s at most; once more ends it at once\n"
 
 
@@ -17,23 +14,18 @@ class StopSignals(AbstractContextManager["StopSignals"]):
 
     def __init__(self) -> None:
         self._number = 0
-        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopSignals:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._number:
-            return  # one more while the process ends must not change how it ends
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *_: object) -> None:
+        if not self._number:  # else one more while the process ends must not change how it ends
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def received(self) -> bool:
         """Whether the run is to stop."""

@@ -1,17 +1,15 @@
 """resfeat status"""
 
-from __future__ import annotations
-
 import json
 
 import click
 
-from resfeat.cli import shown
+from resfeat.cli import options, shown
 
 
 @click.command(epilog="\b\nExample:\n  resfeat status embeddings")
 @click.argument("output", metavar="OUT")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.as_json
 def status(output: str, as_json: bool) -> None:
     """Show what the dataset OUT is, and how much of it is done."""
     from resfeat.dataset import holder, open_dataset

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from resfeat.cli import shown
+from resfeat.cli import note, options, shown
 
 if TYPE_CHECKING:
     from resfeat.dataset.verify import Verification
@@ -29,10 +29,10 @@ SHOWN = 3
 
 @click.command(epilog=EXAMPLES)
 @click.argument("output", metavar="OUT")
-@click.option(
+@options.option(
     "--repair", is_flag=True, help="Remove bad shards, for the extract command to do again."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.as_json
 @click.pass_context
 def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) -> None:
     """Check that OUT holds every image once, unchanged since it was committed.
@@ -50,9 +50,6 @@ def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) 
     shards = len(dataset.record.plan.shards)
     with tqdm(total=shards, unit=" shards", leave=False, disable=not sys.stderr.isatty()) as bar:
         found = look(dataset, bar.update)
-
-    def note(text: str) -> None:
-        click.echo(f"Note: {shown(text)}", err=True)
 
     sent = send_back(dataset, found, note) if repair and found.bad_shards else []
     if as_json:
@@ -80,19 +77,16 @@ def _tell(found: Verification, sent: Sequence[int] | None) -> None:
         f"{found.duplicates:,} have the same embedding as another"
     )
     if found.unseen:
-        click.echo(
-            f"{found.unseen:,} shards could not be checked: restore their plan from a copy, or "
-            "extract again with a new -o"
-        )
+        told = "shards could not be checked: restore their plan from a copy, or extract again with"
+        click.echo(f"{found.unseen:,} {told} a new -o")
     if not found.problems:
-        click.echo("Nothing is wrong")
+        verdict = "Nothing is wrong"
     elif all(each.kind == "unfinished" for each in found.problems):
-        click.echo("Unfinished, and nothing is damaged: the extract command resumes")
-    elif not found.bad_shards:
-        click.echo("Wrong, and no shard is to blame: see above")
+        verdict = "Unfinished, and nothing is damaged: the extract command resumes"
+    elif not (bad := found.bad_shards):
+        verdict = "Wrong, and no shard is to blame: see above"
     elif sent is not None:
-        click.echo(f"Sent back: {len(sent):,} shards; the extract command does just these again")
+        verdict = f"Sent back: {len(sent):,} shards; the extract command does just these again"
     else:
-        click.echo(
-            f"Wrong: {len(found.bad_shards):,} shards; give --repair, then the extract command"
-        )
+        verdict = f"Wrong: {len(bad):,} shards; give --repair, then the extract command"
+    click.echo(verdict)
