@@ -83,7 +83,7 @@ def test_the_oldest_shard_in_hand_is_blamed():
         a.live = True
     given(pool)
     with pytest.raises(ResfeatError, match="3 workers died while doing shard 0: no memory; give"):
-        pool.died(a, "no memory")
+        pool.died(a, "no memory; give more")
 
 
 def test_an_innocent_shard_beside_a_killer_is_not_blamed():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from resfeat.reporting import limits as verdict
+from resfeat.reporting import Report, limits
 
 
 @pytest.mark.parametrize(
@@ -19,22 +19,28 @@ from resfeat.reporting import limits as verdict
     ],
 )
 def test_the_limit(stages, limit):
-    assert verdict.bottleneck(stages, cpus=8) == limit
+    assert limits.bottleneck(stages, cpus=8, reads_ahead=4) == limit
 
 
 def test_the_share_that_the_model_waited():
-    assert verdict.waited({}) == 0
-    assert verdict.waited({"wait": 1.0, "embed": 3.0}) == 0.25
+    assert limits.waited({}) == 0
+    assert limits.waited({"wait": 1.0, "embed": 3.0}) == 0.25
+
+
+def verdict(stages, device, precision):
+    return Report(
+        run_id="", status="finished", output="", precision=precision, items=0, embedded=0, failed=0,
+        reasons={}, stages=stages, engine={"device": device, "cpus": 8, "reads_ahead": 4},
+    ).verdict  # fmt: skip
 
 
 def test_the_sentence_names_the_limit_and_what_helps():
-    waiting = {"embed": 10.0, "wait": 30.0, "decode": 60.0}
-    told = verdict.verdict(waiting, device="cuda", cpus=8, precision="bf16")
+    told = verdict({"embed": 10.0, "wait": 30.0, "decode": 60.0}, "cuda", "bf16")
     assert told.startswith("limited by: decode (the model waited 75% of its time)")
     assert "more CPU cores" in told
     busy = {"embed": 10.0, "wait": 0.0}
-    assert "a GPU" in verdict.verdict(busy, device="cpu", cpus=8, precision="fp32")
-    assert "int8" in verdict.verdict(busy, device="cpu", cpus=8, precision="fp32")
-    assert "int8" not in verdict.verdict(busy, device="cpu", cpus=8, precision="int8")
-    assert "bf16" in verdict.verdict(busy, device="cuda", cpus=8, precision="fp32")
-    assert verdict.verdict({}, device="cpu", cpus=8, precision="fp32") is None
+    assert "a GPU" in verdict(busy, "cpu", "fp32")
+    assert "int8" in verdict(busy, "cpu", "fp32")
+    assert "int8" not in verdict(busy, "cpu", "int8")
+    assert "bf16" in verdict(busy, "cuda", "fp32")
+    assert verdict({}, "cpu", "fp32") is None

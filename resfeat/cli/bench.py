@@ -1,6 +1,7 @@
 """resfeat bench"""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -47,27 +48,16 @@ def bench(context: click.Context, /, images: int, as_json: bool, **choices: Any)
     )
     if as_json:
         click.echo(json.dumps(asdict(measured)))
-    else:
-        _tell(measured)
-
-
-def _tell(measured: Bench) -> None:
+        return
     place = measured.placement
     device = "a GPU and " if place.device == "cuda" else ""
     click.echo(
         f"{measured.images:,} images of {measured.megapixels:.1f} megapixels and "
         f"{measured.kilobytes:,.0f} kB on average, {measured.failed:,} of them broken; "
         f"{measured.precision} on {place.runtime}, {device}{place.cpus} CPU cores, batches of "
-        f"{place.batch_size}"
+        f"{place.batch_size}\n\n{'':<10}{'images/s':>12}{'ms an image':>14}"
     )
-    rows = {
-        "read": measured.read,
-        "decode": measured.decode,
-        "forward": measured.forward,
-        "write": measured.write,
-        "all of it": measured.whole,
-    }
-    click.echo(f"\n{'':<10}{'images/s':>12}{'ms an image':>14}")
-    for name, rate in rows.items():
+    for stage in ("read", "decode", "forward", "write", "whole"):
+        name, rate = "all of it" if stage == "whole" else stage, getattr(measured, stage)
         click.echo(f"{name:<10}{rate:>12,.1f}{1000 / rate:>14,.2f}")
     click.echo(f"\nThe model waited {measured.waited:.0%} of its time. {measured.sentence}")

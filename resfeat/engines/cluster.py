@@ -13,9 +13,9 @@ from typing import Any
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.runtimes.hardware import cpu_count
 
-# Unless the caller has set them. The first two are read when Ray is imported: it would print its
-# own words about dead workers to standard output, and its C++ part would take SIGTERM from us and
-# abort. The third keeps older versions from warning about CUDA_VISIBLE_DEVICES.
+# Unless the caller has set them. Without the first two, which are read when Ray is imported, it
+# prints its own words about dead workers to standard output, and its C++ part takes SIGTERM from us
+# and aborts. The third keeps older versions from warning about CUDA_VISIBLE_DEVICES.
 SWITCHES = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
@@ -24,15 +24,14 @@ SWITCHES = {
 }
 # Ray sets these by itself.
 RAYS_OWN = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE", "RAY_CLIENT_MODE")
-# For a Ray of our own, whatever the caller has set. Whoever reaches a Ray may run code there: the
-# first has all its parts, on any system, listen on loopback only. With the second, Ray under
-# `uv run` would send everything in the current folder to its workers.
+# For a Ray of our own, whatever the caller has set. Whoever reaches a Ray may run code there: with
+# the first, all its parts listen on loopback only. Under `uv run` the second keeps Ray from sending
+# the whole current folder to its workers.
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 # What Ray made of them when it was imported.
 ALONE_CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
 
-# The object store holds the weights and nothing else. It takes only what it is given; what does not
-# fit goes to the disk.
+# The object store holds nothing but the weights; what does not fit goes to the disk.
 STORE_BYTES = 2 * 1024**3
 CONNECT_SECONDS = 5.0
 LEAVE_SECONDS = 15.0
@@ -42,11 +41,9 @@ POLL_SECONDS = 0.5
 class Cluster:
     """Ray for the length of a run. It takes seconds to start, so `begin` returns at once.
 
-    In the main thread Ray would replace our handler of SIGTERM by one in Python, which can lose the
-    signal. Its processes die with the thread that started them, so that thread is kept. Environment
-    variables are changed while Ray starts and runs, and put back by `close`.
-
-    step: is told what the run waits for.
+    In the main thread Ray would replace our handler of SIGTERM by one that can lose the signal, and
+    its processes die with the thread that started them: so that is a thread of its own. Environment
+    variables are changed until `close`. step: is told what the run waits for.
     """
 
     def __init__(self, address: str | None, step: Callable[[str], None]) -> None:
@@ -104,7 +101,7 @@ class Cluster:
                 self._change(os.environ, ALONE)
                 self._change(vars(ray_constants), ALONE_CONSTANTS)
                 _start()
-        except Exception as error:  # Ray's own time-out is of no narrower class
+        except Exception as error:  # Ray's time-out is of no narrower class
             raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
         return True
 

@@ -60,10 +60,7 @@ class InlineEngine:
         return given.result()
 
     def run(
-        self,
-        tasks: Sequence[Task],
-        on_progress: OnProgress,
-        stopping: Callable[[], bool],
+        self, tasks: Sequence[Task], on_progress: OnProgress, stopping: Callable[[], bool]
     ) -> Iterator[ShardResult]:
         member = Member(self._worker, live=True)
         pool = Pool([member])
@@ -85,7 +82,7 @@ class InlineEngine:
                 except DecoderHungError:
                     self._replace_worker(calls)
                     calls.clear()
-                    pool.died(member, "an image hung the decoder")
+                    pool.died(member, "an image hung the decoder; _resfeat/plan lists that shard")
                     member.live = True
                     self.description["worker_deaths"] = pool.deaths
                     break

@@ -47,12 +47,10 @@ class Pool:
         self._unfinished += len(tasks)
 
     def drop_waiting(self) -> None:
-        """Hand out no more shards."""
         self._waiting.clear()
 
     @property
     def live(self) -> list[Member]:
-        """The workers that have their model."""
         return [member for member in self.members if member.live]
 
     @property
@@ -66,8 +64,7 @@ class Pool:
         return self._unfinished > 0
 
     def hand_out(self) -> Iterator[tuple[Member, Task]]:
-        """Put shards into the hands of live workers that have room, the emptiest first. Gives who
-        got which."""
+        """Put shards into the hands of live workers that have room, the emptiest first."""
         for others in range(SHARDS_IN_HAND):
             for member in self.live:
                 if self._waiting and self._has_room(member, others):
@@ -84,12 +81,11 @@ class Pool:
         return len(member.in_hand) <= others
 
     def done(self, member: Member, shard: Shard) -> None:
-        """A worker has committed a shard."""
         del member.in_hand[shard]
         self._unfinished -= 1
 
     def heard(self, member: Member, told: Mapping[Shard, tuple[int, int]]) -> None:
-        """A worker has told how far it is with its shards."""
+        """A worker has told how many images of its shards it has done, and how many failed."""
         member.in_hand.update((shard, told[shard]) for shard in member.in_hand if shard in told)
 
     def counts(self) -> tuple[int, int, int]:
@@ -98,10 +94,10 @@ class Pool:
         return sum(n for n, _ in heard), sum(failed for _, failed in heard), len(self.live)
 
     def died(self, member: Member, reason: str, *, preempted: bool = False) -> None:
-        """A worker is gone: its shards go back to the front of the queue, for whoever has room.
+        """A worker is gone: its shards go to the front of the queue, to be done in careful mode.
 
-        They are done in careful mode then, and the oldest of them, the likeliest reason, is blamed;
-        not so if the machine was preempted. Raises ResfeatError if a shard has cost too many.
+        The oldest of them, the likeliest reason, is blamed; none if the machine was preempted.
+        Raises ResfeatError if a shard has cost too many. reason: with what can be done about it.
         """
         self.deaths += member.live
         member.live = False
@@ -113,7 +109,4 @@ class Pool:
         self._tasks.update((shard, replace(self._tasks[shard], careful=True)) for shard in shards)
         self._blamed[shards[0]] += 1
         if self._blamed[shards[0]] >= ATTEMPTS:
-            raise ResfeatError(
-                f"{ATTEMPTS} workers died while doing shard {shards[0]}: {reason}; "
-                "give each more memory (fewer --workers), or look at that shard in _resfeat/plan"
-            )
+            raise ResfeatError(f"{ATTEMPTS} workers died while doing shard {shards[0]}: {reason}")

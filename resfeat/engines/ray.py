@@ -1,9 +1,8 @@
 """On Ray: a pool of actors, made once a run.
 
-Each actor builds its model from the network that the driver prepared and put into Ray's object
-store. The driver keeps a few shards in the hands of each live actor. When an actor dies, its shards
-go to the others, and Ray starts it again. Actors that find no room stay pending, which makes Ray's
-autoscaler add machines.
+Each actor builds its model from the network that the driver put into Ray's object store, and has a
+few shards in hand. When one dies, its shards go to the others, and Ray starts it again. Actors that
+find no room stay pending, which makes Ray's autoscaler add machines.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from resfeat.engines.placement import place
 from resfeat.engines.pool import ATTEMPTS, Member, Pool
 from resfeat.errors import DecoderHungError, ResfeatError, Stopped
 from resfeat.plan import Shard
-from resfeat.runtimes import Network
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
 from resfeat.worker.shard import process_shard
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
 START_SECONDS = 180.0
 # How often the user is told that there is still no worker.
 TELL_SECONDS = 30.0
+MEMORY = "give each more memory (fewer --workers)"
 
 
 class RayWorker:
@@ -77,30 +76,23 @@ class RayWorker:
 
     @ray.method(concurrency_group="control")
     def progress(self) -> dict[Shard, tuple[int, int]]:
-        """Images done and failed so far, by shard in hand."""
         return dict(self._worker.progress) if self._worker else {}
 
     def _ready_worker(self, network: list[ray.ObjectRef[Any]]) -> Worker:
         """The worker, built on first use: Ray restarts an actor without telling us."""
         with self._building:
             if self._worker is None:
-                self._worker = self._build(ray.get(network[0]))
+                if self._placement.device == "cuda" and not torch.cuda.is_available():
+                    raise ResfeatError(
+                        "Ray gave this worker a GPU and torch cannot use it: install a CUDA build "
+                        f"of torch on {platform.node()}, or give --gpus-per-worker 0"
+                    )
+                self._worker = Worker(self._job, self._placement, ray.get(network[0]))
             return self._worker
-
-    def _build(self, network: Network) -> Worker:
-        if self._placement.device == "cuda" and not torch.cuda.is_available():
-            raise ResfeatError(
-                "Ray gave this worker a GPU and torch cannot use it: install a CUDA build of torch "
-                f"on {platform.node()}, or give --gpus-per-worker 0"
-            )
-        return Worker(self._job, self._placement, network)
 
 
 class RayEngine:
-    """A pool of Ray actors, on a cluster that is running or on one that is started for the run.
-
-    close: ends the actors.
-    """
+    """A pool of Ray actors. close: ends them."""
 
     def __init__(
         self, options: RuntimeOptions, job: Job, weights: Weights, shards: int, cluster: Cluster
@@ -117,10 +109,9 @@ class RayEngine:
             for _ in range(workers):
                 members.append(Member(remote.remote(job, self.placement)))
                 stack.callback(ray.kill, members[-1].actor)
-            # While they start.
-            network = ray.put(network_for(job, self.placement, weights.tensors))
+            # While they start. In a list, or Ray would fetch it for each call.
+            self._network = [ray.put(network_for(job, self.placement, weights.tensors))]
             self.close = stack.pop_all().close
-        self._network = [network]  # in a list, or Ray would fetch it for each call
         self._pool = Pool(members)
         # Every call under way: whose it is, and the shard, or None for `start`.
         self._calls: dict[ray.ObjectRef[Any], tuple[Member, Shard | None]] = {}
@@ -164,10 +155,7 @@ class RayEngine:
                 self._died(member, error)
 
     def run(
-        self,
-        tasks: Sequence[Task],
-        on_progress: OnProgress,
-        stopping: Callable[[], bool],
+        self, tasks: Sequence[Task], on_progress: OnProgress, stopping: Callable[[], bool]
     ) -> Iterator[ShardResult]:
         pool = self._pool
         pool.take(tasks)
@@ -198,8 +186,7 @@ class RayEngine:
             self._without_worker = None
             return
         now = time.monotonic()
-        if self._without_worker is None:
-            self._without_worker = now
+        self._without_worker = self._without_worker or now
         waited = now - self._without_worker
         if self._local and waited > START_SECONDS:
             raise ResfeatError(
@@ -256,7 +243,11 @@ class RayEngine:
             raise _cannot_start(error) from error
         self._calls = {call: owner for call, owner in self._calls.items() if owner[0] is not member}
         self._asked = {call: owner for call, owner in self._asked.items() if owner is not member}
-        self._pool.died(member, last_line(error), preempted=preempted)
+        self._pool.died(
+            member,
+            f"{last_line(error)}; {MEMORY}, or look at that shard in _resfeat/plan",
+            preempted=preempted,
+        )
         self._start(member)
 
 
@@ -266,9 +257,7 @@ def _check(stopping: Callable[[], bool]) -> None:
 
 
 def _cannot_start(error: RayError) -> ResfeatError:
-    return ResfeatError(
-        f"a worker could not start: {last_line(error)}; give each more memory (fewer --workers)"
-    )
+    return ResfeatError(f"a worker could not start: {last_line(error)}; {MEMORY}")
 
 
 def _as_resfeat(error: RayTaskError) -> Exception:

@@ -3,6 +3,7 @@
 import itertools
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -18,13 +19,13 @@ from resfeat.decoding.decode import Picture, decode
 from resfeat.errors import Failure, UsageError
 from resfeat.fidelity import calibrate
 from resfeat.plan import write_plan
-from resfeat.reporting import limits as verdict
+from resfeat.reporting import limits
 from resfeat.reporting.report import versions
 from resfeat.runtimes import check
 from resfeat.sources import listing, read
 from resfeat.sources.item import Item
 from resfeat.spec import FeatureSpec, RuntimeOptions
-from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
+from resfeat.worker import SHARDS_IN_HAND, Job, Placement, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker, forward, network_for, place_here
 
@@ -38,8 +39,8 @@ SHARD = 128
 class Bench:
     """Images a second of each stage alone, on all the threads that it has, and of the whole job.
 
-    images: in the sample. megapixels, kilobytes: of an image, in the mean. waited: share of its
-    time, 0 to 1, that the model waited in the whole job. sentence: what limits it.
+    megapixels, kilobytes: of an image, in the mean. waited: share of its time, 0 to 1, that the
+    model waited in the whole job. sentence: what limits it.
     """
 
     images: int
@@ -72,40 +73,39 @@ def bench(
     items = _spread(listing(sources), images)
     on_step("building the model")
     weights = resolve(features)
+    rates = {}
     with _dataset(sources, items, weights, on_step) as (layout, record):
         job = Job.of(layout, record, weights.dims)
         placement = place_here(options, job.identity)
         network = network_for(job, placement, weights.tensors)
         with closing(Worker(job, placement, network)) as worker:
             on_step("reading")
-            contents, read_rate = _read(worker, items)
+            contents, rates["read"] = _read(worker, items)
             on_step("decoding")
-            pictures, decode_rate = _decode(worker, contents)
+            pictures, rates["decode"] = _decode(worker, contents)
             on_step("the forward pass")
-            forward_rate = _forward(worker, pictures)
+            rates["forward"] = _forward(worker, pictures)
             on_step("writing")
-            write_rate = _write(worker, layout, items, len(record.plan.shards))
+            rates["write"] = _write(worker, layout, items, len(record.plan.shards))
             on_step("the whole job")
             started = time.perf_counter()
+            busy: Counter[str] = Counter()
             with ThreadPoolExecutor(SHARDS_IN_HAND) as pool:
                 tasks = map(Task, record.plan.shards.values())
-                results = list(pool.map(partial(process_shard, worker), tasks))
+                for result in pool.map(partial(process_shard, worker), tasks):
+                    busy.update(result.seconds)
             whole = len(items) / (time.perf_counter() - started)
-    rates = {"read": read_rate, "decode": decode_rate, "embed": forward_rate, "write": write_rate}
     return Bench(
         images=len(items),
         failed=len(items) - len(pictures),
         megapixels=float(np.mean([each.width * each.height for each in pictures])) / 1e6,
         kilobytes=float(np.mean([len(each) for each in contents])) / 1e3,
-        placement=replace(worker.placement, batch_size=worker.fits),
+        placement=replace(placement, batch_size=worker.fits),
         precision=features.precision,
-        read=read_rate,
-        decode=decode_rate,
-        forward=forward_rate,
-        write=write_rate,
+        **rates,
         whole=whole,
-        waited=_waited(results),
-        sentence=_sentence(rates, whole, worker.placement, features.precision),
+        waited=limits.waited(busy),
+        sentence=_sentence(rates, whole, placement, features.precision),
     )
 
 
@@ -164,10 +164,9 @@ def _rate(count: int, once: Callable[[], object]) -> float:
 def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
     """The bytes of the files that can be read, and how fast that was, once: what was read before
     comes from memory, as it does in a job that follows another."""
-    with ThreadPoolExecutor(worker.placement.cpus + worker.job.reads_ahead) as pool:
-        started = time.perf_counter()
-        contents = list(pool.map(read, items))
-        rate = len(items) / (time.perf_counter() - started)
+    started = time.perf_counter()
+    contents = list(worker.loaders.map(read, items))
+    rate = len(items) / (time.perf_counter() - started)
     whole = [content[0] for content in contents if not isinstance(content, Failure)]
     if not whole:
         raise UsageError(f"none of {len(items)} sampled files can be read: are these images?")
@@ -178,10 +177,11 @@ def _decode(worker: Worker, contents: Sequence[bytes]) -> tuple[list[Picture], f
     identity = worker.job.identity
     given: list[Picture | Failure] = []
 
+    def one(data: bytes) -> Picture | Failure:
+        return decode(data, identity.preprocessing, identity.decode)
+
     def once() -> None:
-        given[:] = pool.map(
-            lambda data: decode(data, identity.preprocessing, identity.decode), contents
-        )
+        given[:] = pool.map(one, contents)
 
     with ThreadPoolExecutor(worker.placement.cpus) as pool:
         rate = _rate(len(contents), once)
@@ -221,27 +221,20 @@ def _write(worker: Worker, layout: Layout, items: Sequence[Item], planned: int) 
     return _rate(len(some), once)
 
 
-def _waited(results: Sequence[ShardResult]) -> float:
-    stages = ("wait", "embed")
-    return verdict.waited({s: sum(each.seconds.get(s, 0.0) for each in results) for s in stages})
-
-
 def _sentence(rates: dict[str, float], whole: float, placement: Placement, precision: str) -> str:
     """What limits the job: the slowest stage, or, where all share the same cores, the one that
     takes most of them."""
-    slowest = min(rates, key=lambda stage: rates[stage])
-    others = {stage: rate for stage, rate in rates.items() if stage != slowest}
-    second = min(others, key=lambda stage: others[stage])
-    names = {"embed": "the model", "read": "reading", "decode": "decoding", "write": "writing"}
+    slowest, second = sorted(rates, key=lambda stage: rates[stage])[:2]
+    names = {"forward": "the model", "read": "reading", "decode": "decoding", "write": "writing"}
+    cores = f"{placement.cpus} CPU cores"
     where = {
-        "embed": f"on {placement.runtime}, "
-        + ("a GPU" if placement.device == "cuda" else f"{placement.cpus} CPU cores"),
-        "decode": f"on {placement.cpus} CPU cores",
+        "forward": f"on {placement.runtime}, {'a GPU' if placement.device == 'cuda' else cores}",
+        "decode": f"on {cores}",
         "read": "from these files",
         "write": "to the folder for temporary files",
     }
     return (
         f"The limit is {names[slowest]}: {rates[slowest]:,.0f} images/s {where[slowest]}, and "
         f"{names[second]} could do {rates[second]:,.0f}; all together reach {whole:,.0f}. "
-        f"Faster with {verdict.helps(slowest, placement.device, precision)}."
+        f"Faster with {limits.helps(slowest, placement.device, precision)}."
     )

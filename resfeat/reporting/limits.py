@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from resfeat.worker import READ_AHEAD, SHARDS_IN_HAND
+from resfeat.worker import SHARDS_IN_HAND
 
 # The model counts as kept waiting when its share of waiting for pixels is above this.
 WAITING = 0.2
@@ -20,7 +20,7 @@ def waited(stages: Mapping[str, float]) -> float:
     return wait / (wait + embed) if wait + embed else 0.0
 
 
-def bottleneck(stages: Mapping[str, float], cpus: int, reads_ahead: int = READ_AHEAD) -> str | None:
+def bottleneck(stages: Mapping[str, float], cpus: int, reads_ahead: int) -> str | None:
     """The stage that decided the speed: read, decode, embed or write. None if nothing ran.
 
     stages: busy seconds, added up over threads. cpus: of each worker. reads_ahead: as a job has it.
@@ -36,30 +36,11 @@ def bottleneck(stages: Mapping[str, float], cpus: int, reads_ahead: int = READ_A
 
 def helps(stage: str, device: str, precision: str) -> str:
     """What would make this stage faster."""
-    if stage != "embed":
-        return HELPS[stage]
     others = {
         ("cpu", "fp32"): "more CPU cores, a GPU, or --precision int8 (bf16, if the CPU has it)",
         ("cpu", "bf16"): "more CPU cores, a GPU, or --precision int8",
         ("cpu", "fp16"): "--precision fp32, which CPUs are made for, or a GPU",
         ("cuda", "fp32"): "more GPUs, or --precision bf16 or fp16",
     }
-    return others.get((device, precision), "more GPUs" if device == "cuda" else "more CPU cores")
-
-
-def verdict(
-    stages: Mapping[str, float],
-    *,
-    device: str,
-    cpus: int,
-    precision: str,
-    reads_ahead: int = READ_AHEAD,
-) -> str | None:
-    """A sentence on what limited a run. None if nothing ran."""
-    stage = bottleneck(stages, cpus, reads_ahead)
-    if stage is None:
-        return None
-    return (
-        f"limited by: {stage} (the model waited {waited(stages):.0%} of its time); "
-        f"faster with {helps(stage, device, precision)}"
-    )
+    more = others.get((device, precision), "more GPUs" if device == "cuda" else "more CPU cores")
+    return HELPS.get(stage, more)

@@ -18,24 +18,20 @@ from resfeat.runtimes.hardware import hardware
 if TYPE_CHECKING:
     from resfeat.fidelity import Parity
 
-
-LIBRARIES = (
-    "torch", "torchvision", "openvino", "nncf", "pillow", "simplejpeg", "pyarrow", "ray"
-)  # fmt: skip
+LIBRARIES = "torch torchvision openvino nncf pillow simplejpeg pyarrow ray".split()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one run did, and where the dataset stands after it.
 
-    precision: of the dataset's forward passes. items, embedded, failed, reasons: the whole dataset.
-    images, images_failed: this run alone, in shards that it committed. kept: images in those that
-    were embedded before, and were not done again. changed: files that were not
-    as listed any more when they were read. start_seconds: from the call until the first worker is
-    live. seconds: from then to the last commit. stages: busy seconds by stage, added up over
-    threads and workers; `wait` is the time that the model waited for pixels. skipped: files that
-    were passed over in listing, by extension. notes: what a user should know of how the weights
-    were read. parity: how near a sample was to the reference; None for the reference itself.
+    items, embedded, failed, reasons: the whole dataset. images, images_failed: this run alone, in
+    shards that it committed. kept: images in those that were embedded before. changed: files that
+    were not as listed any more when they were read. start_seconds: until the first worker is live.
+    seconds: from then to the last commit. stages: busy seconds by stage, added up over threads and
+    workers; `wait` is the time that the model waited for pixels. skipped: files that were passed
+    over in listing, by extension. parity: how near a sample was to the reference; None for the
+    reference itself.
     """
 
     run_id: str
@@ -86,14 +82,12 @@ class Report:
     @property
     def verdict(self) -> str | None:
         """A sentence on what limited the run. None if nothing ran."""
-        if not self.engine:
+        if (stage := self.bottleneck) is None:
             return None
-        return limits.verdict(
-            self.stages,
-            device=self.engine["device"],
-            cpus=self.engine["cpus"],
-            precision=self.precision,
-            reads_ahead=self.engine["reads_ahead"],
+        more = limits.helps(stage, self.engine["device"], self.precision)
+        return (
+            f"limited by: {stage} (the model waited {self.waited:.0%} of its time); "
+            f"faster with {more}"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -46,7 +46,6 @@ class Tally:
         self._watch.note(text)
 
     def add(self, result: ShardResult) -> None:
-        """A shard was committed."""
         self._last_commit = time.monotonic()
         self._counts["shards"] += 1
         self._counts["images"] += result.embedded + result.failed - result.kept
@@ -63,10 +62,7 @@ class Tally:
             )
 
     def show(self, done: int, failed: int, workers: int) -> None:
-        """Pass on where the run stands, given what the shards in hand have done so far.
-
-        The clock of images per second starts when the first worker is live.
-        """
+        """Pass on where the run stands, given what the shards in hand have done so far."""
         if workers and self._first_worker is None:
             self._first_worker = time.monotonic()
         done += self._before + self._counts["images"] + self._counts["kept"]
@@ -89,9 +85,12 @@ class Tally:
                 "images: a part was changed since its commit; `resfeat verify --repair` names it "
                 "and sends it back to be done again"
             )
+        status: Literal["finished", "interrupted", "failed"] = "finished"
+        if error:
+            status = "interrupted" if isinstance(error, Stopped) else "failed"
         return Report(
             run_id=new_run_id(),
-            status=_status(error),
+            status=status,
             output=str(dataset.layout.root),
             precision=dataset.record.identity.precision,
             items=self._plan.items,
@@ -109,9 +108,3 @@ class Tally:
             error=str(error) if error else None,
             **self._counts,
         )
-
-
-def _status(error: ResfeatError | None) -> Literal["finished", "interrupted", "failed"]:
-    if error is None:
-        return "finished"
-    return "interrupted" if isinstance(error, Stopped) else "failed"

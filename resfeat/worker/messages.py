@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from resfeat.storage import is_remote
 if TYPE_CHECKING:
     from resfeat.dataset import Layout, Record
 
-# Files that a worker reads ahead while its decoders are busy. Enough to hide the latency of a disk,
+# Files that a worker reads ahead while its decoders are busy: enough to hide the latency of a disk,
 # and of an object store, where each file takes two requests.
 READ_AHEAD = 4
 READ_AHEAD_IN_STORE = 32
@@ -28,9 +28,8 @@ SHARDS_IN_HAND = 2
 class Job:
     """What to do, the same for every worker of a run. The weights travel apart.
 
-    output, share: where the dataset is, and which share of it the run writes. reads_ahead: files
-    to read ahead while the decoders are busy. dims: length of each layer's embedding. carried:
-    columns that travel with the images. quantised: the digest of an int8 network.
+    share: which share of the dataset the run writes. dims: length of each layer's embedding.
+    carried: columns that travel with the images. quantised: the digest of an int8 network.
     """
 
     output: str
@@ -70,14 +69,13 @@ class Placement:
 
     @classmethod
     def of(cls, options: RuntimeOptions, identity: Identity, device: str, cpus: int) -> Placement:
-        """What a worker uses on this device with so many cores. Raises UsageError if no runtime
-        there does what is asked."""
+        """Raises UsageError if no runtime on this device does what is asked."""
         runtime = choose(options.runtime, identity.model, identity.precision, device)
         batch_size = options.batch_size or BATCH_SIZE[runtime, device]
         return cls(runtime=runtime, device=device, cpus=cpus, batch_size=batch_size)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Task:
     """One shard to do.
 
@@ -87,16 +85,16 @@ class Task:
 
     shard: Shard
     careful: bool = False
-    parity: Mapping[str, float] | None = field(default=None, compare=False)
+    parity: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class ShardResult:
     """What a committed shard gave.
 
-    kept: those of the embedded images that were there before. fits: images that the device's memory
-    held at once, less than a batch if it ran out. seconds: busy seconds by stage, added up over
-    threads.
+    kept: those of the embedded images that were there before. changed: images that are not what was
+    listed. fits: images that the device's memory held at once. seconds: busy seconds by stage,
+    added up over threads.
     """
 
     shard: int

@@ -2,15 +2,16 @@
 
     loader threads: read, decode ─→ batch of fixed shape ─→ forward threads: embed ─→ write, commit
 
-A bounded number of images of each shard is under way, so memory grows with neither the shard nor
-the dataset.
+A bounded number of images is under way: memory grows with neither the shard nor the dataset.
 """
 
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import torch
@@ -21,24 +22,23 @@ from resfeat.decoding import CarefulDecoder, Decoder, load
 from resfeat.errors import Failure, ResfeatError, Stopped, first_line
 from resfeat.plan import read_shard
 from resfeat.sources import Item, gone
-from resfeat.worker.clock import StageClock
 from resfeat.worker.messages import ShardResult, Task
 from resfeat.worker.worker import Worker, forward
 
-# Prefetch per shard, beyond the batches that are being embedded: at least 64 images and 2 batches.
-# Enough for the unevenness of reading and decoding.
+# Prefetch per shard, beyond the batches that are being embedded, to even out reading and decoding.
 IMAGES_AHEAD = 64
 BATCHES_AHEAD = 2
 CHECK_SECONDS = 1.0
 
+Loading = Future[Row | Failure]
+
 
 def process_shard(worker: Worker, task: Task) -> ShardResult:
-    """Embed one shard and commit it. Of one that was done before, rows that `keeps` are not done
-    again.
+    """Embed one shard and commit it; rows of an earlier commit that `keeps` are not done again.
 
     Raises Stopped, with nothing committed, soon after the worker is told to stop, DecoderHungError
-    where the worker cannot go on, and ResfeatError where the dataset's own files cannot be read or
-    written, or the source is gone.
+    where the worker cannot go on, and ResfeatError where the dataset cannot be read or written, or
+    the source is gone.
     """
     layout, shard = worker.layout, task.shard
     careful = CarefulDecoder(worker.placement.cpus) if task.careful else nullcontext(worker)
@@ -53,9 +53,9 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
         embedded = failed = changed = 0
         unread: list[str] = []
         with Part(layout, shard.number, worker.schema(task.parity)) as part, careful as decoder:
-            hand = _Hand(worker, kept, decoder.decode, clock := StageClock())
+            hand = _Hand(worker, kept, decoder.decode)
             for batch in _embedded_batches(hand, items):
-                with clock("write"):
+                with hand.stage("write"):
                     part.add(batch.rows, batch.vectors, batch.failures)
                 embedded += len(batch.rows)
                 failed += len(batch.failures)
@@ -69,9 +69,9 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
                     f"source {root} is gone: mount it, or bring it back, and give the same command "
                     "again, it resumes"
                 )
-            with clock("write"):
+            with hand.stage("write"):
                 part.commit(item.id for item in items)
-    seconds = dict(clock.seconds)
+    seconds = dict(hand.seconds)
     return ShardResult(shard.number, embedded, failed, len(kept), changed, worker.fits, seconds)
 
 
@@ -101,18 +101,26 @@ def _told_of(worker: Worker, task: Task) -> Iterator[None]:
 
 @dataclass
 class _Hand:
-    """A shard in hand. kept: rows that are not done again, by id, with their vectors."""
+    """A shard in hand. kept: rows that are not done again, by id, with their vectors. seconds: busy
+    seconds by stage, added up over threads."""
 
     worker: Worker
     kept: Mapping[str, tuple[Row, NDArray[np.floating]]]
     decode: Decoder
-    clock: StageClock
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    lock: Lock = field(default_factory=Lock)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage of one image; no more are decoded at a time than there are cores."""
-        with self.worker.decoding if name == "decode" else nullcontext(), self.clock(name):
-            yield
+        """Time a stage; no more images are decoded at a time than there are cores."""
+        with self.worker.decoding if name == "decode" else nullcontext():
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                spent = time.perf_counter() - started
+                with self.lock:
+                    self.seconds[name] += spent
 
 
 @dataclass
@@ -127,7 +135,7 @@ class _Batch:
 
 
 def _embedded_batches(hand: _Hand, items: Sequence[Item]) -> Iterator[_Batch]:
-    """Finished batches in plan order, with a bounded number of others under way."""
+    """Finished batches in plan order."""
     worker, size = hand.worker, hand.worker.placement.batch_size
     most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
     under_way: deque[Future[_Batch]] = deque()
@@ -178,18 +186,15 @@ def _load(hand: _Hand, item: Item, place: NDArray[np.uint8]) -> Row | Failure:
 
 
 def _embed(
-    hand: _Hand,
-    items: Sequence[Item],
-    pixels: NDArray[np.uint8],
-    loads: Mapping[int, Future[Row | Failure]],
+    hand: _Hand, items: Sequence[Item], pixels: NDArray[np.uint8], loads: Mapping[int, Loading]
 ) -> _Batch:
-    with hand.clock("wait"):
+    with hand.stage("wait"):
         loaded = {place: load.result() for place, load in loads.items()}
     problem = Failure("embed", "non_finite", "the model gave a value that is not finite")
     job = hand.worker.job
     vectors = np.zeros((len(items), sum(job.dims.values())), job.identity.dtype)
     if any(isinstance(outcome, Row) for outcome in loaded.values()):
-        with hand.clock("embed"):
+        with hand.stage("embed"):
             try:
                 given = forward(hand.worker, pixels)[: len(items)]
             except torch.OutOfMemoryError as error:
@@ -204,11 +209,9 @@ def _embed(
         outcome: Row | Failure
         if item.id in hand.kept:
             outcome, vectors[place] = hand.kept[item.id]
-        else:
-            outcome = loaded[place]
-            if isinstance(outcome, Row):
-                batch.changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
-                outcome = outcome if finite[place] else problem
+        elif isinstance(outcome := loaded[place], Row):
+            batch.changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
+            outcome = outcome if finite[place] else problem
         if isinstance(outcome, Failure):
             batch.failures.append(FailedItem(item.id, item.uri, outcome, item.carried))
         else:

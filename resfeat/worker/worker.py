@@ -14,7 +14,7 @@ from torch import Tensor
 from resfeat import runtimes
 from resfeat.dataset import Layout, embeddings_schema
 from resfeat.decoding import Picture, decode
-from resfeat.errors import DecoderHungError, Failure, ResfeatError
+from resfeat.errors import DecoderHungError, Failure, ResfeatError, first_line
 from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
 from resfeat.runtimes.hardware import cpu_count
@@ -64,13 +64,10 @@ class Worker:
         self.placement = placement
         self.layout = Layout(job.output, job.share)
         self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
+        self.fits = size = placement.batch_size
         self.runtime = runtimes.start(
-            network,
-            device=placement.device,
-            threads=self.forward_threads,
-            batch_size=placement.batch_size,
+            network, device=placement.device, threads=self.forward_threads, batch_size=size
         )
-        self.fits = placement.batch_size
         self.progress: dict[Shard, tuple[int, int]] = {}
         self.stopping = Event()
         self.decoding_since: dict[int, float] = {}
@@ -81,8 +78,7 @@ class Worker:
 
     def schema(self, parity: Mapping[str, float] | None) -> pa.Schema:
         """Of the rows. parity: what they say of how near they are to the reference."""
-        job = self.job
-        measured = {"parity": parity, "quantised": job.quantised}
+        job, measured = self.job, {"parity": parity, "quantised": self.job.quantised}
         return embeddings_schema(
             job.identity,
             job.dims,
@@ -108,7 +104,7 @@ class Worker:
         except torch.OutOfMemoryError as error:
             raise ResfeatError(
                 "the device's memory does not hold the network and one image: see what else is on "
-                f"it, or give a smaller --model ({str(error).splitlines()[0]})"
+                f"it, or give a smaller --model ({first_line(error)})"
             ) from error
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
@@ -132,7 +128,6 @@ class Worker:
 
 
 def _threads(name: str, count: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses one core each: there are enough of them."""
     return ThreadPoolExecutor(count, name, initializer=use_one_core)
 
 
