@@ -47,11 +47,6 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def note(text: str) -> None:
-    """Tell the user, beside the output."""
-    click.echo(f"Note: {shown(text)}", err=True)
-
-
 def leave(context: click.Context, code: int) -> NoReturn:
     """Exit, even where a thread of this process hangs in a decoder, or while it joins Ray: Python
     would wait for it."""

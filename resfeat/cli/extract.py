@@ -77,10 +77,7 @@ Whatever ended a run, the same command resumes it.
     help="Store the name of each image's folder as its label.",
 )
 @option(
-    "--max-error-rate",
-    type=float,
-    default=0.05,
-    help="Share of failed images above which the exit code is 3.",
+    "--max-error-rate", default=0.05, help="Share of failed images above which the exit code is 3."
 )
 @option("--retry-failed", is_flag=True, help="Also do the failed images again; other rows stay.")
 @option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
@@ -120,17 +117,14 @@ def extract(context: click.Context, /, talk: str | None, **choices: Any) -> None
         click.echo(json.dumps({"event": "report", **report.as_dict()}))
     elif talk != "quiet":
         _tell(report, verbose=talk == "verbose")
-    code = 0
     if report.status == "interrupted":
-        code = signals.exit_code
-    elif report.error_rate > spec.max_error_rate:
-        click.echo(
-            f"Error: {report.error_rate:.1%} of the images failed, more than --max-error-rate "
-            f"{spec.max_error_rate:.1%}; see {report.output}/failures",
-            err=True,
-        )
-        code = TOO_MANY_FAILED
-    leave(context, code)
+        leave(context, signals.exit_code)
+    if report.error_rate > spec.max_error_rate:
+        more = f"more than --max-error-rate {spec.max_error_rate:.1%}"
+        told = f"{report.error_rate:.1%} of the images failed, {more}"
+        click.echo(f"Error: {told}; see {report.output}/failures", err=True)
+        leave(context, TOO_MANY_FAILED)
+    leave(context, 0)
 
 
 def _tell(report: Report, *, verbose: bool) -> None:

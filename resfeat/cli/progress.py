@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resfeat.cli import note, shown
+from resfeat.cli import shown
 
 if TYPE_CHECKING:
     from resfeat.reporting import Progress
@@ -29,15 +29,18 @@ class Lines(AbstractContextManager["Lines"]):
         self._last = -math.inf
         self._first: tuple[float, int] | None = None
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        click.echo(text, err=True)
+
     def step(self, text: str) -> None:
         self._over()
-        line = f"{shown(text)} ..."
-        self._step = threading.Timer(STEP_SECONDS, click.echo, [line], {"err": True})
+        self._step = threading.Timer(STEP_SECONDS, self.say, [f"{shown(text)} ..."])
         self._step.daemon = True
         self._step.start()
 
     def note(self, text: str) -> None:
-        note(text)
+        self.say(f"Note: {shown(text)}")
 
     def show(self, progress: Progress) -> None:
         self._over()
@@ -53,13 +56,12 @@ class Lines(AbstractContextManager["Lines"]):
         """Print one line. speed: images per second since the first; 0 if it is too early to say."""
         done, total = progress.done, progress.total
         if total is None:
-            click.echo(f"listing: {done:,} images so far", err=True)
+            self.say(f"listing: {done:,} images so far")
             return
         text = f"{done:,} of {total:,} images ({done / total:.0%})"
         if speed:
             text += f", {speed:,.1f} images/s, {(total - done) / speed / 60:,.0f} min left"
-        text += f", {progress.failed:,} failed, {progress.workers} workers"
-        click.echo(text, err=True)
+        self.say(f"{text}, {progress.failed:,} failed, {progress.workers} workers")
 
     def _over(self) -> None:
         if self._step is not None:
@@ -86,13 +88,7 @@ class JsonLines(Lines):
 class Quiet(Lines):
     """Shows nothing."""
 
-    def step(self, text: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def show(self, progress: Progress) -> None:
+    def say(self, text: str) -> None:
         pass
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from resfeat.cli import note, options, shown
+from resfeat.cli import options, shown
+from resfeat.cli.progress import Lines
 
 if TYPE_CHECKING:
     from resfeat.dataset.verify import Verification
@@ -51,7 +52,7 @@ def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) 
     with tqdm(total=shards, unit=" shards", leave=False, disable=not sys.stderr.isatty()) as bar:
         found = look(dataset, bar.update)
 
-    sent = send_back(dataset, found, note) if repair and found.bad_shards else []
+    sent = send_back(dataset, found, Lines().note) if repair and found.bad_shards else []
     if as_json:
         click.echo(json.dumps({**asdict(found), "bad_shards": found.bad_shards, "sent_back": sent}))
     else:

@@ -1,16 +1,14 @@
 """In the calling process: for debugging, small jobs and tests; the reference for every other."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat.backbones.weights import Weights
 from resfeat.decoding import quiet
 from resfeat.engines import DRAIN_SECONDS, POLL_SECONDS, OnProgress
 from resfeat.engines.pool import Member, Pool
@@ -21,34 +19,27 @@ from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker, network_for, place_here
 
-if TYPE_CHECKING:
-    from resfeat.backbones.weights import Weights
-
 
 class InlineEngine:
     """One worker, in this process."""
 
     def __init__(self, options: RuntimeOptions, job: Job, weights: Weights) -> None:
         self.placement = place_here(options, job.identity)
-        self.description: dict[str, Any] = {
-            "engine": "inline",
-            "workers": 1,
-            "reads_ahead": job.reads_ahead,
-            **vars(self.placement),
-        }
+        about = {"engine": "inline", "workers": 1, "reads_ahead": job.reads_ahead}
+        self.description: dict[str, Any] = about | vars(self.placement)
         self._job = job
         self._network = network_for(job, self.placement, weights.tensors)
         self._worker = Worker(job, self.placement, self._network)
         self._threads = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
-        self._filters = ExitStack()
-        self._filters.enter_context(quiet())
+        self._quiet = quiet()
+        self._quiet.__enter__()
 
     def close(self) -> None:
         """Leave the shards in hand unfinished, and let the threads go."""
         self._worker.stopping.set()
         self._threads.shutdown(cancel_futures=True)
         self._worker.close()
-        self._filters.close()
+        self._quiet.__exit__(None, None, None)
 
     def embed(
         self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]

@@ -38,13 +38,11 @@ class Pool:
         self._waiting: deque[Shard] = deque()
         self._tasks: dict[Shard, Task] = {}
         self._blamed: Counter[Shard] = Counter()
-        self._unfinished = 0
 
     def take(self, tasks: Sequence[Task]) -> None:
         """Take on these tasks, each of another shard."""
         self._waiting.extend(task.shard for task in tasks)
         self._tasks.update((task.shard, task) for task in tasks)
-        self._unfinished += len(tasks)
 
     def drop_waiting(self) -> None:
         self._waiting.clear()
@@ -61,7 +59,7 @@ class Pool:
     @property
     def unfinished(self) -> bool:
         """Whether a shard is not done; it may have been dropped."""
-        return self._unfinished > 0
+        return bool(self._tasks)
 
     def hand_out(self) -> Iterator[tuple[Member, Task]]:
         """Put shards into the hands of live workers that have room, the emptiest first."""
@@ -82,7 +80,7 @@ class Pool:
 
     def done(self, member: Member, shard: Shard) -> None:
         del member.in_hand[shard]
-        self._unfinished -= 1
+        del self._tasks[shard]
 
     def heard(self, member: Member, told: Mapping[Shard, tuple[int, int]]) -> None:
         """A worker has told how many images of its shards it has done, and how many failed."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from resfeat import __version__
+from resfeat.backbones.weights import Weights
 from resfeat.decoding import quiet
 from resfeat.engines import DRAIN_SECONDS, POLL_SECONDS, OnProgress
 from resfeat.engines.cluster import Cluster, last_line
@@ -33,9 +34,6 @@ from resfeat.spec import RuntimeOptions
 from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker, network_for
-
-if TYPE_CHECKING:
-    from resfeat.backbones.weights import Weights
 
 # On a cluster a worker may wait for a machine to be added; here there is nothing to wait for.
 START_SECONDS = 180.0
@@ -120,15 +118,9 @@ class RayEngine:
             self._start(member)
         self._without_worker: float | None = None
         self._told = 0.0
-        self.description: dict[str, Any] = {
-            "engine": "ray",
-            "ray": ray.__version__,
-            "address": options.address or "local",
-            "workers": workers,
-            "reads_ahead": job.reads_ahead,
-            **resources,
-            **vars(self.placement),
-        }
+        about = {"engine": "ray", "ray": ray.__version__, "address": options.address or "local"}
+        counts = {"workers": workers, "reads_ahead": job.reads_ahead}
+        self.description: dict[str, Any] = {**about, **counts, **resources, **vars(self.placement)}
 
     def embed(
         self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]
@@ -144,8 +136,7 @@ class RayEngine:
             while not ray.wait([call], timeout=POLL_SECONDS)[0]:
                 _check(stopping)
             try:
-                embeddings: NDArray[np.float32] = ray.get(call)
-                return embeddings
+                return ray.get(call)  # type: ignore[no-any-return]
             except RayTaskError as error:
                 raise _as_resfeat(error) from error
             except RayError as error:
@@ -243,11 +234,8 @@ class RayEngine:
             raise _cannot_start(error) from error
         self._calls = {call: owner for call, owner in self._calls.items() if owner[0] is not member}
         self._asked = {call: owner for call, owner in self._asked.items() if owner is not member}
-        self._pool.died(
-            member,
-            f"{last_line(error)}; {MEMORY}, or look at that shard in _resfeat/plan",
-            preempted=preempted,
-        )
+        reason = f"{last_line(error)}; {MEMORY}, or look at that shard in _resfeat/plan"
+        self._pool.died(member, reason, preempted=preempted)
         self._start(member)
 
 

@@ -125,10 +125,7 @@ def _spread(listing: Iterable[Item], wanted: int) -> list[Item]:
 
 @contextmanager
 def _dataset(
-    sources: Sequence[str],
-    items: Sequence[Item],
-    weights: Weights,
-    on_step: Callable[[str], None],
+    sources: Sequence[str], items: Sequence[Item], weights: Weights, on_step: Callable[[str], None]
 ) -> Iterator[tuple[Layout, Record]]:
     """A dataset of these items that is about to be extracted, and is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="resfeat-bench-") as folder:
@@ -152,7 +149,7 @@ def _dataset(
 
 
 def _rate(count: int, once: Callable[[], object]) -> float:
-    """Images a second, where one call does so many: the mean over `SECONDS` after a first call."""
+    """Images a second, where one call does `count`: the mean over `SECONDS` after a first call."""
     once()
     calls, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < SECONDS:
@@ -162,8 +159,7 @@ def _rate(count: int, once: Callable[[], object]) -> float:
 
 
 def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
-    """The bytes of the files that can be read, and how fast that was, once: what was read before
-    comes from memory, as it does in a job that follows another."""
+    """The bytes of the files that can be read, and how fast that was, once."""
     started = time.perf_counter()
     contents = list(worker.loaders.map(read, items))
     rate = len(items) / (time.perf_counter() - started)
@@ -192,15 +188,13 @@ def _decode(worker: Worker, contents: Sequence[bytes]) -> tuple[list[Picture], f
 
 
 def _forward(worker: Worker, pictures: Sequence[Picture]) -> float:
-    size = worker.placement.batch_size
+    size, passes = worker.placement.batch_size, 2 * worker.forward_threads
     batch = worker.runtime.empty((size, *pictures[0].pixels.shape))
     for place in range(size):
         batch[place] = pictures[place % len(pictures)].pixels
-    passes = 2 * worker.forward_threads
 
-    def once() -> None:
-        for future in [worker.forwards.submit(forward, worker, batch) for _ in range(passes)]:
-            future.result()
+    def once() -> object:
+        return list(worker.forwards.map(partial(forward, worker), [batch] * passes))
 
     return _rate(size * passes, once)
 

@@ -1,20 +1,16 @@
 """What a worker is told, what it may use, and what it answers. All of it is small and travels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
 import pyarrow as pa
 
+from resfeat.dataset import Layout, Record
 from resfeat.plan import Shard, carried_columns
 from resfeat.runtimes import BATCH_SIZE, choose
 from resfeat.spec import Identity, RuntimeName, RuntimeOptions
 from resfeat.storage import is_remote
-
-if TYPE_CHECKING:
-    from resfeat.dataset import Layout, Record
 
 # Files that a worker reads ahead while its decoders are busy: enough to hide the latency of a disk,
 # and of an object store, where each file takes two requests.
@@ -43,7 +39,7 @@ class Job:
     quantised: str | None = None
 
     @classmethod
-    def of(cls, layout: Layout, record: Record, dims: Mapping[str, int]) -> Job:
+    def of(cls, layout: Layout, record: Record, dims: Mapping[str, int]) -> Self:
         """The job that brings this dataset to completion."""
         return cls(
             output=str(layout.root),
@@ -68,7 +64,7 @@ class Placement:
     batch_size: int
 
     @classmethod
-    def of(cls, options: RuntimeOptions, identity: Identity, device: str, cpus: int) -> Placement:
+    def of(cls, options: RuntimeOptions, identity: Identity, device: str, cpus: int) -> Self:
         """Raises UsageError if no runtime on this device does what is asked."""
         runtime = choose(options.runtime, identity.model, identity.precision, device)
         batch_size = options.batch_size or BATCH_SIZE[runtime, device]
