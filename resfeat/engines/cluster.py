@@ -80,8 +80,7 @@ class Cluster:
                 ray.shutdown()
 
     def _connect(self) -> bool:
-        """Join a cluster, or start one on this machine. False if the program that calls us has
-        already done so."""
+        """Join a cluster, or start one here. False if our caller has already done so."""
         given = {name: os.environ.get(name, value) for name, value in SWITCHES.items()}
         self._change(os.environ, given | {name: os.environ.get(name) for name in RAYS_OWN})
         import ray

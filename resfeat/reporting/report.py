@@ -59,7 +59,7 @@ class Report:
 
     @property
     def images_per_second(self) -> float:
-        """Images of this run by the time from the first live worker to the last commit."""
+        """Of this run, from the first live worker to the last commit."""
         return self.images / self.seconds if self.seconds else 0.0
 
     @property
@@ -85,10 +85,8 @@ class Report:
         if (stage := self.bottleneck) is None:
             return None
         more = limits.helps(stage, self.engine["device"], self.precision)
-        return (
-            f"limited by: {stage} (the model waited {self.waited:.0%} of its time); "
-            f"faster with {more}"
-        )
+        waited = f"the model waited {self.waited:.0%} of its time"
+        return f"limited by: {stage} ({waited}); faster with {more}"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as it is written to `_resfeat/runs/`."""

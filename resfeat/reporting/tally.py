@@ -41,7 +41,7 @@ class Tally:
         self.parity: Parity | None = None
 
     def note(self, text: str) -> None:
-        """Tell the user something of this run, now and in its report."""
+        """Tell the user something, now and in the report."""
         self._notes.append(text)
         self._watch.note(text)
 
@@ -72,13 +72,12 @@ class Tally:
     def report(
         self, dataset: Dataset, skipped: Mapping[str, int], error: ResfeatError | None
     ) -> Report:
-        """The run as it ended, and the dataset as it stands, counted from its notes."""
+        """The run as it ended, and the dataset as it stands."""
         # What an engine takes to leave is no part of its speed.
         ended = self._last_commit or time.monotonic()
         begun = self._first_worker or ended
         commits = dataset.commits()
-        embedded, reasons = commits.embedded, commits.reasons
-        failed = sum(reasons.values())
+        embedded, failed = commits.embedded, sum(commits.reasons.values())
         if error is None and embedded + failed != self._plan.items:
             error = ResfeatError(
                 f"{dataset.layout.root} holds {embedded + failed:,} rows for {self._plan.items:,} "
@@ -96,7 +95,7 @@ class Tally:
             items=self._plan.items,
             embedded=embedded,
             failed=failed,
-            reasons=reasons,
+            reasons=commits.reasons,
             shards_left=len(self.todo) - self._counts["shards"],
             start_seconds=round(begun - self._started, 3),
             seconds=round(ended - begun, 3),

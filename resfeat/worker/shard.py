@@ -71,13 +71,13 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
                 )
             with hand.stage("write"):
                 part.commit(item.id for item in items)
-    seconds = dict(hand.seconds)
-    return ShardResult(shard.number, embedded, failed, len(kept), changed, worker.fits, seconds)
+    return ShardResult(
+        shard.number, embedded, failed, len(kept), changed, worker.fits, hand.seconds
+    )
 
 
 def keeps(row: Row, item: Item) -> bool:
-    """Whether a committed row stays as it is when its shard is done once more. Every row that has
-    an embedding does: only failures are done again."""
+    """Whether a committed row stays when its shard is done once more: only failures do not."""
     return row.id == item.id
 
 
@@ -88,13 +88,11 @@ def _told_of(worker: Worker, task: Task) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResfeatError(
-            f"{where}: {error}; mend that and give the same command again, it resumes"
-        ) from error
+        next_step = "mend that and give the same command again, it resumes"
+        raise ResfeatError(f"{where}: {error}; {next_step}") from error
     except (MemoryError, RuntimeError) as error:  # the latter of torch and OpenVINO
-        raise ResfeatError(
-            f"{where}: {first_line(error)}; is memory short? give a smaller --batch-size"
-        ) from error
+        next_step = "is memory short? give a smaller --batch-size"
+        raise ResfeatError(f"{where}: {first_line(error)}; {next_step}") from error
     finally:
         worker.progress.pop(task.shard, None)
 

@@ -43,7 +43,7 @@ def place_here(options: RuntimeOptions, identity: Identity) -> Placement:
 
 
 def network_for(job: Job, placement: Placement, tensors: Mapping[str, Tensor]) -> Network:
-    """The network as the workers of a run take it: made once, sent to each."""
+    """The network as the workers take it: made once, sent to each."""
     quantised = Layout(job.output).quantised
     return runtimes.prepare(placement.runtime, job.identity, tensors, quantised)
 
@@ -56,7 +56,6 @@ class Worker:
 
     progress: images done and failed so far, by shard in hand. fits: images that the device's memory
     is thought to hold at once. stopping: set it to have shards in hand raise Stopped soon.
-    decoding_since: when each thread that is decoding an image began with it.
     """
 
     def __init__(self, job: Job, placement: Placement, network: Network) -> None:
@@ -70,7 +69,7 @@ class Worker:
         )
         self.progress: dict[Shard, tuple[int, int]] = {}
         self.stopping = Event()
-        self.decoding_since: dict[int, float] = {}
+        self.decoding_since: dict[int, float] = {}  # by thread
         self.loaders = _threads("load", placement.cpus + job.reads_ahead)
         self.forwards = _threads("forward", self.forward_threads)
         self.decoding = BoundedSemaphore(placement.cpus)
@@ -88,10 +87,8 @@ class Worker:
         )
 
     def embed(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Embeddings [N, D] of pictures uint8 [H, W, 3], in batches and threads as in a run.
-
-        Raises ResfeatError where the device's memory does not hold a single one.
-        """
+        """Embeddings [N, D] of pictures uint8 [H, W, 3], in batches and threads as in a run. Raises
+        ResfeatError where the device's memory does not hold a single one."""
         size = self.placement.batch_size
         batches = []
         for start in range(0, len(pictures), size):
@@ -108,7 +105,7 @@ class Worker:
             ) from error
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
-        """As `decode.decode`, in this thread, and under the eyes of `check_decoders`."""
+        """As `decode.decode`, watched by `check_decoders`."""
         self.decoding_since[get_ident()] = time.monotonic()
         try:
             return decode(data, preprocessing, way)
