@@ -51,11 +51,7 @@ Whatever ended a run, the same command resumes it.
 @click.command(epilog=EXAMPLES)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    required=True,
-    help="Folder of the dataset; resumed if it exists.",
+    "-o", "--output", metavar="OUT", required=True, help="Dataset folder; resumed if it exists."
 )
 @option(
     "--min-parity",
@@ -72,9 +68,7 @@ Whatever ended a run, the same command resumes it.
     help="Images in a shard, the unit of retry and commit.  [default: 4096, less for few images]",
 )
 @option(
-    "--label-from",
-    type=click.Choice(["parent"]),
-    help="Store the name of each image's folder as its label.",
+    "--label-from", type=click.Choice(["parent"]), help="Label each image with its folder's name."
 )
 @option(
     "--max-error-rate", default=0.05, help="Share of failed images above which the exit code is 3."

@@ -100,7 +100,7 @@ class Cluster:
                 self._change(os.environ, ALONE)
                 self._change(vars(ray_constants), ALONE_CONSTANTS)
                 _start()
-        except Exception as error:  # Ray's time-out is of no narrower class
+        except Exception as error:  # Ray's own time-out is of no narrower class
             raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
         return True
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,15 @@ class InlineEngine:
         self._network = network_for(job, self.placement, weights.tensors)
         self._worker = Worker(job, self.placement, self._network)
         self._threads = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
-        self._quiet = quiet()
-        self._quiet.__enter__()
+        self._quiet = ExitStack()
+        self._quiet.enter_context(quiet())
 
     def close(self) -> None:
         """Leave the shards in hand unfinished, and let the threads go."""
         self._worker.stopping.set()
         self._threads.shutdown(cancel_futures=True)
         self._worker.close()
-        self._quiet.__exit__(None, None, None)
+        self._quiet.close()
 
     def embed(
         self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]
