@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from resfeat.cli import options
+from resfeat.spec import FeatureSpec, RuntimeOptions
 
 EXAMPLES = """\b
 Examples:
@@ -35,7 +36,6 @@ def bench(context: click.Context, /, images: int, as_json: bool, **choices: Any)
     --weights: that makes no difference to the speed.
     """
     from resfeat.reporting.bench import bench as run
-    from resfeat.spec import FeatureSpec, RuntimeOptions
 
     if context.get_parameter_source("weights") is ParameterSource.DEFAULT:
         choices["weights"] = "random:0"

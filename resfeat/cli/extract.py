@@ -14,6 +14,7 @@ from resfeat.cli.options import option
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import Stopped
+from resfeat.spec import ExtractSpec, RuntimeOptions
 
 if TYPE_CHECKING:
     from resfeat.reporting.report import Report
@@ -86,8 +87,6 @@ def extract(context: click.Context, /, talk: str | None, **choices: Any) -> None
     Every image becomes one row: in OUT/embeddings, or in OUT/failures with the reason. After a
     crash or a stop, give the same command: it resumes, and does no committed shard again.
     """
-    from resfeat.spec import ExtractSpec, RuntimeOptions
-
     choices["runtime"] = RuntimeOptions(**options.pick(choices, RuntimeOptions))
     spec = ExtractSpec(**options.pick(choices, ExtractSpec))
     displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "json": JsonLines}
