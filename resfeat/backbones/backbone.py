@@ -3,7 +3,6 @@
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,8 +40,7 @@ class Backbone(nn.Module):
 
         with FlopCounterMode(display=False) as counter:
             self.shapes(crop)
-        multiplied_and_added: int = counter.get_total_flops()
-        return multiplied_and_added / 2 / 1e9
+        return float(counter.get_total_flops()) / 2 / 1e9
 
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
         """The named outputs for pictures float [N, 3, H, W]: feature maps [N, C, h, w], not yet
@@ -53,22 +51,14 @@ class Backbone(nn.Module):
 class Adapted(Backbone):
     """A network of another library, which gives the input of its classifier.
 
-    Its parameters keep their names.
+    Parameters keep their names. renamed: patterns of older names, and their replacements.
     """
 
     taps = ("pre_logits",)
 
-    def __init__(
-        self,
-        network: nn.Module,
-        head: tuple[str, ...],
-        renamed: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        """renamed: patterns of names in older checkpoints, and their replacements."""
+    def __init__(self, network: nn.Module, head: tuple[str, ...], renamed: Mapping[str, str]):
         super().__init__()
-        self.network = network
-        self.head = head
-        self._renamed = renamed
+        self.network, self.head, self._renamed = network, head, renamed
 
     def current(self, name: str) -> str:
         for pattern, today in self._renamed.items():

@@ -10,8 +10,7 @@ GEM_FLOOR = 1e-6
 
 
 def pool(features: Tensor, how: str) -> Tensor:
-    """A feature map [N, C, h, w] as float32 [N, C]: "avg", "max" or "gem". Vectors stay as they
-    are."""
+    """A feature map [N, C, h, w] as float32 [N, C] by "avg", "max" or "gem"; or vectors as such."""
     features = features.float()
     if features.dim() == 2:
         return features

@@ -1,13 +1,11 @@
 """Headless ResNets: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016.
 
-The networks of the paper's table 1 and of its section 4.2 (CIFAR-10), the plain networks that it
-compares them with, and three relatives that change one number or one connection each: wide ResNets
-(Zagoruyko & Komodakis, 2016), ResNeXt (Xie et al., 2017) and gated, "highway" shortcuts
-(Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015).
+The networks of table 1 and section 4.2 (CIFAR-10), the plain ones that the paper compares them
+with, and three relatives: wide ResNets (Zagoruyko & Komodakis, 2016), ResNeXt (Xie et al., 2017)
+and "highway" shortcuts (Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015).
 
-This is the variant that torchvision publishes weights for: a bottleneck strides on its 3x3
-convolution, not on the first 1x1 as the paper's own networks do. Parameter names are torchvision's,
-so its checkpoints load strictly once `fc` is left out.
+As in torchvision, a bottleneck strides on its 3x3 convolution, not on the first 1x1 as in the
+paper. Parameter names are torchvision's, so its checkpoints load strictly once `fc` is left out.
 """
 
 from collections.abc import Collection, Iterator
@@ -34,9 +32,8 @@ class Block(nn.Module):
         if self.kind == "highway" and numbers.beside:
             self.gate = conv(numbers.beside)
         elif numbers.beside:
-            self.downsample = nn.Sequential(
-                conv(numbers.beside), nn.BatchNorm2d(numbers.beside.outputs)
-            )
+            projection, outputs = conv(numbers.beside), numbers.beside.outputs
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
         elif self.kind == "A" and numbers.inputs != numbers.outputs:
             more = numbers.outputs - numbers.inputs
             self.downsample = nn.Sequential(SubsampleAndPad(numbers.stride, more))
