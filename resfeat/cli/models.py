@@ -1,7 +1,5 @@
 """resfeat models"""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 from typing import Any
@@ -27,12 +25,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def models(pattern: str, as_json: bool) -> None:
     """List models, what they give and the names of their published weights; or show one."""
-    from resfeat.backbones import find
-
     names = _matching(pattern)
-    if not names:
-        find(pattern)  # raises an error that suggests similar names
-        raise UsageError(f"no model is called like '{pattern}': see `resfeat models`")
     if as_json:
         click.echo(json.dumps([_row(name) for name in names]))
     elif names == [pattern]:
@@ -47,16 +40,16 @@ def models(pattern: str, as_json: bool) -> None:
 
 
 def _matching(pattern: str) -> list[str]:
-    from resfeat.backbones import FAMILIES, family_of
+    """Raises UsageError, which suggests similar names, if there is none."""
+    from resfeat.backbones import FAMILIES, family_of, find
 
     if pattern.rstrip(":") in FAMILIES:
         pattern = f"{pattern.rstrip(':')}:*"
     prefix, _, name = pattern.rpartition(":")
-    family = family_of(pattern)
-    if not any(each in name for each in "*?["):
-        return [pattern] if family.has(name) else []
-    found = fnmatch.filter(family.names(), name)
-    return [f"{prefix}:{each}" if prefix else each for each in found]
+    found = fnmatch.filter(family_of(pattern).names(), name)
+    if not found:
+        find(pattern)
+    return [f"{prefix}:{each}" if prefix else each for each in found] or [pattern]
 
 
 def _row(model: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The driver prepares a network once, where the weights are; each worker starts it
 has two methods, which several threads may call at once:
 
     empty(shape)   zeros uint8, to put a batch together in
-    embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D]
+    embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D], the layers side by side
 
 A runtime's module is only imported where it is used.
 """
@@ -15,9 +15,8 @@ import importlib.util
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.errors import UsageError
@@ -26,6 +25,8 @@ from resfeat.spec import Precision, RuntimeName
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from resfeat.runtimes.openvino import OpenVINORuntime
+    from resfeat.runtimes.torch import TorchRuntime
     from resfeat.spec import Identity, RuntimeOptions
     from resfeat.storage import Location
 
@@ -51,13 +52,6 @@ class Network:
     arrays: Mapping[str, NDArray[Any]]
 
 
-class Runtime(Protocol):
-    """What a worker needs of a runtime."""
-
-    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]: ...
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]: ...
-
-
 def keeps_to_the_cpu(options: RuntimeOptions, precision: Precision) -> bool:
     """Whether the run may use no GPU: none is wanted, or the user did not say and asked for what
     only CPUs have."""
@@ -81,44 +75,36 @@ def choose(asked: RuntimeName | None, model: str, precision: Precision, device: 
 
     Raises UsageError if this machine has none for it.
     """
+    installed, offered = importlib.util.find_spec("openvino") is not None, OFFERED["openvino"]
+    if asked != "openvino" and precision != "int8":
+        # OpenVINO is not tested with other libraries' networks and CPUs: users must ask for it.
+        tested = device == "cpu" and ":" not in model and platform.machine() in X86
+        if asked == "torch" or not (installed and tested and precision in offered):
+            return "torch"
+        return "torch" if precision == "bf16" and not _has_bf16() else "openvino"
+    what = "--runtime openvino" if asked == "openvino" else "--precision int8"
     if device == "cuda":
-        return _on_cuda(asked, precision)
-    installed = importlib.util.find_spec("openvino") is not None
-    if asked == "openvino" or precision == "int8":
-        if precision not in OFFERED["openvino"]:
-            raise UsageError(
-                f"--runtime openvino has no {precision}: give --precision "
-                f"{' or '.join(OFFERED['openvino'])}, or --runtime torch"
-            )
-        if asked == "torch":
-            raise UsageError("--runtime torch has no int8: give --runtime openvino, or auto")
-        if not installed:
-            raise UsageError(
-                f"{'--precision int8' if precision == 'int8' else '--runtime openvino'} needs "
-                "openvino, which is not installed: pip install 'resfeat[int8]'"
-            )
-        if precision == "bf16" and not _has_bf16():
-            raise UsageError(
-                "--runtime openvino --precision bf16 needs a CPU with bf16 instructions, and this "
-                "one has none: give --precision fp32 or int8"
-            )
-        return "openvino"
-    if asked == "torch" or not installed or precision not in OFFERED["openvino"]:
-        return "torch"
-    # OpenVINO is not tested with other libraries' networks and other CPUs: users must ask for it.
-    if ":" in model or platform.machine() not in X86 or (precision == "bf16" and not _has_bf16()):
-        return "torch"
-    return "openvino"
-
-
-def _on_cuda(asked: RuntimeName | None, precision: Precision) -> RuntimeName:
-    if asked == "openvino" or precision == "int8":
-        what = "--runtime openvino" if asked == "openvino" else "--precision int8"
         raise UsageError(
             f"{what} is for CPUs, and this run would be on a GPU: give --gpus-per-worker 0, or "
             f"leave out {what}"
         )
-    return "torch"
+    if precision not in offered:
+        raise UsageError(
+            f"--runtime openvino has no {precision}: give --precision {' or '.join(offered)}, or "
+            "--runtime torch"
+        )
+    if asked == "torch":
+        raise UsageError("--runtime torch has no int8: give --runtime openvino, or auto")
+    if not installed:
+        raise UsageError(
+            f"{what} needs openvino, which is not installed: pip install 'resfeat[int8]'"
+        )
+    if precision == "bf16" and not _has_bf16():
+        raise UsageError(
+            "--runtime openvino --precision bf16 needs a CPU with bf16 instructions, and this "
+            "one has none: give --precision fp32 or int8"
+        )
+    return "openvino"
 
 
 def _has_bf16() -> bool:
@@ -139,7 +125,9 @@ def prepare(
     return Network(name, identity, load(quantised) if is_int8 else convert(identity, tensors))
 
 
-def start(network: Network, *, device: str, threads: int, batch_size: int) -> Runtime:
+def start(
+    network: Network, *, device: str, threads: int, batch_size: int
+) -> TorchRuntime | OpenVINORuntime:
     """Build the model. threads: how many will call it."""
     if network.runtime == "torch":
         import torch

@@ -19,11 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchRuntime:
-    """An `Embedder` in eval mode on `device`, with channels last.
-
-    Several threads may call it. On a GPU each has a stream of its own, so that the copies of one
-    batch run while another is computed.
-    """
+    """An `Embedder` on `device`. On a GPU each calling thread has a stream of its own, so that the
+    copies of one batch run while another is computed."""
 
     def __init__(self, identity: Identity, tensors: Mapping[str, Tensor], device: str) -> None:
         if device == "cuda":
@@ -45,7 +42,7 @@ class TorchRuntime:
         return array
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings of RGB pixels uint8 [N, H, W, 3]: float32 [N, D], the layers side by side."""
+        """Embeddings float32 [N, D] of RGB pixels uint8 [N, H, W, 3]."""
         with torch.inference_mode(), self._stream():
             batch = torch.from_numpy(pixels).to(self._device, non_blocking=True)
             result: NDArray[np.float32] = self._embedder(batch).cpu().numpy()
