@@ -34,14 +34,12 @@ class Convolution(NamedTuple):
 
 
 class BlockNumbers(NamedTuple):
-    """beside: the convolution of the shortcut, a projection or a highway's gate."""
-
     inputs: int
     outputs: int
     stride: int
     shortcut: Shortcut
     convolutions: list[Convolution]
-    beside: Convolution | None
+    beside: Convolution | None  # the shortcut's: a projection, or a highway's gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +71,9 @@ class Architecture:
         """The blocks of each stage. The first block of all stages but the first strides."""
         inputs, stages = self.widths[0], list[list[BlockNumbers]]()
         for width, depth in zip(self.widths, self.depths, strict=True):
-            blocks: list[BlockNumbers] = []
-            for position in range(depth):
-                blocks.append(self._block(inputs, 2 if stages and position == 0 else 1, width))
-                inputs = blocks[-1].outputs
-            stages.append(blocks)
+            first = self._block(inputs, 2 if stages else 1, width)
+            inputs = first.outputs
+            stages.append([first, *[self._block(inputs, 1, width)] * (depth - 1)])
         return stages
 
     def _block(self, inputs: int, stride: int, width: int) -> BlockNumbers:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from resfeat.backbones.architecture import Architecture, BlockNumbers, Convolution
 from resfeat.backbones.backbone import Backbone
@@ -35,8 +34,9 @@ class Block(nn.Module):
             projection, outputs = conv(numbers.beside), numbers.beside.outputs
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
         elif self.kind == "A" and numbers.inputs != numbers.outputs:
-            more = numbers.outputs - numbers.inputs
-            self.downsample = nn.Sequential(SubsampleAndPad(numbers.stride, more))
+            # Every `stride`-th pixel, and channels of zeros for those that the input lacks.
+            zeros = nn.ZeroPad3d((0, 0, 0, 0, 0, numbers.outputs - numbers.inputs))
+            self.downsample = nn.Sequential(nn.MaxPool2d(1, numbers.stride), zeros)
         self.depth = len(numbers.convolutions)
         for number, convolution in enumerate(numbers.convolutions, start=1):
             setattr(self, f"conv{number}", conv(convolution))
@@ -56,17 +56,6 @@ class Block(nn.Module):
             transform = torch.sigmoid(self.gate(x))
             return self.relu(self.residual(x)) * transform + x * (1 - transform)  # type: ignore[no-any-return]
         return self.relu(self.residual(x) + self.downsample(x))  # type: ignore[no-any-return]
-
-
-class SubsampleAndPad(nn.Module):
-    """Option A: every `stride`-th pixel, and `channels` more channels of zeros."""
-
-    def __init__(self, stride: int, channels: int) -> None:
-        super().__init__()
-        self.stride, self.channels = stride, channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.channels))
 
 
 def conv(numbers: Convolution) -> nn.Conv2d:

@@ -47,15 +47,14 @@ def build(name: str, crop: int) -> Backbone:
         warnings.simplefilter("ignore", FutureWarning)
         network = zoo.get_model(name, **options)
     # The classifier is the last module with an output for each class.
-    head = [key for key, module in network.named_modules() if _outputs(module) == CLASSES][-1]
+    head = [
+        key
+        for key, module in network.named_modules()
+        if (isinstance(module, nn.Linear) and module.out_features == CLASSES)
+        or (isinstance(module, nn.Conv2d) and module.out_channels == CLASSES)
+    ][-1]
     network.set_submodule(head, nn.Identity())
     return Adapted(network, (head,), RENAMED)
-
-
-def _outputs(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    return module.out_channels if isinstance(module, nn.Conv2d) else None
 
 
 def published(name: str) -> dict[str, Published]:

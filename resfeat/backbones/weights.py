@@ -43,8 +43,7 @@ def resolve(spec: FeatureSpec) -> Weights:
     published = _choose(spec, family, name)
     pixels = published.preprocessing if published else family.default_pixels(name)
     pixels = _overridden(pixels, spec)
-    given = shapes(spec.model, pixels.crop)
-    layers, pool = _taps(spec, given)
+    dims, pool = _taps(spec, pixels.crop)
     notes: tuple[str, ...] = ()
     network = outline(spec.model, pixels.crop)
     expected = _deciding(network.state_dict())
@@ -62,13 +61,13 @@ def resolve(spec: FeatureSpec) -> Weights:
         weights_digest=digest(tensors),
         preprocessing=pixels,
         decode=spec.decode,
-        layers=layers,
+        layers=tuple(dims),
         pool=pool,
         normalize=spec.normalize,
         precision=spec.precision,
         dtype=spec.dtype,
     )
-    return Weights(identity, {layer: given[layer][0] for layer in layers}, origin, tensors, notes)
+    return Weights(identity, dims, origin, tensors, notes)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -112,20 +111,22 @@ def _overridden(pixels: Preprocessing, spec: FeatureSpec) -> Preprocessing:
     return pixels
 
 
-def _taps(spec: FeatureSpec, given: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], str]:
-    """The layers in the network's order, and the pooling, if the network has them."""
+def _taps(spec: FeatureSpec, crop: int) -> tuple[dict[str, int], str]:
+    """The layers in the network's order, each with its embedding's length, and the pooling."""
+    given = shapes(spec.model, crop)
     asked = spec.layers or (list(given)[-1],)
     if unknown := [layer for layer in asked if layer not in given]:
         known = ", ".join(given)
         raise UsageError(f"{spec.model} has no layer '{unknown[0]}': give some of {known}")
-    layers = tuple(layer for layer in given if layer in asked)
-    maps = all(len(given[layer]) == 3 for layer in layers)
+    taken = {layer: shape for layer, shape in given.items() if layer in asked}
+    maps = all(len(shape) == 3 for shape in taken.values())
     if spec.pool and not maps:
         raise UsageError(
             f"{spec.model} pools in its own way: leave out --pool {spec.pool}, or choose one of "
             "resfeat's own models"
         )
-    return layers, (spec.pool or "avg") if maps else "own"
+    dims = {layer: shape[0] for layer, shape in taken.items()}
+    return dims, (spec.pool or "avg") if maps else "own"
 
 
 def _notes(origin: str, opened: list[str], prefix: str, left_out: list[str]) -> tuple[str, ...]:
