@@ -24,8 +24,7 @@ class Backbone(nn.Module):
         return name
 
     def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
-        """What each tap gives for one picture of crop x crop pixels: (C, h, w) for a feature map,
-        (D,) for a vector. For a network on torch's meta device."""
+        """As `backbones.shapes`, for a network on torch's meta device."""
         with torch.inference_mode():
             outputs = self(torch.empty(1, 3, crop, crop, device="meta"), self.taps)
         return {tap: tuple(output.shape[1:]) for tap, output in outputs.items()}
@@ -34,8 +33,7 @@ class Backbone(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def gflops(self, crop: int) -> float:
-        """Billions of multiply-adds for one picture, in convolutions and matrix products. For a
-        network on torch's meta device."""
+        """Billions of multiply-adds for one picture, for a network on torch's meta device."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:

@@ -57,7 +57,6 @@ def public(source: str) -> str:
 
 
 def _split(source: str) -> SplitResult:
-    """The parts of an address; of a path, itself alone."""
     try:
         return urlsplit(source) if "://" in source else SplitResult("", "", source, "", "")
     except ValueError as error:
@@ -133,7 +132,6 @@ def _label(name: str, prefix: str) -> str:
 
 
 def _prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> str:
-    """The prefix of the network's names in this file."""
     found = Counter(
         name[:start]
         for name in tensors

@@ -43,7 +43,6 @@ class Block(nn.Module):
             setattr(self, f"bn{number}", nn.BatchNorm2d(convolution.outputs))
 
     def residual(self, x: Tensor) -> Tensor:
-        """The block's convolutions, up to the last batch norm."""
         for number in range(1, self.depth + 1):
             x = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x))
             x = x if number == self.depth else self.relu(x)
@@ -65,10 +64,10 @@ def conv(numbers: Convolution) -> nn.Conv2d:
 
 
 class ResNet(Backbone):
-    """A ResNet up to its last feature map; `taps` names the maps that it can give.
+    """A ResNet up to its last feature map.
 
-    "stem" is what the first stage sees, "layer1" and so on are the stages. "avgpool" is the last
-    stage again, under the name of the pooling that turns it into the embedding.
+    Taps: "stem" is what the first stage sees, "layer1" and so on are the stages. "avgpool" is the
+    last stage again, named for the pooling that makes it the embedding.
     """
 
     head = ("fc",)  # what torchvision puts on top, to be left out of a checkpoint
@@ -96,7 +95,6 @@ class ResNet(Backbone):
         yield "avgpool", x
 
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
-        """The feature maps of the named `layers`, in one pass."""
         return {name: output for name, output in self.feature_maps(x) if name in layers}
 
 

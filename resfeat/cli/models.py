@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from resfeat.backbones import FAMILIES, family_of, find, numbers, shapes
 from resfeat.errors import UsageError
 
 EXAMPLES = """\b
@@ -40,27 +41,21 @@ def models(pattern: str, as_json: bool) -> None:
 
 
 def _matching(pattern: str) -> list[str]:
-    """Raises UsageError, which suggests similar names, if there is none."""
-    from resfeat.backbones import FAMILIES, family_of, find
-
     if pattern.rstrip(":") in FAMILIES:
         pattern = f"{pattern.rstrip(':')}:*"
     prefix, _, name = pattern.rpartition(":")
     found = fnmatch.filter(family_of(pattern).names(), name)
     if not found:
-        find(pattern)
+        find(pattern)  # raises an error that suggests similar names, unless it ends in a tag
     return [f"{prefix}:{each}" if prefix else each for each in found] or [pattern]
 
 
 def _row(model: str) -> dict[str, Any]:
     """One model in plain values. GFLOPs are multiply-adds, as papers count them."""
-    from resfeat.backbones import find, numbers, shapes
-
     family, name = find(model)
     try:
         published = family.published(name)
-        default = next(iter(published.values()), None)
-        pixels = default.preprocessing if default else family.default_pixels(name)
+        pixels = family.default_pixels(name)
         taps = shapes(model, pixels.crop)
         counts = numbers(model, pixels.crop)
     except UsageError as error:
@@ -74,7 +69,7 @@ def _row(model: str) -> dict[str, Any]:
         "layers": {tap: list(shape) for tap, shape in taps.items()},
         "preprocessing": vars(pixels),
         "weights": {each.name: vars(each.preprocessing) for each in published.values()},
-        "default": default.name if default else None,
+        "default": next(iter(published), None),
     }
 
 

@@ -37,15 +37,14 @@ OFFERED: Mapping[RuntimeName, tuple[Precision, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
 }
 
-# Images in one forward pass. On a CPU each core runs its own pass, which is fastest while feature
-# maps stay in that core's cache.
+# Images in one forward pass. A CPU's core is fastest while feature maps stay in its cache.
 BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): 256}
 X86 = ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network as its runtime takes it, made by `prepare`. It travels to the workers."""
+    """A network as its runtime takes it. It travels to the workers."""
 
     runtime: RuntimeName
     identity: Identity
@@ -53,8 +52,7 @@ class Network:
 
 
 def keeps_to_the_cpu(options: RuntimeOptions, precision: Precision) -> bool:
-    """Whether the run may use no GPU: none is wanted, or the user did not say and asked for what
-    only CPUs have."""
+    """Whether no GPU is wanted, or the user did not say and asked for what only CPUs have."""
     if options.gpus_per_worker is None:
         return options.runtime == "openvino" or precision == "int8"
     return options.gpus_per_worker == 0
