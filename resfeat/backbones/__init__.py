@@ -1,14 +1,7 @@
 """The networks that give embeddings, by name.
 
 Ours are a plain dict of architectures; `torchvision:NAME` and `timm:NAME` are those libraries' own
-networks without their classifiers. A family of networks is a module with these functions:
-
-    names(), has(name)      what it has
-    build(name, crop)       the headless network, uninitialised, for pictures of crop x crop pixels
-    published(name)         its published weights, each with the preprocessing that belongs to it
-    default_pixels(name)    the preprocessing for weights of the user's own
-
-A built network is a `backbone.Backbone`. Nothing here imports torch until a network is built, or a
+networks without their classifiers. Nothing here imports torch until a network is built, or a
 family of another library is asked.
 """
 
@@ -28,7 +21,9 @@ if TYPE_CHECKING:
 
     from resfeat.backbones.architecture import Architecture
     from resfeat.backbones.backbone import Backbone
-    from resfeat.spec import Identity, Preprocessing
+    from resfeat.spec import Preprocessing
+
+FAMILIES = {"": "ours", "torchvision": "torchvision", "timm": "timm"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,11 @@ class Published:
 
 
 class Family(Protocol):
-    """The functions of a family's module."""
+    """The functions of a family's module.
+
+    build: the headless network, uninitialised, for pictures of crop x crop pixels. published: by
+    name, the default first. default_pixels: for weights of the user's own.
+    """
 
     def names(self) -> list[str]: ...
     def has(self, name: str) -> bool: ...
@@ -50,27 +49,20 @@ class Family(Protocol):
     def default_pixels(self, name: str) -> Preprocessing: ...
 
 
-FAMILIES = {"": "ours", "torchvision": "torchvision", "timm": "timm"}
-
-
 def family_of(model: str) -> Family:
     """The family that a model's prefix names. Raises UsageError for an unknown prefix."""
-    return cast("Family", importlib.import_module(f"resfeat.backbones.{FAMILIES[_prefix(model)]}"))
-
-
-def _prefix(model: str) -> str:
     prefix = model.rpartition(":")[0]
     if prefix not in FAMILIES:
         raise UsageError(
             f"unknown model '{model}': only torchvision: and timm: may stand before a name"
         )
-    return prefix
+    return cast("Family", importlib.import_module(f"resfeat.backbones.{FAMILIES[prefix]}"))
 
 
 def check_name(model: str) -> None:
     """Raise UsageError for a misspelt name, in no time. Of torchvision: and timm: only the prefix
     is checked, since those libraries take seconds to import."""
-    if not _prefix(model):
+    if model.rpartition(":")[0] not in ("torchvision", "timm"):
         find(model)
 
 
@@ -109,8 +101,7 @@ def outline(model: str, crop: int) -> Backbone:
 
 
 def numbers(model: str, crop: int) -> Architecture | Backbone:
-    """What has the shapes and counts of a network: worked out for ours, measured for others. Counts
-    are without the classifier."""
+    """What has a network's shapes and counts: worked out for ours, measured for others."""
     from resfeat.backbones.ours import BACKBONES
 
     return BACKBONES.get(model) or outline(model, crop)
@@ -130,9 +121,3 @@ def shapes(model: str, crop: int) -> dict[str, tuple[int, ...]]:
             f"{model} does not take pictures of {crop} x {crop} pixels ({first_line(error)}): give "
             "another --crop, or leave it to the weights"
         ) from error
-
-
-def dimensions(identity: Identity) -> dict[str, int]:
-    """The length of each layer's embedding, in the identity's order."""
-    given = shapes(identity.model, identity.preprocessing.crop)
-    return {layer: given[layer][0] for layer in identity.layers}

@@ -1,10 +1,10 @@
 """ResNets in numbers: their convolutions, and what follows from those: shapes, parameters, GFLOPs.
 
-`resnet.py` builds networks from these numbers. They are apart from it since importing torch takes
-seconds.
+`resnet.py` builds networks from them. They are apart since importing torch takes seconds.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ Shortcut = Literal["A", "B", "C", "none", "highway"]
 
 
 class Convolution(NamedTuple):
-    """A batch norm follows it, unless it has biases."""
+    """A batch norm follows, unless it has biases. Padding keeps the side at a stride of 1."""
 
     inputs: int
     outputs: int
@@ -28,16 +28,18 @@ class Convolution(NamedTuple):
     def weights(self) -> int:
         return self.inputs // self.groups * self.outputs * self.kernel**2
 
+    def side(self, side: int) -> int:
+        """The side of the map that it gives for a map of this side."""
+        return math.ceil(side / self.stride)
+
 
 class BlockNumbers(NamedTuple):
-    """beside: the convolution of the shortcut, a projection or a highway's gate."""
-
     inputs: int
     outputs: int
     stride: int
     shortcut: Shortcut
     convolutions: list[Convolution]
-    beside: Convolution | None
+    beside: Convolution | None  # the shortcut's: a projection, or a highway's gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +64,16 @@ class Architecture:
 
     @property
     def first(self) -> Convolution:
-        """The convolution of the stem."""
         width = self.widths[0]
         return Convolution(3, width, 3) if self.stem == "cifar" else Convolution(3, width, 7, 2)
 
     def stages(self) -> list[list[BlockNumbers]]:
-        """The blocks of each stage. Each stage but the first halves height and width, in its first
-        block."""
+        """The blocks of each stage. The first block of all stages but the first strides."""
         inputs, stages = self.widths[0], list[list[BlockNumbers]]()
         for width, depth in zip(self.widths, self.depths, strict=True):
-            blocks: list[BlockNumbers] = []
-            for position in range(depth):
-                blocks.append(self._block(inputs, 2 if stages and position == 0 else 1, width))
-                inputs = blocks[-1].outputs
-            stages.append(blocks)
+            first = self._block(inputs, 2 if stages else 1, width)
+            inputs = first.outputs
+            stages.append([first, *[self._block(inputs, 1, width)] * (depth - 1)])
         return stages
 
     def _block(self, inputs: int, stride: int, width: int) -> BlockNumbers:
@@ -91,20 +89,21 @@ class Architecture:
             convolutions = [Convolution(inputs, width, 3, stride), Convolution(width, width, 3)]
         keeps_shape = stride == 1 and inputs == outputs
         shortcut, beside = self.shortcut, None
-        if shortcut == "highway" and keeps_shape:
+        if shortcut == "C" or (shortcut == "B" and not keeps_shape):
+            beside = Convolution(inputs, outputs, 1, stride)
+        elif shortcut == "highway" and keeps_shape:
             beside = Convolution(inputs, outputs, 3, bias=True)
         elif shortcut == "highway":
             shortcut = "none"  # as in the highway paper, plain layers change the shape
-        elif shortcut == "C" or (shortcut == "B" and not keeps_shape):
-            beside = Convolution(inputs, outputs, 1, stride)
         return BlockNumbers(inputs, outputs, stride, shortcut, convolutions, beside)
 
     def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
         """The feature map (C, h, w) of each tap, for one picture of crop x crop pixels."""
-        side = crop if self.stem == "cifar" else _halved(_halved(crop))
+        side = self.first.side(crop)
+        side = side if self.stem == "cifar" else math.ceil(side / 2)  # what follows is pooling
         given: dict[str, tuple[int, ...]] = {"stem": (self.widths[0], side, side)}
         for number, width in enumerate(self.widths, start=1):
-            side = _halved(side) if number > 1 else side
+            side = math.ceil(side / 2) if number > 1 else side
             given[f"layer{number}"] = (width * self.expansion, side, side)
         return given | {"avgpool": given[f"layer{len(self.widths)}"]}
 
@@ -117,11 +116,11 @@ class Architecture:
 
     def _maps(self, crop: int) -> list[tuple[Convolution, int]]:
         """All convolutions, each with the side of the map that it gives."""
-        maps = [(self.first, crop if self.first.stride == 1 else _halved(crop))]
+        maps = [(self.first, self.first.side(crop))]
         side = self.shapes(crop)["stem"][1]
-        for block in itertools.chain.from_iterable(self.stages()):
+        for block in itertools.chain(*self.stages()):
             for each in block.convolutions:
-                side = side if each.stride == 1 else _halved(side)
+                side = each.side(side)
                 maps.append((each, side))
             maps += [(block.beside, side)] if block.beside else []
         return maps
@@ -138,8 +137,3 @@ def cifar(depth: int, shortcut: Shortcut = "A") -> Architecture:
     """Section 4.2: three stages of n blocks on 32x32, 16x16 and 8x8 maps make 6n + 2 layers."""
     blocks = (depth - 2) // 6
     return Architecture(depths=(blocks,) * 3, widths=(16, 32, 64), shortcut=shortcut, stem="cifar")
-
-
-def _halved(side: int) -> int:
-    """A side after a stride of 2, with the padding that keeps it at a stride of 1."""
-    return (side + 1) // 2

@@ -3,7 +3,6 @@
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ class Backbone(nn.Module):
         return name
 
     def shapes(self, crop: int) -> dict[str, tuple[int, ...]]:
-        """What each tap gives for one picture of crop x crop pixels: (C, h, w) for a feature map,
-        (D,) for a vector. For a network on torch's meta device."""
+        """As `backbones.shapes`, for a network on torch's meta device."""
         with torch.inference_mode():
             outputs = self(torch.empty(1, 3, crop, crop, device="meta"), self.taps)
         return {tap: tuple(output.shape[1:]) for tap, output in outputs.items()}
@@ -35,14 +33,12 @@ class Backbone(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def gflops(self, crop: int) -> float:
-        """Billions of multiply-adds for one picture, in convolutions and matrix products. For a
-        network on torch's meta device."""
+        """Billions of multiply-adds for one picture, for a network on torch's meta device."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
             self.shapes(crop)
-        multiplied_and_added: int = counter.get_total_flops()
-        return multiplied_and_added / 2 / 1e9
+        return float(counter.get_total_flops()) / 2 / 1e9
 
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
         """The named outputs for pictures float [N, 3, H, W]: feature maps [N, C, h, w], not yet
@@ -53,22 +49,14 @@ class Backbone(nn.Module):
 class Adapted(Backbone):
     """A network of another library, which gives the input of its classifier.
 
-    Its parameters keep their names.
+    Parameters keep their names. renamed: patterns of older names, and their replacements.
     """
 
     taps = ("pre_logits",)
 
-    def __init__(
-        self,
-        network: nn.Module,
-        head: tuple[str, ...],
-        renamed: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        """renamed: patterns of names in older checkpoints, and their replacements."""
+    def __init__(self, network: nn.Module, head: tuple[str, ...], renamed: Mapping[str, str]):
         super().__init__()
-        self.network = network
-        self.head = head
-        self._renamed = renamed
+        self.network, self.head, self._renamed = network, head, renamed
 
     def current(self, name: str) -> str:
         for pattern, today in self._renamed.items():

@@ -29,30 +29,26 @@ WEB = ("http", "https")
 STORES = ("s3", "gs", "gcs")
 CONNECT_SECONDS = 10
 
-# Where training scripts put the network. The copy that is meant for use comes first: averaged
-# weights before the last ones, DINO's teacher before its student.
+# Where training scripts put the network; first the copy that is meant for use: averaged weights
+# before the last ones, DINO's teacher before its student.
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict",
               "model", "module", "ema", "teacher", "student", "network", "net", "backbone",
               "encoder")  # fmt: skip
-# Prefixes of the copy that is used after training, where a file holds two: MoCo's query encoder (v1
-# and v2, v3) before its key encoder.
+# Prefixes of the copy that is meant for use, where a file holds two: MoCo's query encoder.
 PREFERRED = ("encoder_q", "base_encoder", "teacher", "online_encoder", "ema_model")
 
 
 def is_checkpoint(weights: str) -> bool:
     """Whether this names a file or an address, rather than published weights."""
-    return (
-        "://" in weights
-        or weights.lower().endswith(SUFFIXES)
-        or Path(weights).expanduser().is_file()
-    )
+    named = "://" in weights or weights.lower().endswith(SUFFIXES)
+    return named or Path(weights).expanduser().is_file()
 
 
 def public(source: str) -> str:
     """The source without secrets: no password and no signature of a URI."""
-    if "://" not in source:
-        return str(Path(source).expanduser().absolute())
     parts = _split(source)
+    if not parts.scheme:
+        return str(Path(source).expanduser().absolute())
     user, _, host = parts.netloc.rpartition("@")
     if user == "anonymous":  # how Google's stores are read without credentials
         host = parts.netloc
@@ -60,9 +56,9 @@ def public(source: str) -> str:
     return urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
 
 
-def _split(uri: str) -> SplitResult:
+def _split(source: str) -> SplitResult:
     try:
-        return urlsplit(uri)
+        return urlsplit(source) if "://" in source else SplitResult("", "", source, "", "")
     except ValueError as error:
         raise UsageError(f"weights: an address that cannot be read ({error})") from error
 
@@ -75,7 +71,7 @@ def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
     """
     data = _fetch(source)
     try:
-        content = _parse(source, data)
+        content = _parse(data, _split(source).path)
     # The readers' errors for broken and hostile files have no common class.
     except Exception as error:
         raise ResfeatError(
@@ -83,11 +79,10 @@ def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
             "loaded, code in a checkpoint is never run: if it is your own, save "
             "`model.state_dict()` again"
         ) from error
-    opened = []
-    while isinstance(content, dict):
-        inner = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
+    opened: list[str] = []
+    while isinstance(content, dict) and (
+        inner := next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
+    ):
         opened.append(inner)
         content = content[inner]
     if not isinstance(content, dict) or not all(
@@ -112,19 +107,16 @@ def strip(
     prefix = _prefix(tensors, expected)
     # Without numbers: `layer5` looks like a part of a network that has four layers.
     parts = {_part(name) for name in expected}
+    heads = tuple(f"{module}." for module in head)
     kept: dict[str, Tensor] = {}
     left_out: dict[str, None] = {}
     for name, tensor in tensors.items():
         own = name[len(prefix) :]
         if not name.startswith(prefix):
             left_out[_label(name, prefix)] = None
-        elif own in expected:
+        elif own in expected or (_part(own) in parts and not own.startswith(heads)):
             kept[own] = tensor
-        elif any(own.startswith(f"{module}.") for module in head):
-            continue
-        elif _part(own) in parts:
-            kept[own] = tensor
-        else:
+        elif not own.startswith(heads):
             left_out[prefix + own.partition(".")[0]] = None
     return kept, prefix, list(left_out)
 
@@ -140,26 +132,22 @@ def _label(name: str, prefix: str) -> str:
 
 
 def _prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> str:
-    """The prefix of the network's names in this file."""
-    found: Counter[str] = Counter()
-    for name in tensors:
-        start = 0
-        while start >= 0:
-            if name[start:] in expected:
-                found[name[:start]] += 1
-            start = name.find(".", start) + 1 or -1
+    found = Counter(
+        name[:start]
+        for name in tensors
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+        if name[start:] in expected
+    )
     # A copy that lacks a few tensors is still a copy: it must not lose to the wrong one.
     copies = {prefix: count for prefix, count in found.items() if count > len(expected) / 2}
-    if not copies:
-        return ""
-    best = min((_rank(prefix), -count) for prefix, count in copies.items())
-    meant = [prefix for prefix, count in copies.items() if (_rank(prefix), -count) == best]
+    order = {prefix: (_rank(prefix), -count) for prefix, count in copies.items()}
+    meant = [prefix for prefix in order if order[prefix] == min(order.values())]
     if len(meant) > 1:
         raise ResfeatError(
             f"the weights hold {len(meant)} copies of the network, under {', '.join(meant)}: save "
             "the one that is meant"
         )
-    return meant[0]
+    return meant[0] if meant else ""
 
 
 def _rank(prefix: str) -> int:
@@ -176,32 +164,24 @@ def _reason(error: Exception) -> str:
     return first_line(error)
 
 
-def _parse(source: str, data: bytes) -> Any:
-    path = _split(source).path if "://" in source else source
+def _parse(data: bytes, path: str) -> Any:
     if path.lower().endswith(".safetensors"):
         from safetensors.torch import load
 
         return load(data)
-    # Training scripts save their options, which are a class of the standard library that runs
-    # nothing of its own when it is read.
+    # Training scripts save their options as a Namespace, which runs nothing when it is read.
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old pickles and slow checks
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _impatient(uri: str) -> str:
-    # Google's client would retry for a quarter of an hour.
-    limit = f"retry_limit_seconds={CONNECT_SECONDS}"
-    if uri.startswith("s3:") or "retry_limit_seconds" in uri:
-        return uri
-    return f"{uri}{'&' if '?' in uri else '?'}{limit}"
-
-
 def _fetch(source: str) -> bytes:
-    scheme = _split(source).scheme if "://" in source else ""
+    scheme, host, _, query, _ = _split(source)
     try:
+        if not scheme:
+            return Path(source).expanduser().read_bytes()
         if scheme in WEB:
-            if "@" in _split(source).netloc:
+            if "@" in host:
                 raise UsageError(
                     f"weights {public(source)}: a password in an address is not sent; give an "
                     "address that needs none, or a path"
@@ -209,15 +189,16 @@ def _fetch(source: str) -> bytes:
             with urllib.request.urlopen(source, timeout=CONNECT_SECONDS) as response:
                 return bytes(response.read())
         if scheme in STORES:
-            store, path = FileSystem.from_uri(_impatient(source))
+            # Google's client would retry for a quarter of an hour.
+            limit = f"{'&' if query else '?'}retry_limit_seconds={CONNECT_SECONDS}"
+            limited = scheme == "s3" or "retry_limit_seconds" in query
+            store, path = FileSystem.from_uri(source if limited else source + limit)
             with store.open_input_stream(path, compression=None) as stream:
                 return bytes(stream.read())
-        if scheme:
-            known = ", ".join(f"{each}://" for each in (*WEB, *STORES))
-            raise UsageError(
-                f"weights {public(source)}: {scheme}:// is not read; give a path or {known}"
-            )
-        return Path(source).expanduser().read_bytes()
+        known = ", ".join(f"{each}://" for each in (*WEB, *STORES))
+        raise UsageError(
+            f"weights {public(source)}: {scheme}:// is not read; give a path or {known}"
+        )
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"weights file {public(source)} does not exist") from error
     except (OSError, HTTPException, pa.ArrowException, ValueError) as error:

@@ -41,20 +41,10 @@ BACKBONES: dict[str, Architecture] = {
 }  # fmt: skip
 
 # Means and standard deviations of the two training sets, as they are commonly used.
-IMAGENET = Preprocessing(
-    resize=256,
-    crop=224,
-    interpolation="bilinear",
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
-CIFAR = Preprocessing(
-    resize=32,
-    crop=32,
-    interpolation="bilinear",
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2470, 0.2435, 0.2616),
-)
+IMAGENET = Preprocessing(resize=256, crop=224, interpolation="bilinear",
+                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # fmt: skip
+CIFAR = Preprocessing(resize=32, crop=32, interpolation="bilinear",
+                      mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))  # fmt: skip
 
 # What torchvision publishes, the default first. Written down, since asking it takes seconds.
 _V1 = {"IMAGENET1K_V1": IMAGENET}

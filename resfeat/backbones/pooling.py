@@ -1,6 +1,5 @@
 """From a feature map to a vector."""
 
-import torch
 from torch import Tensor
 
 # Generalised mean of Radenovic, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human
@@ -10,8 +9,7 @@ GEM_FLOOR = 1e-6
 
 
 def pool(features: Tensor, how: str) -> Tensor:
-    """A feature map [N, C, h, w] as float32 [N, C]: "avg", "max" or "gem". Vectors stay as they
-    are."""
+    """A feature map [N, C, h, w] as float32 [N, C] by "avg", "max" or "gem"; or vectors as such."""
     features = features.float()
     if features.dim() == 2:
         return features
@@ -21,8 +19,3 @@ def pool(features: Tensor, how: str) -> Tensor:
         powers = features.clamp(min=GEM_FLOOR).pow(GEM_POWER)
         return powers.mean(dim=(2, 3)).pow(1 / GEM_POWER)
     return features.mean(dim=(2, 3))
-
-
-def normalise(vectors: Tensor) -> Tensor:
-    """Vectors [N, D] scaled to an L2 norm of 1; all zeros stay so."""
-    return torch.nn.functional.normalize(vectors, dim=1)

@@ -1,20 +1,17 @@
 """Headless ResNets: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016.
 
-The networks of the paper's table 1 and of its section 4.2 (CIFAR-10), the plain networks that it
-compares them with, and three relatives that change one number or one connection each: wide ResNets
-(Zagoruyko & Komodakis, 2016), ResNeXt (Xie et al., 2017) and gated, "highway" shortcuts
-(Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015).
+The networks of table 1 and section 4.2 (CIFAR-10), the plain ones that the paper compares them
+with, and three relatives: wide ResNets (Zagoruyko & Komodakis, 2016), ResNeXt (Xie et al., 2017)
+and "highway" shortcuts (Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015).
 
-This is the variant that torchvision publishes weights for: a bottleneck strides on its 3x3
-convolution, not on the first 1x1 as the paper's own networks do. Parameter names are torchvision's,
-so its checkpoints load strictly once `fc` is left out.
+As in torchvision, a bottleneck strides on its 3x3 convolution, not on the first 1x1 as in the
+paper. Parameter names are torchvision's, so its checkpoints load strictly once `fc` is left out.
 """
 
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from resfeat.backbones.architecture import Architecture, BlockNumbers, Convolution
 from resfeat.backbones.backbone import Backbone
@@ -34,19 +31,18 @@ class Block(nn.Module):
         if self.kind == "highway" and numbers.beside:
             self.gate = conv(numbers.beside)
         elif numbers.beside:
-            self.downsample = nn.Sequential(
-                conv(numbers.beside), nn.BatchNorm2d(numbers.beside.outputs)
-            )
+            projection, outputs = conv(numbers.beside), numbers.beside.outputs
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
         elif self.kind == "A" and numbers.inputs != numbers.outputs:
-            more = numbers.outputs - numbers.inputs
-            self.downsample = nn.Sequential(SubsampleAndPad(numbers.stride, more))
+            # Every `stride`-th pixel, and channels of zeros for those that the input lacks.
+            zeros = nn.ZeroPad3d((0, 0, 0, 0, 0, numbers.outputs - numbers.inputs))
+            self.downsample = nn.Sequential(nn.MaxPool2d(1, numbers.stride), zeros)
         self.depth = len(numbers.convolutions)
         for number, convolution in enumerate(numbers.convolutions, start=1):
             setattr(self, f"conv{number}", conv(convolution))
             setattr(self, f"bn{number}", nn.BatchNorm2d(convolution.outputs))
 
     def residual(self, x: Tensor) -> Tensor:
-        """The block's convolutions, up to the last batch norm."""
         for number in range(1, self.depth + 1):
             x = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x))
             x = x if number == self.depth else self.relu(x)
@@ -61,17 +57,6 @@ class Block(nn.Module):
         return self.relu(self.residual(x) + self.downsample(x))  # type: ignore[no-any-return]
 
 
-class SubsampleAndPad(nn.Module):
-    """Option A: every `stride`-th pixel, and `channels` more channels of zeros."""
-
-    def __init__(self, stride: int, channels: int) -> None:
-        super().__init__()
-        self.stride, self.channels = stride, channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.channels))
-
-
 def conv(numbers: Convolution) -> nn.Conv2d:
     """A convolution that keeps height and width at a stride of 1."""
     inputs, outputs, kernel, stride, groups, bias = numbers
@@ -79,10 +64,10 @@ def conv(numbers: Convolution) -> nn.Conv2d:
 
 
 class ResNet(Backbone):
-    """A ResNet up to its last feature map; `taps` names the maps that it can give.
+    """A ResNet up to its last feature map.
 
-    "stem" is what the first stage sees, "layer1" and so on are the stages. "avgpool" is the last
-    stage again, under the name of the pooling that turns it into the embedding.
+    Taps: "stem" is what the first stage sees, "layer1" and so on are the stages. "avgpool" is the
+    last stage again, named for the pooling that makes it the embedding.
     """
 
     head = ("fc",)  # what torchvision puts on top, to be left out of a checkpoint
@@ -110,7 +95,6 @@ class ResNet(Backbone):
         yield "avgpool", x
 
     def forward(self, x: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
-        """The feature maps of the named `layers`, in one pass."""
         return {name: output for name, output in self.feature_maps(x) if name in layers}
 
 

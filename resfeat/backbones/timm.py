@@ -22,8 +22,7 @@ except ImportError as error:
 
 @cache
 def names() -> list[str]:
-    found: list[str] = timm.list_models()
-    return found
+    return list(timm.list_models())
 
 
 def has(name: str) -> bool:
@@ -34,7 +33,7 @@ def has(name: str) -> bool:
 def build(name: str, crop: int) -> Backbone:
     network = timm.create_model(name, pretrained=False, num_classes=0)
     classifier = timm.get_pretrained_cfg_value(name, "classifier") or ()
-    return Adapted(network, (classifier,) if isinstance(classifier, str) else classifier)
+    return Adapted(network, (classifier,) if isinstance(classifier, str) else classifier, {})
 
 
 def published(name: str) -> dict[str, Published]:
@@ -44,17 +43,13 @@ def published(name: str) -> dict[str, Published]:
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if default is None or default.tag not in tags:
         return {}
-    if tag:
-        return {tag: _published(architecture, tag)}
     # Some weights of a network may want other pictures than centre crops: they are left out.
-    others = [each for each in tags if _centred(_config(f"{architecture}.{each}"))]
-    return {each: _published(architecture, each) for each in (default.tag, *others)}
-
-
-def _published(architecture: str, tag: str) -> Published:
-    return Published(
-        tag, default_pixels(f"{architecture}.{tag}"), partial(_read, architecture, tag)
-    )
+    centred = [each for each in tags if _centred(_config(f"{architecture}.{each}"))]
+    found = {}
+    for each in (tag,) if tag else (default.tag, *centred):
+        full = f"{architecture}.{each}"
+        found[each] = Published(each, default_pixels(full), partial(_read, full))
+    return found
 
 
 def default_pixels(name: str) -> Preprocessing:
@@ -76,8 +71,7 @@ def default_pixels(name: str) -> Preprocessing:
 
 
 def _config(name: str) -> dict[str, Any]:
-    config: dict[str, Any] = resolve_data_config(pretrained_cfg=vars(timm.get_pretrained_cfg(name)))
-    return config
+    return dict(resolve_data_config(pretrained_cfg=vars(timm.get_pretrained_cfg(name))))
 
 
 def _centred(config: dict[str, Any]) -> bool:
@@ -85,8 +79,7 @@ def _centred(config: dict[str, Any]) -> bool:
     return bool(config["crop_mode"] == "center" and height == width)
 
 
-def _read(architecture: str, tag: str) -> dict[str, Tensor]:
-    name = f"{architecture}.{tag}"
+def _read(name: str) -> dict[str, Tensor]:
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     # The errors of the hub's client have no common class.
@@ -96,5 +89,4 @@ def _read(architecture: str, tag: str) -> dict[str, Tensor]:
             f"hub ({first_line(error)}): fetch them into the Hugging Face cache, or give "
             "--weights PATH"
         ) from error
-    tensors: dict[str, Tensor] = network.state_dict()
-    return tensors
+    return dict(network.state_dict())

@@ -3,8 +3,6 @@
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +13,10 @@ from torch import Tensor, nn
 
 from resfeat.backbones import Published
 from resfeat.backbones.backbone import Adapted, Backbone
-from resfeat.backbones.checkpoint import read_tensors
+from resfeat.backbones.checkpoint import CONNECT_SECONDS, read_tensors
 from resfeat.errors import ResfeatError
 from resfeat.spec import Interpolation, Preprocessing
 
-CONNECT_SECONDS = 10
 CLASSES = 1000
 # Their published weights want values from -1 to 1. torchvision normalises as for others, and undoes
 # that before the first layer (`transform_input`). Here it is not done at all.
@@ -33,8 +30,7 @@ RENAMED = {
 
 
 def names() -> list[str]:
-    found: list[str] = zoo.list_models(module=zoo)
-    return found
+    return list(zoo.list_models(module=zoo))
 
 
 def has(name: str) -> bool:
@@ -51,15 +47,14 @@ def build(name: str, crop: int) -> Backbone:
         warnings.simplefilter("ignore", FutureWarning)
         network = zoo.get_model(name, **options)
     # The classifier is the last module with an output for each class.
-    head = [key for key, module in network.named_modules() if _outputs(module) == CLASSES][-1]
+    head = [
+        key
+        for key, module in network.named_modules()
+        if (isinstance(module, nn.Linear) and module.out_features == CLASSES)
+        or (isinstance(module, nn.Conv2d) and module.out_channels == CLASSES)
+    ][-1]
     network.set_submodule(head, nn.Identity())
     return Adapted(network, (head,), RENAMED)
-
-
-def _outputs(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    return module.out_channels if isinstance(module, nn.Conv2d) else None
 
 
 def published(name: str) -> dict[str, Published]:
@@ -88,31 +83,24 @@ def _preprocessing(name: str, entry: zoo.WeightsEnum) -> Preprocessing:
 
 def _read(entry: zoo.WeightsEnum) -> dict[str, Tensor]:
     """The tensors of the file in torch hub's cache. Downloads it if it is not there."""
-    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(entry.url)
+    cached = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
     if not cached.exists():
         _download(entry, cached)
     return read_tensors(str(cached))[0]
 
 
 def _download(entry: zoo.WeightsEnum, cached: Path) -> None:
-    digest_start = cached.stem.rpartition("-")[2]  # it is part of the file's name
+    digest_start = cached.stem.rpartition("-")[2]
+    timeout = socket.getdefaulttimeout()
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(CONNECT_SECONDS):
-            torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=digest_start)
+        # torch.hub sets no timeout: a silent network would hang the run.
+        socket.setdefaulttimeout(CONNECT_SECONDS)
+        torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=digest_start)
     except (OSError, RuntimeError) as error:
         raise ResfeatError(
             f"cannot download {entry.url} ({getattr(error, 'reason', error)}): put the file at "
             f"{cached}, or give --weights PATH"
         ) from error
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torch.hub sets no timeout: a silent network would hang the run.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)

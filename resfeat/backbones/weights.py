@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resfeat.backbones import Family, Published, build, dimensions, find, ours, outline, shapes
-from resfeat.backbones.backbone import Backbone
+from resfeat.backbones import Family, Published, build, find, outline, shapes
 from resfeat.backbones.checkpoint import is_checkpoint, public, read_tensors, strip
-from resfeat.backbones.ours import LIKE_TORCHVISION
+from resfeat.backbones.ours import IMAGENET, LIKE_TORCHVISION
 from resfeat.backbones.resnet import ResNet, initialise
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import FeatureSpec, Identity, Preprocessing
@@ -23,8 +22,8 @@ from resfeat.spec import FeatureSpec, Identity, Preprocessing
 class Weights:
     """Tensors that fit a backbone exactly, and all that belongs to them.
 
-    dims: length of each layer's embedding. origin: what to give as --weights to find them again:
-    "IMAGENET1K_V2", an absolute path, "random:0". notes: how the file was read, a line each.
+    dims: length of each layer's embedding, in order. origin: what to give as --weights to find them
+    again: "IMAGENET1K_V2", an absolute path, "random:0". notes: how the file was read.
     """
 
     identity: Identity
@@ -44,31 +43,31 @@ def resolve(spec: FeatureSpec) -> Weights:
     published = _choose(spec, family, name)
     pixels = published.preprocessing if published else family.default_pixels(name)
     pixels = _overridden(pixels, spec)
-    layers, pool = _taps(spec, pixels.crop)
+    dims, pool = _taps(spec, pixels.crop)
     notes: tuple[str, ...] = ()
     network = outline(spec.model, pixels.crop)
     expected = _deciding(network.state_dict())
-    if published:
-        origin = published.name
-        tensors, _, _ = strip(_current(published.read(), network), expected, network.head)
-    elif spec.weights.startswith("random:"):
+    if spec.weights.startswith("random:"):
         origin, tensors = spec.weights, _random(spec, pixels.crop)
     else:
-        origin = public(spec.weights)
-        tensors, notes = _from_checkpoint(spec.weights, network, expected)
+        origin = published.name if published else public(spec.weights)
+        read, opened = (published.read(), []) if published else read_tensors(spec.weights)
+        read = {network.current(name): tensor for name, tensor in read.items()}
+        tensors, prefix, left_out = strip(read, expected, network.head)
+        notes = () if published else _notes(origin, opened, prefix, left_out)
     tensors = _fitting(spec.model, origin, tensors, expected)
     identity = Identity(
         model=spec.model,
         weights_digest=digest(tensors),
         preprocessing=pixels,
         decode=spec.decode,
-        layers=layers,
+        layers=tuple(dims),
         pool=pool,
         normalize=spec.normalize,
         precision=spec.precision,
         dtype=spec.dtype,
     )
-    return Weights(identity, dimensions(identity), origin, tensors, notes)
+    return Weights(identity, dims, origin, tensors, notes)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -89,20 +88,15 @@ def _choose(spec: FeatureSpec, family: Family, name: str) -> Published | None:
     if not spec.weights.isidentifier() and is_checkpoint(spec.weights):
         return None
     published = family.published(name)
-    if spec.weights == "DEFAULT" and published:
-        return next(iter(published.values()))
-    if spec.weights in published:
-        return published[spec.weights]
-    if is_checkpoint(spec.weights):
-        return None
+    why, chosen = f"unknown weights '{spec.weights}'", published.get(spec.weights)
+    if spec.weights == "DEFAULT":
+        why, chosen = "nobody publishes weights", next(iter(published.values()), None)
+    if chosen or is_checkpoint(spec.weights):
+        return chosen
     there = f"one of {', '.join(published)}, " if published else ""
-    why = (
-        f"nobody publishes weights for {spec.model}"
-        if spec.weights == "DEFAULT"
-        else f"unknown weights '{spec.weights}' for {spec.model}"
-    )
     raise UsageError(
-        f"{why}: give {there}the path or address of a .pth or .safetensors file, or random:SEED"
+        f"{why} for {spec.model}: give {there}the path or address of a .pth or .safetensors file, "
+        "or random:SEED"
     )
 
 
@@ -117,35 +111,30 @@ def _overridden(pixels: Preprocessing, spec: FeatureSpec) -> Preprocessing:
     return pixels
 
 
-def _taps(spec: FeatureSpec, crop: int) -> tuple[tuple[str, ...], str]:
-    """The layers in the network's order, and the pooling, if the network has them."""
+def _taps(spec: FeatureSpec, crop: int) -> tuple[dict[str, int], str]:
+    """The layers in the network's order, each with its embedding's length, and the pooling."""
     given = shapes(spec.model, crop)
     asked = spec.layers or (list(given)[-1],)
-    for layer in asked:
-        if layer not in given:
-            raise UsageError(
-                f"{spec.model} has no layer '{layer}': give some of {', '.join(given)}"
-            )
-    layers = tuple(layer for layer in given if layer in asked)
-    maps = all(len(given[layer]) == 3 for layer in layers)
+    if unknown := [layer for layer in asked if layer not in given]:
+        known = ", ".join(given)
+        raise UsageError(f"{spec.model} has no layer '{unknown[0]}': give some of {known}")
+    taken = {layer: shape for layer, shape in given.items() if layer in asked}
+    maps = all(len(shape) == 3 for shape in taken.values())
     if spec.pool and not maps:
         raise UsageError(
             f"{spec.model} pools in its own way: leave out --pool {spec.pool}, or choose one of "
             "resfeat's own models"
         )
-    return layers, (spec.pool or "avg") if maps else "own"
+    dims = {layer: shape[0] for layer, shape in taken.items()}
+    return dims, (spec.pool or "avg") if maps else "own"
 
 
-def _from_checkpoint(
-    source: str, network: Backbone, expected: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    tensors, opened = read_tensors(source)
-    kept, prefix, left_out = strip(_current(tensors, network), expected, network.head)
+def _notes(origin: str, opened: list[str], prefix: str, left_out: list[str]) -> tuple[str, ...]:
     told = [f"took '{'.'.join(opened)}'"] if opened else []
     told += [f"stripped '{prefix}' from the names"] if prefix else []
     told += [f"left out {', '.join(left_out[:5])}"] if left_out else []
     told += [f"and {len(left_out) - 5} more"] if len(left_out) > 5 else []
-    return kept, (f"weights {public(source)}: {', '.join(told)}",) if told else ()
+    return (f"weights {origin}: {', '.join(told)}",) if told else ()
 
 
 def _random(spec: FeatureSpec, crop: int) -> dict[str, Tensor]:
@@ -179,12 +168,12 @@ def _fitting(
             f"weights {origin} do not fit {model}: {', '.join(wrong[:3])}{more}; "
             + (f"give --model {fits}" if fits else "give the --model that they were trained for")
         )
-    for name, tensor in tensors.items():
-        fractions = expected[name].is_floating_point()
+    fitting = {}
+    for name, wanted in expected.items():
+        tensor, fractions = tensors[name], wanted.is_floating_point()
         # Quantised and packed values mean nothing without their scales.
-        if (
-            tensor.is_quantized or tensor.is_meta or tensor.is_complex()
-        ) or tensor.is_floating_point() != fractions:
+        unusable = tensor.is_quantized or tensor.is_meta or tensor.is_complex()
+        if unusable or tensor.is_floating_point() != fractions:
             raise ResfeatError(
                 f"weights {origin}: {name} holds {str(tensor.dtype).removeprefix('torch.')} values"
                 f"{' without content' if tensor.is_meta else ''}: save it as "
@@ -192,25 +181,18 @@ def _fitting(
             )
         if not torch.isfinite(tensor).all():
             raise ResfeatError(f"weights {origin}: {name} has values that are not finite numbers")
-    return {
-        name: tensor.to(torch.float32 if wanted.is_floating_point() else wanted.dtype).contiguous()
-        for name, wanted in expected.items()
-        for tensor in (tensors[name],)
-    }
+        fitting[name] = tensor.to(torch.float32 if fractions else wanted.dtype).contiguous()
+    return fitting
 
 
 def _model_of(tensors: Mapping[str, Tensor]) -> str | None:
     """The network of ours that these tensors fit, if torchvision has it too."""
     given = {name: tensor.shape for name, tensor in tensors.items()}
     for model in LIKE_TORCHVISION:
-        expected = _deciding(outline(model, ours.default_pixels(model).crop).state_dict())
+        expected = _deciding(outline(model, IMAGENET.crop).state_dict())
         if {name: tensor.shape for name, tensor in expected.items()} == given:
             return model
     return None
-
-
-def _current(tensors: Mapping[str, Tensor], network: Backbone) -> dict[str, Tensor]:
-    return {network.current(name): tensor for name, tensor in tensors.items()}
 
 
 def _deciding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,12 @@
 """resfeat models"""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 from typing import Any
 
 import click
 
+from resfeat.backbones import FAMILIES, family_of, find, numbers, shapes
 from resfeat.errors import UsageError
 
 EXAMPLES = """\b
@@ -27,12 +26,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def models(pattern: str, as_json: bool) -> None:
     """List models, what they give and the names of their published weights; or show one."""
-    from resfeat.backbones import find
-
     names = _matching(pattern)
-    if not names:
-        find(pattern)  # raises an error that suggests similar names
-        raise UsageError(f"no model is called like '{pattern}': see `resfeat models`")
     if as_json:
         click.echo(json.dumps([_row(name) for name in names]))
     elif names == [pattern]:
@@ -47,27 +41,21 @@ def models(pattern: str, as_json: bool) -> None:
 
 
 def _matching(pattern: str) -> list[str]:
-    from resfeat.backbones import FAMILIES, family_of
-
     if pattern.rstrip(":") in FAMILIES:
         pattern = f"{pattern.rstrip(':')}:*"
     prefix, _, name = pattern.rpartition(":")
-    family = family_of(pattern)
-    if not any(each in name for each in "*?["):
-        return [pattern] if family.has(name) else []
-    found = fnmatch.filter(family.names(), name)
-    return [f"{prefix}:{each}" if prefix else each for each in found]
+    found = fnmatch.filter(family_of(pattern).names(), name)
+    if not found:
+        find(pattern)  # raises an error that suggests similar names, unless it ends in a tag
+    return [f"{prefix}:{each}" if prefix else each for each in found] or [pattern]
 
 
 def _row(model: str) -> dict[str, Any]:
     """One model in plain values. GFLOPs are multiply-adds, as papers count them."""
-    from resfeat.backbones import find, numbers, shapes
-
     family, name = find(model)
     try:
         published = family.published(name)
-        default = next(iter(published.values()), None)
-        pixels = default.preprocessing if default else family.default_pixels(name)
+        pixels = family.default_pixels(name)
         taps = shapes(model, pixels.crop)
         counts = numbers(model, pixels.crop)
     except UsageError as error:
@@ -81,7 +69,7 @@ def _row(model: str) -> dict[str, Any]:
         "layers": {tap: list(shape) for tap, shape in taps.items()},
         "preprocessing": vars(pixels),
         "weights": {each.name: vars(each.preprocessing) for each in published.values()},
-        "default": default.name if default else None,
+        "default": next(iter(published), None),
     }
 
 

@@ -4,7 +4,7 @@ The driver prepares a network once, where the weights are; each worker starts it
 has two methods, which several threads may call at once:
 
     empty(shape)   zeros uint8, to put a batch together in
-    embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D]
+    embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D], the layers side by side
 
 A runtime's module is only imported where it is used.
 """
@@ -15,9 +15,8 @@ import importlib.util
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.errors import UsageError
@@ -26,6 +25,8 @@ from resfeat.spec import Precision, RuntimeName
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from resfeat.runtimes.openvino import OpenVINORuntime
+    from resfeat.runtimes.torch import TorchRuntime
     from resfeat.spec import Identity, RuntimeOptions
     from resfeat.storage import Location
 
@@ -36,31 +37,22 @@ OFFERED: Mapping[RuntimeName, tuple[Precision, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
 }
 
-# Images in one forward pass. On a CPU each core runs its own pass, which is fastest while feature
-# maps stay in that core's cache.
+# Images in one forward pass. A CPU's core is fastest while feature maps stay in its cache.
 BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): 256}
 X86 = ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network as its runtime takes it, made by `prepare`. It travels to the workers."""
+    """A network as its runtime takes it. It travels to the workers."""
 
     runtime: RuntimeName
     identity: Identity
     arrays: Mapping[str, NDArray[Any]]
 
 
-class Runtime(Protocol):
-    """What a worker needs of a runtime."""
-
-    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]: ...
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]: ...
-
-
 def keeps_to_the_cpu(options: RuntimeOptions, precision: Precision) -> bool:
-    """Whether the run may use no GPU: none is wanted, or the user did not say and asked for what
-    only CPUs have."""
+    """Whether no GPU is wanted, or the user did not say and asked for what only CPUs have."""
     if options.gpus_per_worker is None:
         return options.runtime == "openvino" or precision == "int8"
     return options.gpus_per_worker == 0
@@ -81,44 +73,36 @@ def choose(asked: RuntimeName | None, model: str, precision: Precision, device: 
 
     Raises UsageError if this machine has none for it.
     """
+    installed, offered = importlib.util.find_spec("openvino") is not None, OFFERED["openvino"]
+    if asked != "openvino" and precision != "int8":
+        # OpenVINO is not tested with other libraries' networks and CPUs: users must ask for it.
+        tested = device == "cpu" and ":" not in model and platform.machine() in X86
+        if asked == "torch" or not (installed and tested and precision in offered):
+            return "torch"
+        return "torch" if precision == "bf16" and not _has_bf16() else "openvino"
+    what = "--runtime openvino" if asked == "openvino" else "--precision int8"
     if device == "cuda":
-        return _on_cuda(asked, precision)
-    installed = importlib.util.find_spec("openvino") is not None
-    if asked == "openvino" or precision == "int8":
-        if precision not in OFFERED["openvino"]:
-            raise UsageError(
-                f"--runtime openvino has no {precision}: give --precision "
-                f"{' or '.join(OFFERED['openvino'])}, or --runtime torch"
-            )
-        if asked == "torch":
-            raise UsageError("--runtime torch has no int8: give --runtime openvino, or auto")
-        if not installed:
-            raise UsageError(
-                f"{'--precision int8' if precision == 'int8' else '--runtime openvino'} needs "
-                "openvino, which is not installed: pip install 'resfeat[int8]'"
-            )
-        if precision == "bf16" and not _has_bf16():
-            raise UsageError(
-                "--runtime openvino --precision bf16 needs a CPU with bf16 instructions, and this "
-                "one has none: give --precision fp32 or int8"
-            )
-        return "openvino"
-    if asked == "torch" or not installed or precision not in OFFERED["openvino"]:
-        return "torch"
-    # OpenVINO is not tested with other libraries' networks and other CPUs: users must ask for it.
-    if ":" in model or platform.machine() not in X86 or (precision == "bf16" and not _has_bf16()):
-        return "torch"
-    return "openvino"
-
-
-def _on_cuda(asked: RuntimeName | None, precision: Precision) -> RuntimeName:
-    if asked == "openvino" or precision == "int8":
-        what = "--runtime openvino" if asked == "openvino" else "--precision int8"
         raise UsageError(
             f"{what} is for CPUs, and this run would be on a GPU: give --gpus-per-worker 0, or "
             f"leave out {what}"
         )
-    return "torch"
+    if precision not in offered:
+        raise UsageError(
+            f"--runtime openvino has no {precision}: give --precision {' or '.join(offered)}, or "
+            "--runtime torch"
+        )
+    if asked == "torch":
+        raise UsageError("--runtime torch has no int8: give --runtime openvino, or auto")
+    if not installed:
+        raise UsageError(
+            f"{what} needs openvino, which is not installed: pip install 'resfeat[int8]'"
+        )
+    if precision == "bf16" and not _has_bf16():
+        raise UsageError(
+            "--runtime openvino --precision bf16 needs a CPU with bf16 instructions, and this "
+            "one has none: give --precision fp32 or int8"
+        )
+    return "openvino"
 
 
 def _has_bf16() -> bool:
@@ -139,7 +123,9 @@ def prepare(
     return Network(name, identity, load(quantised) if is_int8 else convert(identity, tensors))
 
 
-def start(network: Network, *, device: str, threads: int, batch_size: int) -> Runtime:
+def start(
+    network: Network, *, device: str, threads: int, batch_size: int
+) -> TorchRuntime | OpenVINORuntime:
     """Build the model. threads: how many will call it."""
     if network.runtime == "torch":
         import torch

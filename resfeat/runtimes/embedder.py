@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from resfeat.backbones import build, outline
 from resfeat.backbones.backbone import Backbone
-from resfeat.backbones.pooling import normalise, pool
+from resfeat.backbones.pooling import pool
 from resfeat.backbones.resnet import ResNet
 from resfeat.spec import Identity
 
@@ -41,7 +41,7 @@ class Embedder(nn.Module):
         outputs = self.network(pictures.to(next(self.network.parameters()).dtype), layers)
         vectors = [pool(outputs[name], self.identity.pool) for name in layers]
         if self.identity.normalize:
-            vectors = [normalise(each) for each in vectors]
+            vectors = [nn.functional.normalize(each, dim=1) for each in vectors]  # L2
         return torch.cat(vectors, dim=1)
 
 
@@ -60,10 +60,8 @@ def _load(identity: Identity, tensors: Mapping[str, Tensor]) -> Backbone:
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Fold every batch norm into the convolution before it; in place, for eval mode only.
-
-    Each batch norm must be registered right behind its convolution.
-    """
+    """Fold every batch norm into the convolution that is registered right before it; in place, for
+    eval mode only."""
     for parent in list(model.modules()):
         children = list(parent.named_children())
         for (name, conv), (behind, norm) in itertools.pairwise(children):

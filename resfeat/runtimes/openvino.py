@@ -27,19 +27,13 @@ from resfeat.runtimes.embedder import Embedder
 from resfeat.spec import Identity
 from resfeat.storage import Location
 
-# The arithmetic of layers that are not quantised.
-_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-
 Arrays = Mapping[str, NDArray[Any]]
 
 
 class OpenVINORuntime:
-    """A network compiled for `threads` cores and batches of one size.
+    """A network, as `convert` or `load` gave it, compiled for so many threads and one batch size.
 
-    So many threads may call it. Each runs one batch on one core, so the bits do not depend on the
-    number of threads.
-
-    network: what `convert` or `load` gave.
+    Each thread runs one batch on one core, so the bits do not depend on the number of threads.
     """
 
     def __init__(self, identity: Identity, network: Arrays, threads: int, batch_size: int) -> None:
@@ -52,7 +46,8 @@ class OpenVINORuntime:
         crop = identity.preprocessing.crop
         model.reshape([batch_size, crop, crop, 3])
         settings = {
-            "INFERENCE_PRECISION_HINT": _HINTS[identity.precision],
+            # Also of the layers that int8 leaves as they are.
+            "INFERENCE_PRECISION_HINT": "bf16" if identity.precision == "bf16" else "f32",
             "NUM_STREAMS": threads,
             "INFERENCE_NUM_THREADS": threads,
             # Several workers on one machine would be pinned to the same cores.
@@ -62,16 +57,13 @@ class OpenVINORuntime:
         self._own = threading.local()
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Zeros."""
         return np.zeros(shape, np.uint8)
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings of RGB pixels uint8 [N, H, W, 3], N being the batch size: float32 [N, D], the
-        layers side by side."""
+        """Embeddings float32 [N, D] of RGB pixels uint8 [N, H, W, 3]. N is the batch size."""
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
-        outputs = self._own.request.infer([pixels], share_inputs=True)
-        result: NDArray[np.float32] = outputs[0]
+        result: NDArray[np.float32] = self._own.request.infer([pixels], share_inputs=True)[0]
         return result
 
 
@@ -102,8 +94,8 @@ def quantise(
     pictures: Sequence[NDArray[np.uint8]],
     network: Path,
 ) -> None:
-    """Write an int8 network to `network` (.xml, and .bin beside it), by post-training quantisation.
-    Its ranges are calibrated on these pictures, uint8 [H, W, 3]."""
+    """Write an int8 network to `network` (.xml, and .bin beside it). Its ranges are calibrated on
+    these pictures, uint8 [H, W, 3]."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     import nncf
 

@@ -19,11 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchRuntime:
-    """An `Embedder` in eval mode on `device`, with channels last.
-
-    Several threads may call it. On a GPU each has a stream of its own, so that the copies of one
-    batch run while another is computed.
-    """
+    """An `Embedder` on `device`. On a GPU each calling thread has a stream of its own, so that the
+    copies of one batch run while another is computed."""
 
     def __init__(self, identity: Identity, tensors: Mapping[str, Tensor], device: str) -> None:
         if device == "cuda":
@@ -41,15 +38,13 @@ class TorchRuntime:
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """Zeros, in memory that a GPU can copy from by itself."""
         zeros = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        array: NDArray[np.uint8] = zeros.numpy()
-        return array
+        return zeros.numpy()
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings of RGB pixels uint8 [N, H, W, 3]: float32 [N, D], the layers side by side."""
+        """Embeddings float32 [N, D] of RGB pixels uint8 [N, H, W, 3]."""
         with torch.inference_mode(), self._stream():
             batch = torch.from_numpy(pixels).to(self._device, non_blocking=True)
-            result: NDArray[np.float32] = self._embedder(batch).cpu().numpy()
-            return result
+            return self._embedder(batch).cpu().numpy()  # type: ignore[no-any-return]
 
     def _stream(self) -> Any:
         if self._device.type != "cuda":
@@ -60,14 +55,11 @@ class TorchRuntime:
 
 
 def use_one_core() -> None:
-    """Have torch use one core in the calling thread, and as many as before in all others.
-
-    `torch.set_num_threads` sets the number for this thread, and for every thread that first uses
-    torch later. So another thread sets the latter back.
-    """
+    """Have torch use one core in the calling thread, and as many as before in all others."""
     with _setting_threads:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
+        # That is also the number for threads that first use torch later: another one sets it back.
         restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
         restoring.start()
         restoring.join()
