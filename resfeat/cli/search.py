@@ -1,7 +1,5 @@
 """resfeat search"""
 
-from __future__ import annotations
-
 import json
 
 import click
@@ -30,19 +28,13 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object a query.")
 @click.option(
-    "--sheet",
-    metavar="F.png",
-    type=click.Path(dir_okay=False),
+    "--sheet", metavar="F.png", type=click.Path(dir_okay=False),
     help="Draw queries and finds as a picture.",
-)
+)  # fmt: skip
 def search(
-    output: str,
-    queries: tuple[str, ...],
-    k: int,
-    layer: str | None,
-    as_json: bool,
+    output: str, queries: tuple[str, ...], k: int, layer: str | None, as_json: bool,
     sheet: str | None,
-) -> None:
+) -> None:  # fmt: skip
     """Find the images of the dataset OUT that are nearest to the image files QUERY...
 
     Exact cosine over all rows. A query is embedded as the dataset's own images were.
@@ -60,20 +52,14 @@ def search(
         try:
             downstream.contact_sheet(queries, found, uris).save(sheet)
         except (OSError, ValueError) as error:
-            raise ResfeatError(
-                f"cannot write {sheet}: {error}; give a path that ends in .png"
-            ) from error
+            message = f"cannot write {sheet}: {error}; give a path that ends in .png"
+            raise ResfeatError(message) from error
+    answers = list(zip(queries, found, strict=True))
     if as_json:
-        click.echo(
-            json.dumps(
-                [
-                    {"query": query, "neighbours": [vars(neighbour) for neighbour in row]}
-                    for query, row in zip(queries, found, strict=True)
-                ]
-            )
-        )
+        told = [{"query": query, "neighbours": list(map(vars, row))} for query, row in answers]
+        click.echo(json.dumps(told))
         return
-    for query, row in zip(queries, found, strict=True):
+    for query, row in answers:
         click.echo(f"{query}\n  rank  cosine  id")
         for rank, neighbour in enumerate(row, start=1):
             click.echo(f"  {rank:>4}  {neighbour.cosine:.4f}  {shown(neighbour.id)}")

@@ -1,9 +1,8 @@
 """Decoding in child processes that may be killed: the careful mode.
 
-A decoder is C code that strangers' files are fed to. Where one of them has crashed a worker, or
-hung it, the shard is done again with each image decoded in a child that has a limit of time and one
-of memory: the image that is to blame becomes a failure row, and the rest of the shard survives. A
-child costs a start of Python, so it is kept until an image kills it.
+Where a file has crashed a worker's decoder, or hung it, the shard is done again with each image in
+a child that has a limit of time and one of memory: the image that is to blame becomes a failure
+row. A child costs a start of Python, so it is kept until an image kills it.
 
 Run as a module, this is the child: `python -m resfeat.decoding.careful DESCRIPTOR SECONDS`.
 """
@@ -17,7 +16,6 @@ import sys
 from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from types import TracebackType
 
 from resfeat.decoding.decode import Picture, decode, quiet
 from resfeat.errors import Failure, ResfeatError
@@ -28,8 +26,8 @@ SECONDS = 30.0
 MEMORY_BYTES = 4 * 1024**3
 # For a child to come up: Python and some libraries, from a disk that may be slow.
 START_SECONDS = 45.0
-# Where this package lies. Children start there: Python looks for modules in the folder that it is
-# started in first, and that may be one of strangers' files.
+# Children start where this package lies: Python looks for modules in the folder that it is started
+# in first, and that may be one of strangers' files.
 HOME = Path(__file__).resolve().parents[2]
 
 
@@ -43,31 +41,25 @@ class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
             self._idle.put(None)
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
-        """As `decode.decode`, and a Failure for what crashes or hangs that. Raises ValueError once
-        the decoder is closed."""
+        """As `decode.decode`, and a Failure for what crashes or hangs that.
+
+        Raises ValueError once the decoder is closed, ResfeatError where no child can be started.
+        """
         child = self._idle.get()
         try:
             if self._is_closed:
                 raise ValueError("the careful decoder is closed")
-            if child and not child.is_alive():  # killed while it had nothing to do
+            if child and not child.is_alive():  # by its last image, or while it had nothing to do
                 child.end()
                 child = None
             child = child or _Child()
             return child.decode(data, preprocessing, way)
         finally:
-            if child and not child.is_usable:
-                child.end()
-                child = None
             self._idle.put(child)
             if self._is_closed:
                 self._end_idle()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._is_closed = True
         self._end_idle()
 
@@ -84,26 +76,17 @@ class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
 
 
 class _Child:
-    """A process that decodes what it is sent."""
-
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    __name__,
-                    str(theirs.fileno()),
-                    str(SECONDS),
-                ],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), str(SECONDS)],
                 pass_fds=[theirs.fileno()],
                 cwd=HOME,
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # a decoder's last words; the failure row says it
                 start_new_session=True,  # what the terminal sends is for the run to heed
             )
-        self.is_usable = True
         try:
             ready = self._connection.poll(START_SECONDS) and self._connection.recv()
         except (EOFError, OSError):
@@ -123,18 +106,15 @@ class _Child:
             self._connection.send((data, preprocessing, way))
             outcome: Picture | Failure | ResfeatError = self._connection.recv()
         except (EOFError, OSError):
-            self.is_usable = False
-            return self._death()
+            code = self._process.wait()
+            if code == -signal.SIGALRM:
+                return Failure("decode", "timeout", f"not decoded within {SECONDS:g} s")
+            signalled = code < 0 and (signal.strsignal(-code) or f"signal {-code}")
+            cause = signalled or f"exit code {code}"
+            return Failure("decode", "decoder_crash", f"it ended the decoder's process: {cause}")
         if isinstance(outcome, ResfeatError):
             raise outcome
         return outcome
-
-    def _death(self) -> Failure:
-        code = self._process.wait()
-        if code == -signal.SIGALRM:
-            return Failure("decode", "timeout", f"not decoded within {SECONDS:g} s")
-        cause = (signal.strsignal(-code) or f"signal {-code}") if code < 0 else f"exit code {code}"
-        return Failure("decode", "decoder_crash", f"it ended the decoder's process: {cause}")
 
     def end(self) -> None:
         self._connection.close()
@@ -143,10 +123,8 @@ class _Child:
 
 
 def _serve(connection: Connection, seconds: float) -> None:
-    """Decode until nobody asks any more, each image within so many seconds."""
-    most, allowed = MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if allowed != resource.RLIM_INFINITY:
-        most = min(most, allowed)
+    allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    most = MEMORY_BYTES if allowed == resource.RLIM_INFINITY else min(MEMORY_BYTES, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The alarm ends the process wherever it is, and also where the worker has died meanwhile.
@@ -160,9 +138,8 @@ def _serve(connection: Connection, seconds: float) -> None:
         if task[2] == "turbo":
             import torch  # noqa: F401 (the first time takes seconds, which are no image's)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        outcome: Picture | Failure | ResfeatError
         try:
-            outcome = decode(*task)
+            outcome: Picture | Failure | ResfeatError = decode(*task)
         except ResfeatError as error:  # no image's fault: the run is to hear of it
             outcome = error
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,15 +1,12 @@
 """Bytes to pixels of the model's size: the pixel policy.
 
-JPEG, PNG, WebP, GIF, BMP and TIFF, recognised by content and not by name. The first frame; EXIF
-orientation applied; alpha composited on white; palette and grey to RGB; CMYK as Pillow converts
-it; 16-bit grey scaled, not clipped. A truncated file is a failure, never half a picture. A change
-to any of this is a change of `spec.PIXEL_POLICY`. What would take too long is a failure as well.
+The first frame; EXIF orientation applied; alpha composited on white; palette and grey to RGB; CMYK
+as Pillow converts it; 16-bit grey scaled, not clipped. A truncated file is a failure, never half a
+picture. A change to any of this is a change of `spec.PIXEL_POLICY`.
 
-There are two ways. "pillow" gives the pixels of torchvision's transforms on a Pillow 13 image, to
-the last bit, whatever the version of Pillow. "turbo" is several times faster and differs from it
-by a level or two: JPEGs are decoded by libjpeg-turbo, large ones at a half, a quarter or an eighth
-of their size but never under twice the size that is wanted, and torch resizes 8-bit pixels. What
-either of these does not take, Pillow does.
+"pillow" gives the pixels of torchvision's transforms on a Pillow 13 image, to the last bit. "turbo"
+is several times faster and differs by a level or two: libjpeg-turbo decodes JPEGs, large ones
+scaled down, and torch resizes 8-bit pixels. What either of these does not take, Pillow does.
 """
 
 import io
@@ -30,12 +27,10 @@ from resfeat.errors import Failure, ResfeatError, first_line
 from resfeat.spec import Decode, Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
-# Of a progressive JPEG, of which each scan, of a few bytes, may go over all pixels. Encoders write
-# about ten.
+# Each scan of a progressive JPEG, of a few bytes, may go over all pixels. Encoders write about ten.
 MAX_SCANS = 100
-# libjpeg-turbo can scale while it decodes; what is left is resized properly, from at least this
-# many times the size: scaled straight to what is wanted, pixels come out visibly wrong. Of its
-# factors these are exact enough (three eighths moves pixels by 30 levels) and the fast ones.
+# libjpeg-turbo scales while it decodes, by those of its factors that are fast and exact enough, to
+# at least this many times the size; scaled straight to the size, pixels come out visibly wrong.
 LEAST_SCALED = 2
 SCALES = (8, 4, 2)
 
@@ -57,8 +52,7 @@ class Picture:
 def quiet() -> Iterator[None]:
     """No warnings by Pillow, of large pictures and odd metadata: each is fine, or a failure row.
 
-    For a whole run, in one thread: Python's warning filters belong to the process. They are put
-    back afterwards.
+    For a whole run, in one thread: Python's warning filters belong to the process.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -67,9 +61,9 @@ def quiet() -> Iterator[None]:
 
 
 def decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
-    """The pixels that the model is to see, or why there are none; never raises for bad data.
+    """The pixels that the model is to see, or why there are none.
 
-    Raises ResfeatError where our own code fails: the image is not to blame for that.
+    Raises ResfeatError where our own code fails, never for bad data.
     """
     try:
         return _decode(data, preprocessing, way)
@@ -105,20 +99,17 @@ def _decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture:
             stored = load(image)
         width, height = stored.size
         if way == "turbo" and takes_torch(width, height, preprocessing):
-            rgb = narrowed(stored, preprocessing)
-            pixels = resize_with_torch(rgb, width, height, preprocessing)
+            pixels = resize_with_torch(narrowed(stored, preprocessing), *stored.size, preprocessing)
         else:
             pixels = np.asarray(resize_with_pillow(stored, preprocessing))
     return Picture(pixels, width, height)
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, preprocessing: Preprocessing) -> Picture | None:
-    """A plain JPEG by libjpeg-turbo; None for any other, and for one with anything wrong in it,
-    which Pillow is to judge."""
+    """A plain JPEG by libjpeg-turbo. None for one with anything wrong in it: Pillow is to judge."""
     width, height = image.size
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
-        return None
-    if not takes_torch(width, height, preprocessing):
+    is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    if not is_plain or not takes_torch(width, height, preprocessing):
         return None
     least = LEAST_SCALED * preprocessing.resize
     scale = next((each for each in SCALES if min(width, height) >= each * least), 1)

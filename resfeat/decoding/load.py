@@ -31,10 +31,9 @@ def load(
     decoder: Decoder = decode,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Loaded | Failure:
-    """Read an image and decode it.
+    """Read an image and decode it, each within what `stage` gives for "read" and "decode".
 
-    stage: gives what to do "read", and "decode", within: a clock, say. Raises ResfeatError where
-    neither the image nor its file is to blame.
+    Raises ResfeatError where neither the image nor its file is to blame.
     """
     from resfeat.sources import read  # brings Arrow, which a child that only decodes need not load
 

@@ -4,8 +4,6 @@ Only the crop is sampled of a picture more than `LONGEST` times as long as wide:
 move by a level or two, bicubic ones by more, and nearest ones may be their neighbours.
 """
 
-import itertools
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -14,11 +12,6 @@ from resfeat.decoding.stored import Stored
 from resfeat.spec import Preprocessing
 
 LONGEST = 8
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
 
 
 def _resized(width: int, height: int, short: int) -> tuple[int, int]:
@@ -45,26 +38,20 @@ def narrowed(stored: Stored, preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
     torch resizes every row by itself before any column, so bands do not move a pixel.
     """
-    bands = map(np.array, stored.bands())
     width, height = stored.size
-    first = next(bands)
-    if first.shape[:2] == (height, width):
-        return first
     across, _ = _resized(width, height, preprocessing.resize)
-    return np.concatenate(
-        [
-            _interpolate(band, across, len(band), preprocessing)
-            for band in itertools.chain([first], bands)
-        ]
-    )
+    bands = [
+        band if len(band) == height else _interpolate(band, across, len(band), preprocessing)
+        for band in map(np.array, stored.bands())
+    ]
+    return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
 
 def resize_with_torch(
     pixels: NDArray[np.uint8], width: int, height: int, preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
     """Pixels [h, w, 3] of a picture of this size, perhaps scaled down already, resized, cropped."""
-    crop = preprocessing.crop
-    resized = _resized(width, height, preprocessing.resize)
+    crop, resized = preprocessing.crop, _resized(width, height, preprocessing.resize)
     left, top = _corner(resized, crop)
     return _interpolate(pixels, *resized, preprocessing)[top : top + crop, left : left + crop]
 
@@ -90,19 +77,14 @@ def resize_with_pillow(stored: Stored, preprocessing: Preprocessing) -> Image.Im
     width, height = stored.size
     resized = _resized(width, height, short)
     left, top = _corner(resized, crop)
-    resample = _FILTERS[preprocessing.interpolation]
+    right, bottom = left + crop, top + crop
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
     if max(resized) <= LONGEST * short:
-        whole = (0.0, 0.0, float(width), float(height))
-        resized_image = _resize(stored, resized, resample, whole)
-        return resized_image.crop((left, top, left + crop, top + crop))
+        whole = _resize(stored, resized, resample, (0, 0, width, height))
+        return whole.crop((left, top, right, bottom))
     # A 60,000 x 3 picture would become 4.6 million pixels wide: sample only what the crop keeps.
     across, down = width / resized[0], height / resized[1]
-    box = (
-        left * across,
-        top * down,
-        min((left + crop) * across, width),
-        min((top + crop) * down, height),
-    )
+    box = (left * across, top * down, min(right * across, width), min(bottom * down, height))
     return _resize(stored, (crop, crop), resample, box)
 
 

@@ -12,15 +12,14 @@ from PIL import Image
 from resfeat.errors import Reason
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: twice Image.MAX_IMAGE_PIXELS
-# A larger picture is converted and turned this many pixels at a time. Of the whole there is only
-# what Pillow holds: 4 bytes a pixel in colour, 2 of 16-bit grey. The most that one of `MAX_PIXELS`
-# took: 0.9 GB as a PNG or TIFF, turned or not, and 2.7 GB as a WebP, which libwebp copies.
+# A larger picture is converted and turned this many pixels at a time: of the whole there is only
+# what Pillow holds. The most that one of `MAX_PIXELS` took is 0.9 GB, but 2.7 GB as a WebP, which
+# libwebp copies.
 BAND = 8_000_000
 _WHITE = (255, 255, 255, 255)
 # Tags of TIFF, and of EXIF.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _ORIENTATION = 0x0112
-
 
 # How to show what EXIF says is stored otherwise: axes swapped first, then rows, columns reversed.
 Turn = tuple[bool, int, int]
@@ -55,8 +54,11 @@ def foreign(data: bytes = b"") -> Iterator[None]:
         raise RefusedError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
     # Decoders raise nearly anything for a broken file, so nothing narrower keeps the run alive.
     except Exception as error:
+        # What libwebp says of a WebP that ends too early is what it says of any broken one.
+        is_short = data[:4] == b"RIFF" and 8 + int.from_bytes(data[4:8], "little") > len(data)
+        is_short = is_short or isinstance(error, EOFError) or "truncated" in str(error).lower()
         message = f"{type(error).__name__}: {error}"[:300]
-        raise RefusedError(_reason(error, data), message) from error
+        raise RefusedError("truncated" if is_short else "corrupt", message) from error
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,8 @@ class Stored:
         if part.mode.startswith("I;16"):
             return Image.fromarray(self._eight_bit(part)).convert("RGB")
         if part.mode in ("I", "F", "LAB", "HSV"):
-            raise RefusedError(
-                "format_not_allowed", f"{part.mode} pixels have no fixed way to 8-bit RGB"
-            )
+            message = f"{part.mode} pixels have no fixed way to 8-bit RGB"
+            raise RefusedError("format_not_allowed", message)
         with foreign():
             if part.has_transparency_data:
                 part = part.convert("RGBA")
@@ -118,9 +119,8 @@ class Stored:
     def _eight_bit(self, part: Image.Image) -> NDArray[np.uint8]:
         """Grey of up to 16 bits scaled to 8: the full range maps onto the full range."""
         wide: NDArray[np.uint16] = np.asarray(part)
-        grey: NDArray[np.uint8] = (
-            np.rint(wide.astype(np.float32) * (255 / self.white)).clip(0, 255).astype(np.uint8)
-        )
+        scaled = np.rint(wide.astype(np.float32) * (255 / self.white))
+        grey: NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
         if self.inverted:
             grey = 255 - grey
         if "transparency" in part.info:  # a PNG's one clear value
@@ -129,7 +129,7 @@ class Stored:
 
 
 def load(image: Image.Image) -> Stored:
-    """Have Pillow decode it, whole. Turned, and made RGB, are only bands of it, one at a time."""
+    """Have Pillow decode it, whole. Bands of it are turned and made RGB later, one at a time."""
     image.load()
     if 0 in image.size:
         raise ValueError("no pixels")
@@ -148,11 +148,3 @@ def turned(pixels: NDArray[np.uint8], turn: Turn) -> NDArray[np.uint8]:
     swapped, rows, columns = turn
     upright = pixels.swapaxes(0, 1) if swapped else pixels
     return np.ascontiguousarray(upright[::rows, ::columns])
-
-
-def _reason(error: Exception, data: bytes) -> Reason:
-    # What libwebp says of a WebP that ends too early is what it says of any broken one.
-    is_short = data[:4] == b"RIFF" and 8 + int.from_bytes(data[4:8], "little") > len(data)
-    if is_short or isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return "truncated"
-    return "corrupt"

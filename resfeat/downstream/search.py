@@ -35,12 +35,17 @@ def embed_queries(
     """Embeddings float32 [len(paths), D] of image files, made as the dataset's own were.
 
     layer: which embedding of several; the last by default. Raises UsageError for an unknown layer
-    and for a file that does not decode, ResfeatError if embeddings like the dataset's cannot be
-    made any more.
+    and for a file that does not decode, ResfeatError if no such embeddings can be made any more.
     """
     identity = dataset.record.identity
     dataset.check_layer(layer)
-    pictures = [_decoded(path, dataset) for path in paths]
+    pictures = []
+    for path in paths:
+        with quiet():
+            loaded = load(item_of(path), identity.preprocessing, identity.decode)
+        if isinstance(loaded, Failure):
+            raise UsageError(f"cannot use {path} as a query: {loaded.reason}, {loaded.message}")
+        pictures.append(loaded.picture.pixels)
     weights = _weights(dataset)
     name = runtimes.choose(None, identity.model, identity.precision, "cpu")
     network = runtimes.prepare(name, identity, weights.tensors, dataset.layout.quantised)
@@ -51,15 +56,6 @@ def embed_queries(
     return by_layer[layer or identity.layers[-1]]
 
 
-def _decoded(path: str, dataset: Dataset) -> NDArray[np.uint8]:
-    identity = dataset.record.identity
-    with quiet():
-        loaded = load(item_of(path), identity.preprocessing, identity.decode)
-    if isinstance(loaded, Failure):
-        raise UsageError(f"cannot use {path} as a query: {loaded.reason}, {loaded.message}")
-    return loaded.picture.pixels
-
-
 def _weights(dataset: Dataset) -> Weights:
     """The dataset's weights, found again. Raises ResfeatError if embeddings would be others now."""
     from resfeat.backbones.weights import resolve
@@ -67,18 +63,18 @@ def _weights(dataset: Dataset) -> Weights:
     record, layout = dataset.record, dataset.layout
     weights = resolve(FeatureSpec.of(record.identity, record.weights))
     there, now = record.identity.as_dict(), weights.identity.as_dict()
-    changed = [name for name in there if there[name] != now[name]]
-    if "weights_digest" in changed:
+    if there["weights_digest"] != now["weights_digest"]:
         raise ResfeatError(
             f"{layout.root} was made with other weights than {record.weights} are now: bring back "
             "the file that it was made with"
         )
-    if changed:
-        made_by = record.versions.get("resfeat", "the version that made it")
-        raise ResfeatError(
-            f"{layout.root} was made with another {changed[0]} ({there[changed[0]]} there, "
-            f"{now[changed[0]]} now): search it with resfeat {made_by}, or extract it anew"
-        )
+    for name, value in there.items():
+        if value != now[name]:
+            made_by = record.versions.get("resfeat", "the version that made it")
+            raise ResfeatError(
+                f"{layout.root} was made with another {name} ({value} there, {now[name]} now): "
+                f"search it with resfeat {made_by}, or extract it anew"
+            )
     if record.identity.precision == "int8" and not is_intact(layout, record):
         raise ResfeatError(
             f"{layout.quantised} is gone or changed, and queries need the network that the "

@@ -13,7 +13,7 @@ from resfeat.spec import Preprocessing
 
 TILE, CAPTION, GAP = 160, 32, 8
 LETTERS = 24
-# What a tile shows: the middle of the image. No model sees it, so it is not normalised.
+# A tile shows the middle of the image.
 TILE_PIXELS = Preprocessing(
     resize=TILE, crop=TILE, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1)
 )
@@ -21,28 +21,25 @@ INK, PAPER, MISSING = (20, 20, 20), (255, 255, 255), (222, 222, 222)
 
 
 def contact_sheet(
-    queries: Sequence[str],
-    neighbours: Sequence[Sequence[Neighbour]],
-    uris: Mapping[str, str],
+    queries: Sequence[str], neighbours: Sequence[Sequence[Neighbour]], uris: Mapping[str, str]
 ) -> Image.Image:
     """One row a query: the query, then its neighbours with cosine and id.
 
     `uris` says where each id lies. An image that cannot be read any more is a grey tile.
     """
-    columns = 1 + max(map(len, neighbours))
-    width = GAP + columns * (TILE + GAP)
-    height = GAP + len(queries) * (TILE + CAPTION + GAP)
-    sheet = Image.new("RGB", (width, height), PAPER)
+    across, down = TILE + GAP, TILE + CAPTION + GAP  # from one tile to the next
+    size = GAP + (1 + max(map(len, neighbours))) * across, GAP + len(queries) * down
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
     for row, (query, found) in enumerate(zip(queries, neighbours, strict=True)):
         tiles = [("query", Path(query).name, query)]
         tiles += [(f"{n.cosine:.4f}", n.id, uris.get(n.id, "")) for n in found]
         for column, (heading, name, uri) in enumerate(tiles):
-            corner = GAP + column * (TILE + GAP), GAP + row * (TILE + CAPTION + GAP)
-            sheet.paste(_tile(uri), corner)
+            left, top = GAP + column * across, GAP + row * down
+            sheet.paste(_tile(uri), (left, top))
             text = f"{heading}\n{name if len(name) <= LETTERS else '…' + name[1 - LETTERS :]}"
-            draw.multiline_text((corner[0], corner[1] + TILE + 2), text, INK, font, spacing=2)
+            draw.multiline_text((left, top + TILE + 2), text, INK, font, spacing=2)
     return sheet
 
 

@@ -27,18 +27,18 @@ def calibrate(
     Returns the record with the network's digest in it. Raises ChoiceError if no image can be
     used, ResfeatError if a lost network cannot be made again as it was.
     """
-    network = layout.quantised
-    if record.quantised is None or not is_intact(layout, record):
-        seconds, count = _make(layout, record, weights)
-        on_note(f"int8: calibrated on {count} of the images in {seconds:.0f} s")
-    digest = _digest(network)
+    if is_intact(layout, record):
+        return record
+    started = time.monotonic()
+    count = _make(layout, record, weights)
+    on_note(f"int8: calibrated on {count} of the images in {time.monotonic() - started:.0f} s")
     if record.quantised is None:
-        record = replace(record, quantised=digest)
+        record = replace(record, quantised=_digest(layout.quantised))
         record.save(layout)
-    elif record.quantised != digest:
+    elif not is_intact(layout, record):
         raise ResfeatError(
-            f"{network} is gone or changed, and a new calibration gives another network: bring it "
-            "back, or give a new -o"
+            f"{layout.quantised} is gone or changed, and a new calibration gives another network: "
+            "bring it back, or give a new -o"
         )
     return record
 
@@ -48,10 +48,10 @@ def is_intact(layout: Layout, record: Record) -> bool:
     return _digest(layout.quantised) == record.quantised
 
 
-def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]:
+def _make(layout: Layout, record: Record, weights: Weights) -> int:
+    """Calibrate, and return on how many images."""
     from resfeat.runtimes.openvino import quantise
 
-    started = time.monotonic()
     items, identity = for_calibration(layout, record), record.identity
     chosen = pictures(items, identity.preprocessing, identity.decode, CALIBRATION)
     if not chosen:
@@ -66,15 +66,13 @@ def _make(layout: Layout, record: Record, weights: Weights) -> tuple[float, int]
         for suffix in (".bin", ".xml"):
             content = made.with_suffix(suffix).read_bytes()
             write_whole(layout.tmp, layout.quantised.with_suffix(suffix), content)
-    return time.monotonic() - started, len(chosen)
+    return len(chosen)
 
 
 def _digest(network: Location) -> str:
     """SHA-256 over both files of a network; empty if one is missing."""
-    total = hashlib.sha256()
-    for suffix in (".xml", ".bin"):
-        try:
-            total.update(network.with_suffix(suffix).read_bytes())
-        except FileNotFoundError:
-            return ""
-    return total.hexdigest()
+    try:
+        both = b"".join(network.with_suffix(suffix).read_bytes() for suffix in (".xml", ".bin"))
+    except FileNotFoundError:
+        return ""
+    return hashlib.sha256(both).hexdigest()

@@ -1,11 +1,11 @@
-"""Parity: how near the embeddings of a run are to the reference, on the user's own images.
+"""Parity: how near the embeddings of a run are to the reference, torch in fp32 on a CPU.
 
-The reference is torch in fp32 on a CPU. If a run uses anything else, it first embeds a sample of
-its images both ways.
+If a run uses anything else, it first embeds a sample of its images both ways.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,8 +23,8 @@ from resfeat.worker import Placement
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Images to compare in the reference's own precision, in place of SAMPLE. There another runtime does
-# the same arithmetic in another order, and a few images show whether it does.
+# Images to compare in the reference's own precision, in place of SAMPLE: another runtime does the
+# same arithmetic in another order, and a few images show whether it does.
 SAMPLE_OF_REFERENCE = 4
 BATCH = 8  # of the reference
 LEAST = {"int8": 0.99}
@@ -41,14 +41,12 @@ class Parity:
 
 
 def may_differ(identity: Identity, options: RuntimeOptions) -> bool:
-    """Whether the workers may make anything but the reference's embeddings, as far as is known
-    before they are placed. The machines of a cluster may have GPUs; this one is asked."""
+    """Whether the workers may make anything but the reference's embeddings, for all that is known
+    before they are placed: the machines of a cluster may have GPUs."""
     import torch
 
-    elsewhere = options.workers != 0 and options.address is not None
-    if (elsewhere or torch.cuda.is_available()) and not keeps_to_the_cpu(
-        options, identity.precision
-    ):
+    may_find_a_gpu = options.address is not None or torch.cuda.is_available()
+    if may_find_a_gpu and not keeps_to_the_cpu(options, identity.precision):
         return True
     runtime = choose(options.runtime, identity.model, identity.precision, "cpu")
     return (runtime, identity.precision) != ("torch", REFERENCE)
@@ -56,8 +54,8 @@ def may_differ(identity: Identity, options: RuntimeOptions) -> bool:
 
 def differs(identity: Identity, placement: Placement) -> bool:
     """Whether workers placed like this make anything but the reference's embeddings."""
-    here = placement.runtime, placement.device, identity.precision
-    return here != ("torch", "cpu", REFERENCE)
+    made = placement.runtime, placement.device, identity.precision
+    return made != ("torch", "cpu", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class Reference:
 def reference(layout: Layout, record: Record, tensors: Mapping[str, Tensor]) -> Reference | None:
     """Embed a sample of the dataset's images as the reference does.
 
-    If none decodes, or the reference gives nothing but zeros and non-finite values: None for the
-    reference's own precision, which then goes unmeasured, and ChoiceError for any other.
+    If none decodes, or all embeddings are zero or not finite: None for the reference's own
+    precision, which then goes unmeasured, and ChoiceError for any other.
     """
     from resfeat.runtimes.torch import TorchRuntime
 
@@ -81,19 +79,22 @@ def reference(layout: Layout, record: Record, tensors: Mapping[str, Tensor]) -> 
     # In fp32 any pictures will do. With Pillow the child process need not import torch for seconds.
     way: Decode = "pillow" if identity.precision == REFERENCE else identity.decode
     chosen = pictures(items, identity.preprocessing, way, wanted)
-    if not chosen:
-        why = f"none of {len(items)} sampled images can be decoded"
-        return _go_without(identity, why, "are these images?")
-    runtime = TorchRuntime(replace(identity, precision=REFERENCE), tensors, "cpu")
-    expected = np.concatenate(
-        [runtime.embed(np.stack(chosen[i : i + BATCH])) for i in range(0, len(chosen), BATCH)]
-    )
-    sound = np.isfinite(expected).all(axis=1) & expected.any(axis=1)
-    if not sound.any():
+    why, ask = f"none of {len(items)} sampled images can be decoded", "are these images?"
+    if chosen:
+        runtime = TorchRuntime(replace(identity, precision=REFERENCE), tensors, "cpu")
+        batches = [np.stack(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
+        expected = np.concatenate([runtime.embed(batch) for batch in batches])
+        sound = np.isfinite(expected).all(axis=1) & expected.any(axis=1)
+        if sound.any():
+            return Reference(list(itertools.compress(chosen, sound)), expected[sound])
         why = f"fp32 embeddings of {len(chosen)} sampled images are all zero or not finite"
-        return _go_without(identity, why, "are these the right weights?")
-    kept = [picture for picture, one in zip(chosen, sound, strict=True) if one]
-    return Reference(kept, expected[sound])
+        ask = "are these the right weights?"
+    if identity.precision == REFERENCE:
+        return None
+    raise ChoiceError(
+        f"{why}, so {identity.precision} cannot be compared with fp32: {ask} "
+        "--precision fp32 does without"
+    )
 
 
 def compare(
@@ -101,9 +102,8 @@ def compare(
 ) -> Parity | None:
     """How near embeddings [N, D], in the identity's stored type, are to the reference's.
 
-    Rows with values that the stored type does not hold become failures, so they are left out. If
-    none is left: None for the reference's own precision, a cosine of -1 for any other.
-    dims: the length of each layer.
+    Rows with values that this type does not hold become failures, and are left out. If none is
+    left: None for the reference's own precision, -1 for any other. dims: length of each layer.
     """
     with np.errstate(over="ignore"):
         stored = given.astype(identity.dtype).astype(np.float32)
@@ -111,22 +111,10 @@ def compare(
     if not finite.any():
         return None if identity.precision == REFERENCE else Parity(0, -1.0, -1.0)
     bounds = np.cumsum(list(dims.values()))[:-1]
-    layers = zip(
-        np.split(stored[finite], bounds, axis=1),
-        np.split(expected.embeddings[finite], bounds, axis=1),
-        strict=True,
-    )
-    every = np.concatenate([cosine(ours, theirs) for ours, theirs in layers])
+    ours = np.split(stored[finite], bounds, axis=1)
+    theirs = np.split(expected.embeddings[finite], bounds, axis=1)
+    every = np.concatenate(list(map(cosine, ours, theirs)))
     return Parity(int(finite.sum()), float(every.min()), float(np.median(every)))
-
-
-def _go_without(identity: Identity, why: str, ask: str) -> Reference | None:
-    if identity.precision == REFERENCE:
-        return None
-    raise ChoiceError(
-        f"{why}, so {identity.precision} cannot be compared with fp32: {ask} "
-        "--precision fp32 does without"
-    )
 
 
 def check(parity: Parity, identity: Identity, least: float | None) -> None:

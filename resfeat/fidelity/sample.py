@@ -1,7 +1,7 @@
 """A sample of a dataset's own images, spread evenly over its plan."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,9 @@ from resfeat.plan import Plan, read_shard
 from resfeat.sources import Item
 from resfeat.spec import Decode, Preprocessing
 
-# Images on which parity is measured, and on which int8 is calibrated. More of the latter make it
-# slower and hardly better.
-SAMPLE = 32
-CALIBRATION = 128
-# Items to draw for each picture, since some may not decode.
-CANDIDATES = 4
+SAMPLE = 32  # images on which parity is measured
+CALIBRATION = 128  # images for int8: more make it slower and hardly better
+CANDIDATES = 4  # items to draw for each picture, since some may not decode
 
 
 def for_parity(layout: Layout, record: Record) -> list[Item]:
@@ -27,15 +24,14 @@ def for_parity(layout: Layout, record: Record) -> list[Item]:
 
 
 def for_calibration(layout: Layout, record: Record) -> list[Item]:
-    """Items to calibrate int8 on. They are those of `for_parity`, taken from the other end: so int8
-    is not measured on the images that it was calibrated on, if there are enough."""
-    return sample(layout, record.plan, SAMPLE + CALIBRATION)[::-1]
+    """Items to calibrate int8 on: those of `for_parity` from the other end, so that int8 is not
+    measured on the images that it was calibrated on, if there are enough."""
+    return for_parity(layout, record)[::-1]
 
 
 def sample(layout: Layout, plan: Plan, wanted: int) -> list[Item]:
     """Items for about `wanted` pictures. The first ones are spread over the plan, too."""
-    count = CANDIDATES * wanted
-    shards = list(plan.shards.values())
+    count, shards = CANDIDATES * wanted, list(plan.shards.values())
     chosen = sorted({len(shards) * n // count for n in range(count)})
     each = -(-count // len(chosen))
     candidates: list[Item] = []
@@ -49,18 +45,9 @@ def sample(layout: Layout, plan: Plan, wanted: int) -> list[Item]:
 def pictures(
     items: Iterable[Item], preprocessing: Preprocessing, way: Decode, wanted: int
 ) -> list[NDArray[np.uint8]]:
-    """The first `wanted` pictures, uint8 [crop, crop, 3], of the items that decode.
-
-    A child process decodes them, so that none of them can end the run.
-    """
+    """The first `wanted` pictures, uint8 [crop, crop, 3]. A child process decodes them, so that
+    none can end the run."""
     with CarefulDecoder(1) as decoder:
-        return list(itertools.islice(_pixels(items, preprocessing, way, decoder), wanted))
-
-
-def _pixels(
-    items: Iterable[Item], preprocessing: Preprocessing, way: Decode, decoder: CarefulDecoder
-) -> Iterator[NDArray[np.uint8]]:
-    for item in items:
-        loaded = load(item, preprocessing, way, decoder.decode)
-        if isinstance(loaded, Loaded):
-            yield loaded.picture.pixels
+        loaded = (load(item, preprocessing, way, decoder.decode) for item in items)
+        good = (each.picture.pixels for each in loaded if isinstance(each, Loaded))
+        return list(itertools.islice(good, wanted))

@@ -1,13 +1,9 @@
 """Where images come from: listing them, and reading one. A module for each kind of place."""
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import unquote_to_bytes
-
-import pyarrow as pa
 
 from resfeat.errors import Failure, UsageError
 from resfeat.sources import directory, prefix
@@ -18,35 +14,27 @@ from resfeat.storage import is_remote, locate
 __all__ = ["Item", "Listing", "gone", "item_of", "listing", "printable", "read"]
 
 
-class Listing(Protocol):
-    """The items of some sources, in a fixed order.
-
-    roots: the sources, in the order in which they are listed. skipped: what the last listing passed
-    over, by kind. carried: the columns of `Item.carried`.
-    """
-
-    roots: list[str]
-    skipped: Counter[str]
-
-    @property
-    def carried(self) -> Sequence[pa.Field]: ...
-
-    def __iter__(self) -> Iterator[Item]: ...
+# The items of some sources, in a fixed order. Of either kind:
+#   roots: the sources, in the order in which they are listed.
+#   skipped: what the last iteration passed over, counted by kind.
+#   carried: the columns of `Item.carried`.
+Listing = directory.Directories | prefix.Prefixes
 
 
 def listing(sources: Sequence[str], label_from: str | None = None) -> Listing:
-    """A listing of directories on a disk, or of prefixes in a store. Raises UsageError where a
-    source is missing, or lies within another. label_from: "parent" labels each image with the name
-    of its folder."""
-    remote = [is_remote(source) for source in sources]
-    for source, is_address in zip(sources, remote, strict=True):
-        if not is_address:
-            locate(source)  # or it is an address of another kind
-    if not any(remote):
-        return directory.Directories(sources, label_from)
-    if not all(remote):
+    """A listing of directories on a disk, or of prefixes in a store.
+
+    label_from: "parent" labels each image with the name of its folder.
+    Raises UsageError where a source is missing, or lies within another.
+    """
+    on_disk = [source for source in sources if not is_remote(source)]
+    for source in on_disk:
+        locate(source)  # raises UsageError for addresses of other kinds
+    if not on_disk:
+        return prefix.Prefixes(sources, label_from)
+    if len(on_disk) < len(sources):
         raise UsageError("sources on a disk and in a store cannot be mixed: make two datasets")
-    return prefix.Prefixes(sources, label_from)
+    return directory.Directories(sources, label_from)
 
 
 def read(item: Item) -> tuple[bytes, int, int] | Failure:
@@ -65,9 +53,9 @@ def item_of(name: str) -> Item:
 
 
 def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:
-    """A source that is not there any more, or has nothing in it; None where all are there.
+    """A source that is not there any more, or has nothing in it; None if all are there.
 
-    unread: URIs of images that could not be read. One that is a source by itself is only that.
+    unread: URIs of images that could not be read. A source among them is one image, and not gone.
     """
     single = {unquote_to_bytes(uri.removeprefix("file://")) for uri in unread}
     for root in roots:

@@ -1,54 +1,71 @@
 """Directories on a local disk: list them in a fixed order, and read images from them.
 
-Every file below the sources is listed, whatever its name: images are recognised by content. Passed
-over and counted are hidden files and folders (a leading dot), files whose extension names something
-that travels beside images (`rules.SIDECARS`), and resfeat's own output folders. A pipe, a socket or
-a dangling link is listed and becomes a failure row.
+Every file is listed, whatever it is: images are recognised by content. Passed over and counted are
+hidden files and folders (a leading dot), `rules.SIDECARS`, and resfeat's own output folders.
 
 Symbolic links are followed. A folder that several paths lead to, because of links, is listed once:
-the sources themselves under their own names, any other where the listing first comes to it. Later
-paths to it are counted as "repeated folder", and as "link loop" where they lead upwards. Without
+the sources themselves under their own names, any other where the listing first comes to it. Without
 links every folder is listed, even if the file system's inode numbers mean nothing.
 """
-
-from __future__ import annotations
 
 import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from resfeat.errors import Failure, Reason, ResfeatError, UsageError
+from resfeat.sources import rules
 from resfeat.sources.item import Item
-from resfeat.sources.rules import (
-    base_of,
-    check_apart,
-    extent,
-    folder_of,
-    may_be_passed_over,
-    passed_over,
-    printable,
-)
+from resfeat.sources.rules import printable
 
-# Files that are looked at together: one loop of system calls, then one that makes items, is a
-# quarter faster than both in turn.
+# Files at a time: a loop of system calls, then one that makes items, is a quarter faster than both
+# in turn.
 TOGETHER = 256
 _BY_NAME = attrgetter("name")
 _tuple = tuple.__new__
+_REASONS: Mapping[int | None, Reason] = {
+    errno.ENOENT: "not_found",
+    errno.ELOOP: "not_found",
+    errno.EACCES: "permission",
+    errno.EPERM: "permission",
+    errno.ENXIO: "not_regular_file",  # what open() says of a socket
+    errno.ENODEV: "not_regular_file",
+    errno.EISDIR: "not_regular_file",
+}
+
+_Entry = os.DirEntry[str]
+
+
+@dataclass
+class _Folder:
+    """A folder that is being listed. linked: a link leads to it, or to a folder above it.
+
+    runs: its entries in their order, each folder by itself, files several at a time. descriptor: by
+    which its files are looked up, faster than by a path. Only a folder without subfolders has one,
+    so that however deep the tree, one is open at a time.
+    """
+
+    path: str
+    key: int
+    linked: bool
+    is_output: bool
+    runs: Iterator[_Entry | list[_Entry]]
+    descriptor: int | None
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
 
 class Directories:
-    """A listing of one or more directories (or single files), in a fixed order.
+    """A listing of one or more directories (or single files); see `sources.Listing`.
 
-    Ids are paths relative to the source, or, where there are several, to their common parent, so
-    that no two images share one. `skipped` counts what the last iteration passed over, by kind.
-
-    Raises UsageError where a source is missing or lies within another.
+    Raises UsageError where a source is missing, is a dataset, or lies within another.
     """
 
     carried = ()
@@ -65,8 +82,8 @@ class Directories:
                 )
             if os.path.exists(os.path.join(root, "_resfeat")):
                 raise UsageError(f"source {root} is a resfeat dataset: name a folder of images")
-        check_apart(self.roots)
-        self._base = base_of(self.roots, is_folder=os.path.isdir(self.roots[0]))
+        rules.check_apart(self.roots)
+        self._base = rules.base_of(self.roots, is_folder=os.path.isdir(self.roots[0]))
 
     def __iter__(self) -> Iterator[Item]:
         self.skipped.clear()
@@ -97,7 +114,7 @@ class Directories:
                 folder.close()
 
     def _enter(
-        self, entry: os.DirEntry[str], above: Sequence[_Folder], met: dict[int, bool]
+        self, entry: _Entry, above: Sequence[_Folder], met: dict[int, bool]
     ) -> _Folder | None:
         if (status := _status(entry)) is None:
             self.skipped["vanished while listing"] += 1
@@ -115,18 +132,19 @@ class Directories:
         met[key] = linked
         return folder
 
-    def _files(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> list[Item]:
+    def _files(self, folder: str, entries: Sequence[_Entry]) -> list[Item]:
         names = [entry.name for entry in entries]
-        if may_be_passed_over(names):
-            self.skipped.update(filter(None, map(passed_over, names)))
-            entries = [entry for entry in entries if not passed_over(entry.name)]
+        if rules.may_be_passed_over(names):
+            self.skipped.update(filter(None, map(rules.passed_over, names)))
+            entries = [entry for entry in entries if not rules.passed_over(entry.name)]
         try:
             statuses = [entry.stat() for entry in entries]
         except OSError:  # a dangling link, or gone again
-            there = [(entry, status) for entry in entries if (status := _status(entry))]
-            if gone := len(entries) - len(there):
+            found = [_status(entry) for entry in entries]
+            entries = [entry for entry, status in zip(entries, found, strict=True) if status]
+            statuses = [status for status in found if status]
+            if gone := len(found) - len(statuses):
                 self.skipped["vanished while listing"] += gone
-            entries, statuses = [entry for entry, _ in there], [status for _, status in there]
         if len(entries) < len(names):
             names = [entry.name for entry in entries]
         return self._items(folder, names, statuses)
@@ -142,35 +160,12 @@ class Directories:
             ids = list(map(printable(above).__add__, names))
         else:
             ids = [printable(above + name) for name in names]
-        above_uri = uri_of(folder)
-        label = folder_of(folder) if self._labelled else None
+        place = "file://" + quote_from_bytes(os.fsencode(folder))
+        label = rules.folder_of(folder) if self._labelled else None
         return [
-            _tuple(
-                Item, (own, above_uri + part, st.st_size, st.st_mtime_ns // 1000, None, label, ())
-            )
+            _tuple(Item, (own, place + part, st.st_size, st.st_mtime_ns // 1000, None, label, ()))
             for own, part, st in zip(ids, parts, statuses, strict=True)
         ]
-
-
-@dataclass
-class _Folder:
-    """A folder that is being listed. linked: a link leads to it, or to a folder above it.
-
-    runs: its entries in their order, each folder by itself, files several at a time. descriptor: by
-    which its files are looked up, faster than by a path. Only a folder without subfolders has one,
-    so that however deep the tree, one is open at a time.
-    """
-
-    path: str
-    key: int
-    linked: bool
-    is_output: bool
-    runs: Iterator[os.DirEntry[str] | list[os.DirEntry[str]]]
-    descriptor: int | None
-
-    def close(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
 
 
 def _open(path: str, key: int, linked: bool) -> _Folder:
@@ -193,7 +188,7 @@ def _open(path: str, key: int, linked: bool) -> _Folder:
     return _Folder(path, key, linked, is_output, _runs(entries, folders), descriptor)
 
 
-def _scan(place: str | int) -> tuple[list[os.DirEntry[str]], list[int]]:
+def _scan(place: str | int) -> tuple[list[_Entry], list[int]]:
     """The entries of a folder, sorted by their names as bytes, and which of them are folders."""
     with os.scandir(place) as scan:
         entries = list(scan)
@@ -203,9 +198,7 @@ def _scan(place: str | int) -> tuple[list[os.DirEntry[str]], list[int]]:
     return entries, [n for n, entry in enumerate(entries) if _is_folder(entry)]
 
 
-def _runs(
-    entries: list[os.DirEntry[str]], folders: list[int]
-) -> Iterator[os.DirEntry[str] | list[os.DirEntry[str]]]:
+def _runs(entries: list[_Entry], folders: list[int]) -> Iterator[_Entry | list[_Entry]]:
     start = 0
     for end in [*folders, len(entries)]:
         for first in range(start, end, TOGETHER):
@@ -214,20 +207,18 @@ def _runs(
         start = end + 1
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder to look into."""
+def _is_folder(entry: _Entry) -> bool:
     try:
         return entry.is_dir() and entry.name[0] != "."
     except OSError:  # a link to itself
         return False
 
 
-def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """What the entry is; None where it is gone again."""
-    with suppress(OSError):
-        return entry.stat()
-    with suppress(OSError):  # a dangling link: reading it will say so in a failure row
-        return entry.stat(follow_symlinks=False)
+def _status(entry: _Entry) -> os.stat_result | None:
+    """Of a dangling link, its own, since reading it gives a failure row; None if it is gone."""
+    for is_followed in (True, False):
+        with suppress(OSError):
+            return entry.stat(follow_symlinks=is_followed)
     return None
 
 
@@ -241,53 +232,32 @@ def is_there(root: str) -> bool:
     return bool(os.listdir(root)) if os.path.isdir(root) else os.path.exists(root)
 
 
-def uri_of(path: str) -> str:
-    return "file://" + quote_from_bytes(os.fsencode(path))
-
-
 def path_of(uri: str) -> str:
-    """The local path that a `file://` URI names."""
     return os.fsdecode(unquote_to_bytes(uri.removeprefix("file://")))
 
 
 def read(item: Item) -> tuple[bytes, int, int] | Failure:
-    """The image's bytes with the size (bytes) and mtime (microseconds) that they have now.
-
-    Never blocks on a pipe or a device, and reads no more than `MAX_BYTES`.
-    """
+    """See `sources.read`. Never blocks on a pipe or a device, or reads more than `MAX_BYTES`."""
     try:
-        # O_NONBLOCK: opening a FIFO without a writer would wait for ever. No effect on files.
-        descriptor = os.open(path_of(item.uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        return _failure(error)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return Failure("read", "not_regular_file", "a pipe, socket, device or folder")
-        if isinstance(where := extent(item, status.st_size), Failure):
-            return where
-        start, size = where
-        with open(descriptor, "rb", closefd=False) as file:
+        with open(path_of(item.uri), "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return Failure("read", "not_regular_file", "a pipe, socket or device")
+            if isinstance(where := rules.extent(item, status.st_size), Failure):
+                return where
+            start, size = where
             file.seek(start)
             # One more than there is, of a whole file: it may grow without end.
             data = file.read(size + (item.offset is None))
-        now = os.fstat(descriptor)
+            now = os.fstat(file.fileno())
     except OSError as error:
-        return _failure(error)
-    finally:
-        os.close(descriptor)
+        return Failure("read", _REASONS.get(error.errno, "io_error"), error.strerror or str(error))
     # Half of what was there and half of what is there now would be a picture of neither.
     if (len(data), now.st_mtime_ns) != (size, status.st_mtime_ns):
         return Failure("read", "io_error", "it was written to while it was read")
     return data, size, status.st_mtime_ns // 1000
 
 
-def _failure(error: OSError) -> Failure:
-    reason: Reason = "io_error"
-    if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
-        reason = "not_found"
-    elif isinstance(error, PermissionError):
-        reason = "permission"
-    elif error.errno in (errno.ENXIO, errno.ENODEV):  # what open() says of a socket
-        reason = "not_regular_file"
-    return Failure("read", reason, error.strerror or str(error))
+def _without_waiting(path: str, flags: int) -> int:
+    # Opening a FIFO without a writer would wait for ever. No effect on files.
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -8,12 +8,10 @@ class Item(NamedTuple):
 
     id: unique in the dataset; of a file, its path relative to the source.
     uri: the file or object that holds its bytes, percent-encoded, so that any name survives.
-    size: bytes.
-    mtime: last modification, microseconds since 1970 in UTC. With the size, its version.
+    size: bytes. mtime: last modification, microseconds since 1970 in UTC. Together, its version.
     offset: where its bytes begin in a file that holds several images; None for a whole file.
     label: what `--label-from` makes of its place.
-    carried: values of the columns that travel with it unchanged, in the order of
-        `Listing.carried`.
+    carried: values of `Listing.carried`, columns that travel with it unchanged.
     """
 
     id: str

@@ -1,7 +1,7 @@
 """Prefixes in an object store: list them in a fixed order, and read an object from them.
 
-The rules are those of a directory: the same tree on a disk and in a store gives the same ids in the
-same order. Folders are listed one by one, so memory grows with the largest, not with the bucket.
+The same tree on a disk and in a store gives the same ids in the same order. Folders are listed one
+by one, so memory grows with the largest, not with the bucket.
 """
 
 from collections import Counter
@@ -16,16 +16,16 @@ from resfeat.sources.item import Item
 from resfeat.sources.rules import base_of, check_apart, extent, folder_of, passed_over, printable
 from resfeat.storage import SCHEME, is_refused, patiently, store
 
-# Parts of a key that a path cannot have: two slashes in a row leave an empty one. The AWS library
-# would read another object in its place.
+# Parts of a key that no path has (two slashes leave an empty one): the AWS library would read
+# another object in its place.
 UNUSABLE = ("", ".", "..")
 
 
 class Prefixes:
     """A listing of one or more prefixes (or single objects); see `sources.Listing`.
 
-    Raises UsageError where a source is missing or lies within another, StoreError where the store
-    is out of reach or does not let us look.
+    Raises UsageError where a source is missing, is a dataset, or lies within another, StoreError
+    where the store is out of reach or does not let us look.
     """
 
     carried = ()
@@ -37,20 +37,16 @@ class Prefixes:
         self.roots = [SCHEME + path for path in self._paths]
         self.skipped: Counter[str] = Counter()
         for path in self._paths:
+            source = f"source {SCHEME}{path}"
             if not set(UNUSABLE).isdisjoint(path.split("/")):
-                raise UsageError(
-                    f"source {SCHEME}{path} has an empty part, '.' or '..': leave it out"
-                )
+                raise UsageError(f"{source} has an empty part, '.' or '..': leave it out")
             kind = _info(path).type
             if kind == FileType.NotFound:
-                raise UsageError(f"source {SCHEME}{path} does not exist: check the address")
+                raise UsageError(f"{source} does not exist: check the address")
             if kind == FileType.Directory and _is_dataset(_list(path)):
-                raise UsageError(
-                    f"source {SCHEME}{path} is a resfeat dataset: name a prefix of images"
-                )
+                raise UsageError(f"{source} is a resfeat dataset: name a prefix of images")
         check_apart(self._paths)
-        is_folder = _info(self._paths[0]).type == FileType.Directory
-        self._base = base_of(self._paths, is_folder=is_folder)
+        self._base = base_of(self._paths, is_folder=kind == FileType.Directory)
 
     def __iter__(self) -> Iterator[Item]:
         self.skipped.clear()
@@ -82,23 +78,18 @@ class Prefixes:
             id=printable(info.path.removeprefix(self._base)),
             uri=SCHEME + quote(info.path),
             size=info.size,
-            # In whole seconds, as the header has it that comes with an object; some stores list
-            # milliseconds.
+            # Whole seconds, as in the header of an object; some stores list milliseconds.
             mtime=info.mtime_ns // 10**9 * 10**6,
             label=folder_of(info.path) if self._labelled else None,
         )
 
 
 def is_there(root: str) -> bool:
-    """Whether a source is still there."""
     return bool(_info(root.removeprefix(SCHEME)).type != FileType.NotFound)
 
 
 def read(item: Item) -> tuple[bytes, int, int] | Failure:
-    """The image's bytes with the size (bytes) and mtime (microseconds) that they have now.
-
-    Raises StoreError where the whole store is out of reach.
-    """
+    """See `sources.read`. Raises StoreError where the whole store is out of reach."""
     path = unquote(item.uri.removeprefix(SCHEME))
 
     def get() -> tuple[bytes, int, int] | Failure:

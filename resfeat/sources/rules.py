@@ -33,18 +33,17 @@ def may_be_passed_over(names: Sequence[str]) -> bool:
 
 
 def check_apart(roots: Sequence[str]) -> None:
-    """Raise UsageError where one of some sorted paths lies within another."""
+    """Raise UsageError where one of these sorted paths lies within another."""
     for outer, inner in itertools.pairwise(roots):
         if inner == outer or inner.startswith(os.path.join(outer, "")):
             raise UsageError(f"source {inner} lies within source {outer}: name only one of them")
 
 
 def base_of(roots: Sequence[str], *, is_folder: bool) -> str:
-    """What the ids leave out of the paths. A single folder is its own base (is_folder); a file, or
-    several sources, count from their common parent."""
-    if len(roots) == 1 and is_folder:
-        return os.path.join(roots[0], "")
-    return os.path.join(os.path.commonpath([os.path.dirname(root) for root in roots]), "")
+    """What the ids leave out of the paths: a single folder, or else the sources' common parent, so
+    that no two images share an id."""
+    is_own = is_folder and len(roots) == 1
+    return os.path.join(roots[0] if is_own else os.path.commonpath(map(os.path.dirname, roots)), "")
 
 
 def printable(path: str) -> str:
@@ -55,12 +54,11 @@ def printable(path: str) -> str:
     raw = os.fsencode(path)
     text = raw.decode("utf-8", "backslashreplace")
     if "\\x" in text:
-        return raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
+        text = raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
     return text
 
 
 def folder_of(path: str) -> str:
-    """Name of the folder that an image lies in."""
     return printable(os.path.basename(os.path.dirname(path)))
 
 
