@@ -11,24 +11,10 @@ Stage = Literal["read", "decode", "embed"]
 
 # The closed list: every failure row carries one of these, so users can filter and count on them.
 Reason = Literal[
-    "not_found",
-    "permission",
-    "not_regular_file",
-    "io_error",
-    "empty",
-    "unidentified",
-    "format_not_allowed",
-    "truncated",
-    "corrupt",
-    "too_large",
-    "too_many_pixels",
-    "timeout",
-    "decoder_crash",
-    "out_of_memory",
-    "non_finite",
-    "duplicate_id",
-    "bad_container",
-]
+    "not_found", "permission", "not_regular_file", "io_error", "empty", "unidentified",
+    "format_not_allowed", "truncated", "corrupt", "too_large", "too_many_pixels", "timeout",
+    "decoder_crash", "out_of_memory", "non_finite", "duplicate_id", "bad_container",
+]  # fmt: skip
 REASONS: tuple[str, ...] = get_args(Reason)
 
 

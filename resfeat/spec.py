@@ -1,17 +1,16 @@
 """What is asked for: the identity of an embedding, and how to run.
 
-Two kinds of choices, two types. `Identity` holds everything that decides what an embedding *is*; it
-is hashed into the fingerprint and never changes within a dataset. `RuntimeOptions` holds the rest,
-which may change between a run and its resume. `FeatureSpec` is an identity as a user asks for it,
-with defaults still to be filled in from the weights.
+`Identity` is everything that decides what an embedding *is*: it is hashed into the fingerprint and
+never changes within a dataset. `FeatureSpec` is an identity as a user asks for it, with defaults
+still to be filled in from the weights. `RuntimeOptions` may change between a run and its resume.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import inf
+from typing import Any, Literal, Self, get_args
 
 from resfeat.errors import UsageError
 
@@ -27,6 +26,12 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 DType = Literal["float32", "float16"]
 Decode = Literal["turbo", "pillow"]
 RuntimeName = Literal["torch", "openvino"]
+
+
+def _check_range(name: str, value: float | None, least: float, most: float, hint: str) -> None:
+    """Raise UsageError where an option was given and lies outside of least to most."""
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"--{name} {value:.15g}: give {hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +88,14 @@ class Identity:
         return plain
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Identity:
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
         """The inverse of `as_dict`."""
-        pixels = dict(plain["preprocessing"])
-        pixels["mean"], pixels["std"] = tuple(pixels["mean"]), tuple(pixels["std"])
-        fields = {
-            **plain,
-            "preprocessing": Preprocessing(**pixels),
-            "layers": tuple(plain["layers"]),
-        }
-        return cls(**fields)
+        pixels = Preprocessing(**_with_tuples(plain["preprocessing"]))
+        return cls(**{**_with_tuples(plain), "preprocessing": pixels})
+
+
+def _with_tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,36 +128,23 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         if self.layers is not None and (not self.layers or not all(self.layers)):
             raise UsageError("--layers has an empty name: give some, as in layer3,avgpool")
-        for name, value, known in (
-            ("pool", self.pool, Pool),
-            ("precision", self.precision, Precision),
-            ("dtype", self.dtype, DType),
-            ("interpolation", self.interpolation, Interpolation),
-            ("decode", self.decode, Decode),
-        ):
+        choices = {"pool": Pool, "precision": Precision, "dtype": DType,
+                   "interpolation": Interpolation, "decode": Decode}  # fmt: skip
+        for name, known in choices.items():
+            value = getattr(self, name)
             if value is not None and value not in get_args(known):
                 raise UsageError(f"--{name} {value}: give one of {', '.join(get_args(known))}")
-        for name, pixels in (("resize", self.resize), ("crop", self.crop)):
-            if pixels is not None and not 1 <= pixels <= MOST_PIXELS:
-                raise UsageError(f"--{name} {pixels}: give 1 to {MOST_PIXELS} pixels")
+        for name in ("resize", "crop"):
+            hint = f"1 to {MOST_PIXELS} pixels"
+            _check_range(name, getattr(self, name), 1, MOST_PIXELS, hint)
 
     @classmethod
-    def of(cls, identity: Identity, weights: str) -> FeatureSpec:
+    def of(cls, identity: Identity, weights: str) -> Self:
         """What asks for this identity again, given where its weights are found."""
-        pixels = identity.preprocessing
-        return cls(
-            model=identity.model,
-            weights=weights,
-            layers=identity.layers,
-            pool=None if identity.pool == "own" else identity.pool,  # type: ignore[arg-type]
-            normalize=identity.normalize,
-            precision=identity.precision,
-            dtype=identity.dtype,
-            resize=pixels.resize,
-            crop=pixels.crop,
-            interpolation=pixels.interpolation,
-            decode=identity.decode,
-        )
+        asked = vars(identity) | vars(identity.preprocessing) | {"weights": weights}
+        if identity.pool == "own":
+            asked["pool"] = None
+        return cls(**{each.name: asked[each.name] for each in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,21 +167,14 @@ class RuntimeOptions:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 0:
-            raise UsageError(f"--workers {self.workers}: give a number from 0 up, or auto")
-        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker <= 1:
-            raise UsageError(
-                f"--gpus-per-worker {self.gpus_per_worker:g}: give 0 to 1; "
-                "a worker holds one model on one GPU, so use more workers for more GPUs"
-            )
-        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
-            raise UsageError(f"--cpus-per-worker {self.cpus_per_worker}: give at least 1")
+        _check_range("workers", self.workers, 0, inf, "a number from 0 up, or auto")
+        hint = "0 to 1; a worker holds one model on one GPU, so use more workers for more GPUs"
+        _check_range("gpus-per-worker", self.gpus_per_worker, 0, 1, hint)
+        _check_range("cpus-per-worker", self.cpus_per_worker, 1, inf, "at least 1")
         if self.runtime not in (None, *get_args(RuntimeName)):
-            raise UsageError(
-                f"--runtime {self.runtime}: give one of auto, {', '.join(get_args(RuntimeName))}"
-            )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size}: give at least 1")
+            known = ", ".join(get_args(RuntimeName))
+            raise UsageError(f"--runtime {self.runtime}: give one of auto, {known}")
+        _check_range("batch-size", self.batch_size, 1, inf, "at least 1")
         if self.workers == 0 and self.address is not None:
             raise UsageError(
                 "--workers 0 runs in this process and --address on a cluster: drop one of them"
@@ -233,11 +216,8 @@ class ExtractSpec(FeatureSpec):
             raise UsageError("no source given: name a directory of images")
         if not all(self.sources) or not self.output:
             raise UsageError("an empty path was given as source or output: is a variable not set?")
-        if self.shard_size is not None and self.shard_size < 1:
-            raise UsageError(f"--shard-size {self.shard_size}: give at least 1")
+        _check_range("shard-size", self.shard_size, 1, inf, "at least 1")
         if self.label_from not in (None, "parent"):
             raise UsageError(f"--label-from {self.label_from}: only 'parent' is known")
-        if not 0 <= self.max_error_rate <= 1:
-            raise UsageError(f"--max-error-rate {self.max_error_rate:g}: give a share from 0 to 1")
-        if self.min_parity is not None and not -1 <= self.min_parity <= 1:
-            raise UsageError(f"--min-parity {self.min_parity:g}: give a cosine, at most 1")
+        _check_range("max-error-rate", self.max_error_rate, 0, 1, "a share from 0 to 1")
+        _check_range("min-parity", self.min_parity, -1, 1, "a cosine, at most 1")

@@ -126,7 +126,7 @@ def test_what_was_written_is_read_listed_and_removed(elsewhere, root, objects):
     elsewhere((root / "a/b/1").write_bytes, b"one")
     elsewhere((root / "a/2").write_bytes, b"")
     assert content(objects) == {"a/b/1": b"one", "a/2": b""}
-    assert elsewhere((root / "a/b/1").read_text) == "one"
+    assert elsewhere((root / "a/b/1").read_bytes) == b"one"
     assert elsewhere((root / "a/2").read_bytes) == b""
     assert {path.name for path in elsewhere(names_below, root / "a")} == {"2", "b"}
     assert elsewhere((root / "a").is_dir) and not elsewhere((root / "a/2").is_dir)

@@ -10,18 +10,6 @@ from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FailedItem, Row, embeddings_schema
 
 __all__ = [
-    "Commits",
-    "Dataset",
-    "FailedItem",
-    "Layout",
-    "Lock",
-    "Part",
-    "Record",
-    "Row",
-    "embeddings_schema",
-    "holder",
-    "kept_rows",
-    "open_dataset",
-    "run_lock",
-    "write_card",
-]
+    "Commits", "Dataset", "FailedItem", "Layout", "Lock", "Part", "Record", "Row",
+    "embeddings_schema", "holder", "kept_rows", "open_dataset", "run_lock", "write_card",
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """The dataset card: a README.md that says what lies there, to people and to `load_dataset`."""
 
-from collections.abc import Mapping
-
 import pyarrow as pa
 
 from resfeat.dataset.layout import Layout
@@ -16,16 +14,16 @@ configs:
 - config_name: default
   data_files: embeddings/*.parquet
 ---
-# Embeddings of {items:,} images by {model}
+# Embeddings of {record.plan.items:,} images by {identity.model}
 
-Made by resfeat {version} on {created}.
+Made by resfeat {record.versions[resfeat]} on {record.created:.10}.
 
 | | |
 | --- | --- |
-| model | `{model}`, layers {layers}, pooling {pool}, {precision} |
-| weights | `{weights}` |
+| model | `{identity.model}`, layers {layers}, pooling {identity.pool}, {identity.precision} |
+| weights | `{record.weights}` |
 | sources | {sources} |
-| fingerprint | `{fingerprint}` |
+| fingerprint | `{identity.fingerprint}` |
 
 `embeddings/` has a row for each image that could be embedded, `failures/` one for each that could
 not, with the reason. No image is in both. `_resfeat/` is what resfeat needs to go on and to verify.
@@ -54,18 +52,11 @@ To see whether every image is still there, once: `resfeat verify OUT`.
 
 def write_card(layout: Layout, record: Record, embeddings: pa.Schema) -> None:
     """Write the card of a dataset. embeddings: the schema of its parts."""
-    identity = record.identity
     text = _CARD.format(
-        items=record.plan.items,
-        model=identity.model,
-        version=record.versions["resfeat"],
-        created=record.created[:10],
-        layers=", ".join(identity.layers),
-        pool=identity.pool,
-        precision=identity.precision,
-        weights=record.weights,
+        record=record,
+        identity=record.identity,
+        layers=", ".join(record.identity.layers),
         sources=", ".join(f"`{source}`" for source in record.sources),
-        fingerprint=identity.fingerprint,
         embeddings=_rows(embeddings),
         failures=_rows(FAILURES),
     )
@@ -73,5 +64,4 @@ def write_card(layout: Layout, record: Record, embeddings: pa.Schema) -> None:
 
 
 def _rows(schema: pa.Schema) -> str:
-    columns: Mapping[str, pa.DataType] = dict(zip(schema.names, schema.types, strict=True))
-    return "\n".join(f"| `{name}` | {kind} |" for name, kind in columns.items())
+    return "\n".join(f"| `{field.name}` | {field.type} |" for field in schema)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset.layout import Layout
@@ -17,7 +16,7 @@ from resfeat.dataset.notes import Commits
 from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FAILURES
 from resfeat.errors import ResfeatError, UsageError, first_line
-from resfeat.storage import Location, dataset_of, open_parquet, patiently
+from resfeat.storage import Location, StorePath, dataset_of, open_parquet, patiently
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
@@ -45,20 +44,16 @@ class Dataset:
     @property
     def embeddings(self) -> ds.Dataset:
         """The embedded images, as a `pyarrow.dataset`."""
-        import pyarrow.dataset as ds
-
-        path, store = dataset_of(self.layout.embeddings)
-        return ds.dataset(path, filesystem=store, format="parquet")
+        return dataset_of(self.layout.embeddings)
 
     @property
     def failures(self) -> ds.Dataset:
         """The images that gave no embedding, as a `pyarrow.dataset`."""
         import pyarrow.dataset as ds
 
-        if not self.layout.with_failures():
-            return ds.dataset(FAILURES.empty_table())
-        path, store = dataset_of(self.layout.failures)
-        return ds.dataset(path, filesystem=store, format="parquet")
+        if self.layout.with_failures():
+            return dataset_of(self.layout.failures)
+        return ds.dataset(FAILURES.empty_table())
 
     def commits(self) -> Commits:
         """What is committed by now, by the notes of the commits."""
@@ -80,8 +75,10 @@ class Dataset:
         """
         column = self.check_layer(layer)
         for shard in self.layout.committed():
-            with open_part(self.layout.embeddings / self.layout.part_name(shard)) as part:
-                for batch in part.iter_batches(rows, columns=["id", column], use_threads=False):
+            part = self.layout.embeddings / self.layout.part_name(shard)
+            with _readable(part, "`resfeat verify --repair` sends what is damaged back to be done "
+                                 "again"), open_parquet(part) as file:  # fmt: skip
+                for batch in file.iter_batches(rows, columns=["id", column], use_threads=False):
                     flat = batch[column].flatten().to_numpy().astype(np.float32, copy=False)
                     yield batch["id"], flat.reshape(batch.num_rows, -1)
 
@@ -97,31 +94,19 @@ class Dataset:
     def uris(self, ids: list[str]) -> dict[str, str]:
         """Where the images with these ids were when they were listed."""
         import pyarrow.compute as pc
-        import pyarrow.dataset as ds
 
-        wanted = pc.field("id").isin(ids)
-        path, store = dataset_of(self.layout.plan)
+        plan, wanted = self.layout.plan, pc.field("id").isin(ids)
 
         def look() -> pa.Table:
-            plan = ds.dataset(path, filesystem=store, format="parquet")
-            return plan.to_table(columns=["id", "uri"], filter=wanted)
+            return dataset_of(plan).to_table(columns=["id", "uri"], filter=wanted)
 
-        with _readable(self.layout.plan, "bring it back from a copy"):
-            found = patiently(self.layout.plan, look) if store else look()
+        with _readable(plan, "bring it back from a copy"):
+            found = patiently(plan, look) if isinstance(plan, StorePath) else look()
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
 
 
 @contextmanager
-def open_part(part: Location) -> Iterator[pq.ParquetFile]:
-    """A part, to be read. Raises ResfeatError, naming it, where that fails, be it half-way."""
-    hint = "`resfeat verify --repair` sends what is damaged back to be done again"
-    with _readable(part, hint), open_parquet(part) as file:
-        yield file
-
-
-@contextmanager
 def _readable(location: Location, hint: str) -> Iterator[None]:
-    """Say which file cannot be read, and what to do about it."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`_resfeat/spec.json`: what a dataset is."""
+"""What a dataset is, as its `_resfeat/spec.json` says."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ FORMAT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """`_resfeat/spec.json`: what the dataset is. Written once, when its plan is complete.
+    """What a dataset is. Written when its plan is complete.
 
     weights: what to give as --weights to find the same weights again. parity: how near to the
     reference a sample of the embeddings was when it was first measured; None for the reference.
@@ -35,18 +35,14 @@ class Record:
     quantised: str | None = None
 
     def save(self, layout: Layout) -> None:
-        content = {
-            "format": FORMAT,
-            "fingerprint": self.identity.fingerprint,
-            **asdict(self),
-        }
-        write_json(layout.tmp, layout.spec, content)
+        about = {"format": FORMAT, "fingerprint": self.identity.fingerprint}
+        write_json(layout.tmp, layout.spec, about | asdict(self))
 
     @classmethod
     def load(cls, layout: Layout) -> Self | None:
-        """The record of the dataset at `layout`; None where there is none."""
+        """The record of a dataset; None where there is none."""
         try:
-            content = json.loads(layout.spec.read_text(encoding="utf-8"))
+            content = json.loads(layout.spec.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:

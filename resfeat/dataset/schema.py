@@ -11,13 +11,8 @@ from resfeat.errors import Failure
 from resfeat.spec import Identity
 
 FAILURES = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-    ]
+    pa.field(name, pa.string(), nullable=False)
+    for name in ("id", "uri", "stage", "reason", "message")
 )
 PLAIN = (
     pa.field("id", pa.string(), nullable=False),
@@ -83,37 +78,29 @@ def embeddings_schema(
 def carried_fields(schema: pa.Schema) -> list[pa.Field]:
     """The columns of `embeddings/` that are carried."""
     own = {field.name for field in PLAIN}
-    vectors = {field.name for field in schema if pa.types.is_fixed_size_list(field.type)}
-    return [field for field in schema if field.name not in own | vectors]
+    others = [field for field in schema if field.name not in own]
+    return [field for field in others if not pa.types.is_fixed_size_list(field.type)]
 
 
 def plain_columns(rows: Sequence[Row], schema: pa.Schema) -> dict[str, list[Any]]:
     """The columns of rows by name, without the embeddings."""
-    carried = [field.name for field in carried_fields(schema)]
-    columns = {
-        field.name: [getattr(row, field.name) for row in rows]
-        for field in PLAIN
-        if field.name in schema.names
-    }
-    return columns | {
-        name: [row.carried[place] for row in rows] for place, name in enumerate(carried)
-    }
+    own = [field.name for field in PLAIN if field.name in schema.names]
+    columns = {name: [getattr(row, name) for row in rows] for name in own}
+    for place, field in enumerate(carried_fields(schema)):
+        columns[field.name] = [row.carried[place] for row in rows]
+    return columns
 
 
 def plain_rows(table: pa.Table) -> list[Row]:
     """The inverse of `plain_columns`."""
-    own = {
-        field.name: (
-            table[field.name].cast(pa.int64()) if field.name == "mtime" else table[field.name]
-        ).to_pylist()
-        for field in PLAIN
-        if field.name in table.schema.names
-    }
-    others = [table[field.name].to_pylist() for field in carried_fields(table.schema)]
-    carried = zip(*others, strict=True) if others else iter([()] * len(table))
+    place = table.schema.get_field_index("mtime")
+    table = table.set_column(place, "mtime", table["mtime"].cast(pa.int64()))
+    own = [field.name for field in PLAIN if field.name in table.schema.names]
+    names = [*own, *(field.name for field in carried_fields(table.schema))]
+    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
     return [
-        Row(**dict(zip(own, values, strict=True)), carried=also)
-        for *values, also in zip(*own.values(), carried, strict=True)
+        Row(**dict(zip(own, row, strict=False)), carried=row[len(own) :])  # the rest is carried
+        for row in rows
     ]
 
 
@@ -121,5 +108,5 @@ def failures_table(items: Iterable[FailedItem], schema: pa.Schema) -> pa.Table:
     """The rows of `failures/`. schema: that of the embeddings, for what is carried."""
     rows = [(item.id, item.uri, *vars(item.failure).values(), *item.carried) for item in items]
     fields = [*FAILURES, *carried_fields(schema)]
-    columns = zip(zip(*rows, strict=True), fields, strict=True)
-    return pa.table([pa.array(each, field.type) for each, field in columns], pa.schema(fields))
+    columns = zip([field.name for field in fields], zip(*rows, strict=True), strict=True)
+    return pa.table(dict(columns), schema=pa.schema(fields))

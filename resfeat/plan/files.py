@@ -23,17 +23,15 @@ SHARDS_PER_FILE = 64
 SMALL_SHARDS = 32
 SMALLEST_SHARD = 128
 
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
-        pa.field("offset", pa.int64()),
-        pa.field("label", pa.string()),
-    ]
+# The fields of `Item`, in its order; the columns that are carried follow.
+OWN = (
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("size", pa.int64(), nullable=False),
+    pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
+    pa.field("offset", pa.int64()),
+    pa.field("label", pa.string()),
 )
-OWN = SCHEMA.names
 
 
 def shard_size_for(items: int) -> int:
@@ -54,7 +52,7 @@ def write_plan(
     carried: the columns of `Item.carried`. Where no shard size is given, as many rows as the
     largest default needs are held back until it is clear how long the listing is.
     """
-    schema = pa.schema([*SCHEMA, *carried])
+    schema = pa.schema([*OWN, *carried])
     tables = _tables(listing, schema, shard_size or SMALLEST_SHARD)
     held: list[pa.Table] = []
     if shard_size is None:
@@ -83,51 +81,43 @@ def read_shard(folder: Location, shard: Shard) -> list[Item]:
     try:
         with open_parquet(path) as file:
             table = file.read_row_group(shard.row_group, use_threads=False)
-        table = table.select([*OWN, *(name for name in table.schema.names if name not in OWN)])
         if table.num_rows != shard.rows:
             raise pa.ArrowInvalid("its rows are not those that were listed")
+        place = table.schema.get_field_index("mtime")
+        table = table.set_column(place, "mtime", table["mtime"].cast(pa.int64()))
+        own = [field.name for field in OWN]
+        carried = [name for name in table.schema.names if name not in own]
+        columns = [table[name].to_pylist() for name in (*own, *carried)]
     except (OSError, ValueError, KeyError, IndexError) as error:  # Arrow's own are of these
         raise ResfeatError(
             f"{path}, the listing of shard {shard.number}, cannot be read ({first_line(error)}): "
             "bring it back, or give a new -o"
         ) from error
-    columns = [
-        (column.cast(pa.int64()) if name == "mtime" else column).to_pylist()
-        for name, column in zip(table.schema.names, table.columns, strict=True)
-    ]
-    own = zip(*columns[: len(OWN)], strict=True)
-    carried = zip(*columns[len(OWN) :], strict=True) if columns[len(OWN) :] else ()
-    rows = itertools.zip_longest(own, carried, fillvalue=())
-    return [Item._make((*row, also)) for row, also in rows]
+    rows = zip(*columns, strict=True)
+    return [Item._make((*row[: len(own)], row[len(own) :])) for row in rows]
 
 
 def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
     """The columns that travel with the items, as the first file of the plan has them."""
     with open_parquet(folder / plan.files[0].name) as file:
-        return tuple(field for field in file.schema_arrow if field.name not in OWN)
+        return tuple(file.schema_arrow)[len(OWN) :]
 
 
 def _tables(listing: Iterable[Item], schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
     iterator = iter(listing)
     while items := list(itertools.islice(iterator, rows)):
         *own, carried = zip(*items, strict=True)
-        columns = [*own, *zip(*carried, strict=True)]
-        yield pa.table(
-            [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
-            schema=schema,
-        )
+        columns = zip(schema.names, [*own, *zip(*carried, strict=True)], strict=True)
+        yield pa.table(dict(columns), schema=schema)
 
 
 def _recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of `rows` each, the last one shorter."""
-    held: list[pa.Table] = []
-    count = 0
+    held = None
     for table in tables:
-        held.append(table)
-        count += table.num_rows
-        while count >= rows:
-            whole = pa.concat_tables(held)
-            yield whole.slice(0, rows)
-            held, count = [whole.slice(rows)], count - rows
-    if count:
-        yield pa.concat_tables(held)
+        held = pa.concat_tables([held, table]) if held else table
+        while len(held) >= rows:
+            yield held.slice(0, rows)
+            held = held.slice(rows)
+    if held:
+        yield held

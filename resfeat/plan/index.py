@@ -22,10 +22,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """One file of the plan. shards, rows: the shard in each row group, and how many items it has.
-
-    sha256: 64 hex digits.
-    """
+    """A file of the plan. shards, rows: the shard in each row group, and its number of items."""
 
     name: str
     generation: int
@@ -53,14 +50,13 @@ class Plan:
 
     @cached_property
     def items(self) -> int:
-        """Items in all shards."""
         return sum(shard.rows for shard in self.shards.values())
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`, from JSON, where tuples are lists."""
-        files = (
-            PlanFile(**{**file, "shards": tuple(file["shards"]), "rows": tuple(file["rows"])})
+        files = [
+            PlanFile(**file | {name: tuple(file[name]) for name in ("shards", "rows")})
             for file in plain["files"]
-        )
+        ]
         return cls(plain["shard_size"], tuple(files))

@@ -14,23 +14,7 @@ from resfeat.storage.parquet import dataset_of, open_parquet
 from resfeat.storage.remote import SCHEME, StorePath, is_refused, patiently, store
 
 __all__ = [
-    "SCHEME",
-    "Draft",
-    "Location",
-    "StorePath",
-    "dataset_of",
-    "draft",
-    "file_system_of",
-    "is_refused",
-    "is_remote",
-    "locate",
-    "make_folder",
-    "open_parquet",
-    "patiently",
-    "remove",
-    "remove_all",
-    "sha256",
-    "store",
-    "write_json",
-    "write_whole",
-]
+    "SCHEME", "Draft", "Location", "StorePath", "dataset_of", "draft", "file_system_of",
+    "is_refused", "is_remote", "locate", "make_folder", "open_parquet", "patiently", "remove",
+    "remove_all", "sha256", "store", "write_json", "write_whole",
+]  # fmt: skip

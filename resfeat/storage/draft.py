@@ -1,20 +1,19 @@
 """Drafts: files that are seen whole or not at all.
 
-A file is written as a draft, in a hidden folder on a disk and in memory for a store. Publishing it
-is one atomic rename, or one PUT.
+A draft is a file in a hidden folder, or, for a store, bytes in memory. Publishing it is one atomic
+rename, or one PUT.
 """
 
 import hashlib
 import json
 import os
 import uuid
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from resfeat.storage.location import Location, replace
+from resfeat.storage.location import Location, sync
 from resfeat.storage.remote import StorePath
 
 
@@ -33,7 +32,9 @@ class DiskDraft:
         """Put the file in its place, so that it survives a power cut."""
         with open(self.sink, "rb") as file:
             os.fsync(file.fileno())
-        replace(self.sink, target)
+        os.replace(self.sink, target)
+        for folder in {target.parent, self.sink.parent}:
+            sync(folder)
 
     def discard(self) -> None:
         """Forget it, unless it was published."""
@@ -46,15 +47,11 @@ class StoreDraft:
     def __init__(self) -> None:
         self.sink = pa.BufferOutputStream()
 
-    @cached_property
-    def _content(self) -> pa.Buffer:
-        return self.sink.getvalue()
-
     def reopen(self) -> pa.NativeFile:
-        return pa.BufferReader(self._content)
+        return pa.BufferReader(self.sink.getvalue())
 
     def publish(self, target: Any) -> None:
-        target.write_bytes(self._content)
+        target.write_bytes(self.sink.getvalue())
 
     def discard(self) -> None:
         """It is gone as soon as nobody holds it."""
@@ -88,5 +85,4 @@ def write_whole(folder: Path | None, location: Location, content: bytes) -> None
 
 
 def write_json(folder: Path | None, location: Location, content: object) -> None:
-    """Write a small JSON document, as `write_whole` does."""
     write_whole(folder, location, (json.dumps(content, indent=2) + "\n").encode())

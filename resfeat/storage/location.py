@@ -16,7 +16,6 @@ Location = Path | StorePath
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
-    """Whether this names something in an object store."""
     return str(name).startswith(SCHEME)
 
 
@@ -47,21 +46,14 @@ def make_folder(location: Location) -> None:
     """Make a folder, durably, if it is not there."""
     if isinstance(location, Path) and not location.exists():
         location.mkdir(exist_ok=True)
-        _sync(location.parent)
+        sync(location.parent)
 
 
 def remove(location: Location) -> None:
     """Remove a file, durably, if it is there."""
     location.unlink(missing_ok=True)
     if isinstance(location, Path) and location.parent.exists():
-        _sync(location.parent)
-
-
-def replace(location: Path, target: Path) -> None:
-    """Put a file in the place of another, in one step and durably."""
-    os.replace(location, target)
-    for parent in {target.parent, location.parent}:
-        _sync(parent)
+        sync(location.parent)
 
 
 def file_system_of(path: Path) -> str:
@@ -74,7 +66,8 @@ def file_system_of(path: Path) -> str:
     return max(there, key=lambda mount: len(mount[0]))[1] if there else "a file system"
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

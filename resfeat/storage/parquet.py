@@ -1,14 +1,19 @@
 """Reading Parquet, on a disk or in a store."""
 
+from __future__ import annotations
+
 import io
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from resfeat.storage.location import Location
 from resfeat.storage.remote import StoreFile, StorePath
+
+# It is imported where it is used: it takes pandas with it, half a second.
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 READ_AHEAD = 1 << 20
 """Bytes asked of a store at once, so that columns that lie side by side are one request."""
@@ -21,18 +26,16 @@ def open_parquet(source: Location | bytes) -> pq.ParquetFile:
     of bytes or a file of Python's while the interpreter ends aborts the process
     (apache/arrow#34314).
     """
-    file: Path | io.BufferedReader | pa.BufferReader
-    if isinstance(source, bytes):
-        file = pa.BufferReader(source)
-    elif isinstance(source, StorePath):
+    file = pa.BufferReader(source) if isinstance(source, bytes) else source
+    if isinstance(source, StorePath):
         file = io.BufferedReader(StoreFile(source), READ_AHEAD)
-    else:
-        file = source
     return pq.ParquetFile(file, pre_buffer=False)
 
 
-def dataset_of(location: Location) -> tuple[str, fs.FileSystem | None]:
-    """A folder as `pyarrow.dataset.dataset` takes it: its path, and the file system of that."""
-    if isinstance(location, Path):
-        return str(location), None
-    return str(location.path), location.store
+def dataset_of(folder: Location) -> ds.Dataset:
+    """The Parquet files of a folder, as a `pyarrow.dataset`."""
+    import pyarrow.dataset as ds
+
+    if isinstance(folder, StorePath):
+        return ds.dataset(str(folder.path), filesystem=folder.store, format="parquet")
+    return ds.dataset(folder, format="parquet")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -87,12 +87,8 @@ def is_refused(error: BaseException) -> bool:
 
 def _is_passing(error: BaseException) -> bool:
     """Whether another attempt may end otherwise."""
-    return (
-        isinstance(error, OSError)
-        and not isinstance(error, FileNotFoundError)
-        and not is_refused(error)
-        and MISSING not in str(error)
-    )
+    told = is_refused(error) or MISSING in str(error) or isinstance(error, FileNotFoundError)
+    return isinstance(error, OSError) and not told
 
 
 @dataclass(frozen=True)
@@ -124,10 +120,10 @@ class StorePath:
 
     def exists(self) -> bool:
         """Whether there is an object of this name, or one below it."""
-        return bool(self._info().type != fs.FileType.NotFound)
+        return bool(self._type() != fs.FileType.NotFound)
 
     def is_dir(self) -> bool:
-        return bool(self._info().type == fs.FileType.Directory)
+        return bool(self._type() == fs.FileType.Directory)
 
     def read_bytes(self) -> bytes:
         def read() -> bytes:
@@ -138,9 +134,6 @@ class StorePath:
                 return content
 
         return patiently(self, read)
-
-    def read_text(self, encoding: str = "utf-8") -> str:
-        return self.read_bytes().decode(encoding)
 
     def write_bytes(self, content: bytes | pa.Buffer) -> None:
         """One PUT. Whoever reads meanwhile sees what was there before."""
@@ -175,18 +168,18 @@ class StorePath:
         patiently(self, delete)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a prefix is there as soon as an object has it."""
+        """Nothing: a prefix is there as long as an object has it."""
 
     def rmdir(self) -> None:
-        """Nothing, for the same reason."""
+        """Nothing."""
 
     def remove_all(self) -> None:
         """Remove every object below this one."""
         with suppress(FileNotFoundError):
             patiently(self, lambda: self.store.delete_dir(str(self.path)))
 
-    def _info(self) -> fs.FileInfo:
-        return patiently(self, lambda: self.store.get_file_info(str(self.path)))
+    def _type(self) -> fs.FileType:
+        return patiently(self, lambda: self.store.get_file_info(str(self.path)).type)
 
 
 class StoreFile(io.RawIOBase):
@@ -195,13 +188,11 @@ class StoreFile(io.RawIOBase):
     def __init__(self, location: StorePath) -> None:
         self._location = location
         self._at = 0
-        self._file: pa.NativeFile | None = None
-        self._size: int = patiently(location, lambda: self._open().size())
+        self._size: int = patiently(location, lambda: self._file.size())
 
-    def _open(self) -> pa.NativeFile:
-        if self._file is None:
-            self._file = self._location.store.open_input_file(str(self._location.path))
-        return self._file
+    @cached_property
+    def _file(self) -> pa.NativeFile:
+        return self._location.store.open_input_file(str(self._location.path))
 
     def readable(self) -> bool:
         return True
@@ -220,7 +211,7 @@ class StoreFile(io.RawIOBase):
 
             def piece() -> bytes:
                 try:
-                    content: bytes = self._open().read_at(wanted, self._at)
+                    content: bytes = self._file.read_at(wanted, self._at)
                     if len(content) != wanted:
                         raise OSError(f"{len(content):,} of {wanted:,} bytes came")
                     return content
@@ -237,6 +228,5 @@ class StoreFile(io.RawIOBase):
         super().close()
 
     def _drop(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if file := self.__dict__.pop("_file", None):
+            file.close()
