@@ -30,8 +30,16 @@ from numpy.typing import NDArray
 
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.notes import Note
-from resfeat.dataset.schema import FailedItem, Row, failures_table, plain_columns, plain_rows
-from resfeat.errors import ResfeatError, first_line
+from resfeat.dataset.reader import SENT_BACK, readable
+from resfeat.dataset.schema import (
+    FailedItem,
+    Row,
+    failures_table,
+    layers_in,
+    plain_columns,
+    plain_rows,
+)  # fmt: skip
+from resfeat.errors import ResfeatError
 from resfeat.storage import Draft, Location, draft, make_folder, open_parquet, remove, sha256
 
 Step = Literal["written", "checked", "noted", "failures", "embeddings", "settled"]
@@ -99,7 +107,11 @@ class Part(AbstractContextManager["Part"]):
 
     def commit(self, ids: Iterable[str]) -> None:
         """Make the shard visible, if its rows are exactly one for each of `ids`."""
-        self._write()
+        self._flush()
+        self._writer.close()
+        if self._failures:
+            table = failures_table(self._failures, self._schema)
+            pq.write_table(table, self._failures_draft.sink, compression="zstd")
         on_step("written")
         note = self._check(sorted(ids))
         on_step("checked")
@@ -132,13 +144,6 @@ class Part(AbstractContextManager["Part"]):
     def _publish_embeddings(self) -> None:
         self._draft.publish(self._layout.embeddings / self._name)
         on_step("embeddings")
-
-    def _write(self) -> None:
-        self._flush()
-        self._writer.close()
-        if self._failures:
-            table = failures_table(self._failures, self._schema)
-            pq.write_table(table, self._failures_draft.sink, compression="zstd")
 
     def _check(self, ids: list[str]) -> Note:
         """The note of this commit, once the drafts hold what they should."""
@@ -183,19 +188,18 @@ def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.flo
     """
     part = layout.embeddings / layout.part_name(shard)
     note = Note.read(layout, shard)
-    try:
-        content = part.read_bytes()
+    with readable(part, SENT_BACK):
+        try:
+            content = part.read_bytes()
+        except FileNotFoundError:
+            return {}
         if not note or hashlib.sha256(content).hexdigest() not in note.allows("embeddings"):
             raise pa.ArrowInvalid("it is not what was committed")
         with open_parquet(content) as file:
-            return _rows_of(file.read(use_threads=False))
-    except FileNotFoundError:
-        return {}
-    except (OSError, pa.ArrowException) as error:
-        raise ResfeatError(
-            f"{part} cannot be kept ({first_line(error)}): `resfeat verify --repair` sends what is "
-            "damaged back to be done again"
-        ) from error
+            table = file.read(use_threads=False)
+    columns = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
+    rows = zip(plain_rows(table), np.hstack(layers_in(table, columns)), strict=True)
+    return {row.id: (row, vector) for row, vector in rows}
 
 
 def digest(location: Location) -> str | None:
@@ -204,16 +208,6 @@ def digest(location: Location) -> str | None:
         return hashlib.sha256(location.read_bytes()).hexdigest()
     except FileNotFoundError:
         return None
-
-
-def _rows_of(table: pa.Table) -> dict[str, tuple[Row, NDArray[np.floating]]]:
-    layers = [
-        column.combine_chunks().flatten().to_numpy().reshape(len(table), column.type.list_size)
-        for column in table.columns
-        if pa.types.is_fixed_size_list(column.type)
-    ]
-    rows = zip(plain_rows(table), np.hstack(layers), strict=True)
-    return {row.id: (row, vector) for row, vector in rows}
 
 
 def _ids(written: Draft, rows: int) -> list[str]:

@@ -26,8 +26,7 @@ _PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
 class Layout:
     """The paths of one dataset. Makes nothing by itself.
 
-    share: the part of the dataset that one run writes. Each has a lock and drafts of its own, so
-    that runs on different shares leave each other alone.
+    share: the part of the dataset that one run writes, with a lock and drafts of its own.
     """
 
     def __init__(self, root: str | os.PathLike[str], share: str = "all") -> None:

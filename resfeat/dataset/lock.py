@@ -11,6 +11,7 @@ again: the later one has it.
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -61,9 +62,8 @@ class Writer:
 
     @classmethod
     def me(cls) -> Self:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        me = os.getpid()
-        return cls(socket.gethostname(), _machine(), me, _began(me), now, secrets.token_hex(8))
+        now, pid = datetime.now(UTC).isoformat(timespec="seconds"), os.getpid()
+        return cls(socket.gethostname(), _machine(), pid, _began(pid), now, secrets.token_hex(8))
 
     @classmethod
     def parse(cls, content: str | bytes) -> Self | None:
@@ -90,8 +90,8 @@ class Writer:
 
 def _machine() -> str:
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip() + " " + os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
@@ -99,16 +99,16 @@ def _machine() -> str:
 def _began(pid: int) -> str:
     """When a process began, in clock ticks since its machine did; empty where nobody says."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[19]
     except OSError:
         return ""
 
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that is held on an output. killed: who held it last, if that run was killed. taken:
-    set once another has it."""
+    """A lock that is held. killed: who held it last, if that run was killed. taken: set once
+    another has it."""
 
     output: str
     killed: Writer | None
@@ -138,15 +138,15 @@ def run_lock(
         return
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o644)
     with open(descriptor, "r+", encoding="utf-8") as file:
-        if not _try(layout.lock, descriptor, fcntl.LOCK_EX, PATIENCE_SECONDS):
-            raise _refused(layout, Writer.parse(file.read()))
-        content = file.read()
-        killed = Writer.parse(content)
+        is_mine = _try(layout.lock, descriptor, fcntl.LOCK_EX, PATIENCE_SECONDS)
+        before = Writer.parse(content := file.read())
+        if not is_mine:
+            raise _refused(layout, before)
         _overwrite(descriptor, json.dumps(asdict(Writer.me())))
         try:
-            yield Lock(str(layout.root), killed)
+            yield Lock(str(layout.root), before)
         finally:
-            _overwrite(descriptor, content if killed and not is_run else "")
+            _overwrite(descriptor, content if before and not is_run else "")
 
 
 def holder(layout: Layout) -> str | None:
@@ -206,31 +206,29 @@ def _held_in_store(
     time.sleep(SETTLE_SECONDS)
     if (now := _read(lock)) != me:
         raise _refused(layout, now)
-    ended, taken = threading.Event(), threading.Event()
+    held, ended = Lock(str(layout.root), before), threading.Event()
 
     def beat() -> None:
-        count = 0
+        beats = itertools.count(1)
         while not ended.wait(BEAT_SECONDS):
             with suppress(StoreError):  # out of reach for now; the next beat may come through
                 there = _read(lock)
                 if there and there.token != me.token:
-                    taken.set()
+                    held.taken.set()
                     return
-                count += 1
-                _write(lock, Writer(**{**asdict(me), "beat": count}))
+                _write(lock, replace(me, beat=next(beats)))
 
-    beats = threading.Thread(target=beat, name="lock", daemon=True)
-    beats.start()
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
     try:
-        held = Lock(str(layout.root), before, taken)
         yield held
         held.check()
     finally:
         ended.set()
-        beats.join()
+        thread.join()
         with suppress(StoreError):
-            # Not that of another who took it since the last beat.
-            if (there := _read(lock)) and there.token == me.token:
+            there = _read(lock)
+            if there and there.token == me.token:  # else another took it since the last beat
                 if before and not is_run:
                     _write(lock, before)
                 else:

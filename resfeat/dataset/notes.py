@@ -37,7 +37,6 @@ class Note:
 
     @property
     def failed(self) -> int:
-        """Failure rows."""
         return sum(self.reasons.values())
 
     def allows(self, kind: str) -> set[str | None]:
@@ -45,7 +44,6 @@ class Note:
         return {each[kind] for each in (self.digests, self.replaces) if each}
 
     def write(self, layout: Layout, shard: int) -> None:
-        """Put the note in place, whole."""
         write_json(layout.tmp, layout.checksum(shard), asdict(self))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A dataset on disk: its record, and reading its rows."""
+"""Reading the rows of a dataset."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from resfeat.storage import Location, StorePath, dataset_of, open_parquet, patie
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
+
+SENT_BACK = "`resfeat verify --repair` sends what is damaged back to be done again"
 
 
 def open_dataset(output: str | os.PathLike[str]) -> Dataset:
@@ -76,8 +78,7 @@ class Dataset:
         column = self.check_layer(layer)
         for shard in self.layout.committed():
             part = self.layout.embeddings / self.layout.part_name(shard)
-            with _readable(part, "`resfeat verify --repair` sends what is damaged back to be done "
-                                 "again"), open_parquet(part) as file:  # fmt: skip
+            with readable(part, SENT_BACK), open_parquet(part) as file:
                 for batch in file.iter_batches(rows, columns=["id", column], use_threads=False):
                     flat = batch[column].flatten().to_numpy().astype(np.float32, copy=False)
                     yield batch["id"], flat.reshape(batch.num_rows, -1)
@@ -100,13 +101,14 @@ class Dataset:
         def look() -> pa.Table:
             return dataset_of(plan).to_table(columns=["id", "uri"], filter=wanted)
 
-        with _readable(plan, "bring it back from a copy"):
+        with readable(plan, "bring it back from a copy"):
             found = patiently(plan, look) if isinstance(plan, StorePath) else look()
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
 
 
 @contextmanager
-def _readable(location: Location, hint: str) -> Iterator[None]:
+def readable(location: Location, hint: str) -> Iterator[None]:
+    """Raise a ResfeatError that names the file and what to do, where it cannot be read."""
     try:
         yield
     except FileNotFoundError as error:

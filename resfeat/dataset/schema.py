@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from resfeat.errors import Failure
 from resfeat.spec import Identity
@@ -101,6 +103,14 @@ def plain_rows(table: pa.Table) -> list[Row]:
     return [
         Row(**dict(zip(own, row, strict=False)), carried=row[len(own) :])  # the rest is carried
         for row in rows
+    ]
+
+
+def layers_in(table: pa.Table, columns: Iterable[str]) -> list[NDArray[np.floating]]:
+    """The embeddings in these columns, [rows, D] each."""
+    arrays = [table[column].combine_chunks() for column in columns]
+    return [
+        array.flatten().to_numpy().reshape(len(table), array.type.list_size) for array in arrays
     ]
 
 

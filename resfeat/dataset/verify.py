@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from resfeat.dataset.commit import digest
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
 from resfeat.dataset.reader import Dataset
-from resfeat.dataset.schema import FAILURES
-from resfeat.errors import REASONS, ResfeatError, StoreError, first_line
+from resfeat.dataset.schema import FAILURES, layers_in
+from resfeat.errors import REASONS, ResfeatError, first_line
 from resfeat.plan import Shard, read_shard
 from resfeat.storage import Location, open_parquet, remove
 
@@ -81,38 +82,29 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
     Raises StoreError where a store is out of reach, and ResfeatError where a folder of the dataset
     may not be looked into: that is no damage.
     """
-    try:
-        return _verify(dataset, on_shard)
-    except OSError as error:
-        raise ResfeatError(f"cannot look at {dataset.layout.root}: {error}; mend that") from error
-
-
-def _verify(dataset: Dataset, on_shard: Callable[[], object]) -> Verification:
-    shards = dataset.record.plan.shards
-    found = Verification(shards=len(shards))
-    damaged = dict(_of_plan(dataset))
-    found.problems += damaged.values()
-    found.problems += _foreign(dataset.layout, shards)
+    layout, shards = dataset.layout, dataset.record.plan.shards
     ids, vectors = [], []
-    once = set(dataset.layout.with_checksums())
-    # Where the plan itself is damaged, no part is to blame.
-    planned = [shard for shard in shards.values() if shard.file not in damaged]
-    found.unseen = found.shards - len(planned)
-    with ThreadPoolExecutor() as pool:
-        for looked in pool.map(
-            lambda shard: _look_at(dataset, shard, shard.number in once), planned
-        ):
-            found.problems += looked.problems
-            found.embedded += looked.embedded
-            found.failed += looked.failed
-            ids.append(looked.ids)
-            vectors.append(looked.vectors)
-            on_shard()
+    try:
+        damaged = dict(_of_plan(dataset))
+        found = Verification(len(shards), problems=[*damaged.values(), *_foreign(layout, shards)])
+        once = set(layout.with_checksums())
+        # Where the plan itself is damaged, no part is to blame.
+        planned = [shard for shard in shards.values() if shard.file not in damaged]
+        found.unseen = len(shards) - len(planned)
+        with ThreadPoolExecutor() as pool:
+            for look in pool.map(lambda s: _look_at(dataset, s, s.number in once), planned):
+                found.problems += look.problems
+                found.embedded += look.embedded
+                found.failed += look.failed
+                ids.append(look.ids)
+                vectors.append(look.vectors)
+                on_shard()
+    except OSError as error:
+        raise ResfeatError(f"cannot look at {layout.root}: {error}; mend that") from error
     if doubled := _doubles(ids):
         message = f"{doubled} ids are there more than once"
-        found.problems.append(Problem("plan", None, str(dataset.layout.plan), message))
+        found.problems.append(Problem("plan", None, str(layout.plan), message))
     found.duplicates = _doubles(vectors)
-    found.problems = list(dict.fromkeys(found.problems))  # shards share the files of the plan
     return found
 
 
@@ -147,69 +139,69 @@ def repair(
 
 @dataclass
 class _Look:
-    """What one shard looks like; ids and vectors as hashes, uint64."""
+    """What one shard looks like; ids and vectors as hashes."""
 
+    shard: int
+    ids: NDArray[np.uint64]
+    vectors: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     embedded: int = 0
     failed: int = 0
-    ids: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    vectors: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     problems: list[Problem] = field(default_factory=list)
 
+    def wrong(self, kind: Kind, path: Location, message: str) -> None:
+        self.problems.append(Problem(kind, self.shard, str(path), message))
 
-def _look_at(dataset: Dataset, planned: Shard, was_committed: bool) -> _Look:
-    layout, shard = dataset.layout, planned.number
-    name = layout.part_name(shard)
+
+def _look_at(dataset: Dataset, shard: Shard, was_committed: bool) -> _Look:
+    layout, number = dataset.layout, shard.number
+    listed = [item.id for item in read_shard(layout.plan, shard)]
+    look = _Look(number, np.array([_hash(each) for each in listed], np.uint64))
+    name = layout.part_name(number)
     part, failures = layout.embeddings / name, layout.failures / name
-    look = _Look()
-
-    def wrong(kind: Kind, path: Location, message: str) -> None:
-        look.problems.append(Problem(kind, shard, str(path), message))
-
-    try:
-        listed = [item.id for item in read_shard(layout.plan, planned)]
-    except StoreError:
-        raise
-    except ResfeatError as error:
-        path = layout.plan / planned.file
-        look.problems.append(Problem("plan", None, str(path), first_line(error)))
-        return look
-    look.ids = np.array([_hash(each) for each in listed], np.uint64)
-
-    note = Note.read(layout, shard)
+    note = Note.read(layout, number)
     tables = {}
     for kind, path in (("embeddings", part), ("failures", failures)):
         try:
             content = path.read_bytes()
             if not note:
-                wrong("checksum", path, "it has no checksum")
+                look.wrong("checksum", path, "it has no checksum")
             elif hashlib.sha256(content).hexdigest() not in note.allows(kind):
-                wrong("checksum", path, "it was changed after its commit")
+                look.wrong("checksum", path, "it was changed after its commit")
             tables[kind] = _table(dataset, kind, content)
         except FileNotFoundError:
+            gone = "it was committed and is gone"
+            if kind == "embeddings" and was_committed:
+                look.wrong("missing", path, f"{gone}, or its run was killed right before")
+            elif kind == "embeddings":
+                look.wrong("unfinished", path, "not done yet")
+            elif note and None not in note.allows(kind):
+                look.wrong("missing", path, gone)
             if kind == "embeddings":
-                look.problems.append(_absent(shard, part, was_committed))
                 return look
-            if note and None not in note.allows(kind):
-                wrong("missing", path, "it was committed and is gone")
         except (OSError, ValueError, pa.ArrowException) as error:
-            wrong("unreadable", path, first_line(error))
+            look.wrong("unreadable", path, first_line(error))
             return look
     if note and note.replaces:
-        wrong("unfinished", part, "a run ended while it replaced this shard")
+        look.wrong("unfinished", part, "a run ended while it replaced this shard")
         return look
     rows = [each for table in tables.values() for each in table["id"].to_pylist()]
     if sorted(rows) != sorted(listed):
         count = len(set(rows) ^ set(listed)) + len(rows) - len(set(rows))
-        wrong("rows", part, f"{count} of its images are not exactly one row")
-    for problem, folder, message in _amiss(dataset, tables):
-        wrong(problem, layout.root / folder / name, message)
+        look.wrong("rows", part, f"{count} of its images are not exactly one row")
+    table = tables["embeddings"]
+    if _fingerprint(table) != dataset.record.identity.fingerprint:
+        look.wrong("identity", part, "its fingerprint is another one, or none")
+    layers = layers_in(table, dataset.record.identity.columns.values())
+    for message in _bad_values(table["id"], layers):
+        look.wrong("values", part, message)
     reasons = tables["failures"]["reason"].to_pylist() if "failures" in tables else []
-    counted = (len(tables["embeddings"]), Counter(reasons))
+    if unknown := set(reasons) - set(REASONS):
+        look.wrong("rows", failures, f"unknown reasons: {', '.join(sorted(unknown))}")
+    counted = (len(table), Counter(reasons))
     if note and not look.problems and (note.embedded, note.reasons) != counted:
-        wrong("checksum", layout.checksum(shard), "it counts other rows than there are")
-    look.embedded = len(tables["embeddings"])
-    look.failed = len(rows) - look.embedded
-    look.vectors = _hashes(np.hstack([*_layers(dataset, tables["embeddings"])]))
+        look.wrong("checksum", layout.checksum(number), "it counts other rows than there are")
+    look.embedded, look.failed = len(table), len(reasons)
+    look.vectors = _hashes(np.hstack(layers))
     return look
 
 
@@ -217,19 +209,9 @@ def _of_plan(dataset: Dataset) -> Iterator[tuple[str, Problem]]:
     """Files of the plan that are not what was listed, by name."""
     for file in dataset.record.plan.files:
         path = dataset.layout.plan / file.name
-        try:
-            if hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
-                yield file.name, Problem("plan", None, str(path), "it was changed since")
-        except FileNotFoundError:
-            yield file.name, Problem("plan", None, str(path), "it is gone")
-
-
-def _absent(shard: int, part: Location, was_committed: bool) -> Problem:
-    """What is wrong with a shard that has no embeddings in place."""
-    if was_committed:
-        message = "it was committed and is gone, or its run was killed right before"
-        return Problem("missing", shard, str(part), message)
-    return Problem("unfinished", shard, str(part), "not done yet")
+        if (there := digest(path)) != file.sha256:
+            message = "it was changed since" if there else "it is gone"
+            yield file.name, Problem("plan", None, str(path), message)
 
 
 def _table(dataset: Dataset, kind: str, content: bytes) -> pa.Table:
@@ -254,31 +236,25 @@ def _table(dataset: Dataset, kind: str, content: bytes) -> pa.Table:
     return table
 
 
-def _amiss(dataset: Dataset, tables: dict[str, pa.Table]) -> Iterator[tuple[Kind, str, str]]:
-    """What is wrong with the content of a shard's tables: kind, folder, message."""
-    table = tables["embeddings"]
-    if _fingerprint(table) != dataset.record.identity.fingerprint:
-        yield "identity", "embeddings", "its fingerprint is another one, or none"
-    finite, same = np.ones(len(table), bool), np.zeros(len(table), bool)
-    for vectors in _layers(dataset, table):
+def _bad_values(ids: pa.ChunkedArray, layers: Sequence[NDArray[np.floating]]) -> Iterator[str]:
+    """What is wrong with vectors: of each image, all its layers [rows, D]."""
+    finite, same = np.ones(len(ids), bool), np.zeros(len(ids), bool)
+    for vectors in layers:
         finite &= np.isfinite(vectors).all(axis=1)
         first = vectors[:, :1] if vectors.shape[1] > 1 else 0
         same |= (vectors == first).all(axis=1)
     for wrong, what in ((~finite, "not finite"), (same & finite, "zero or constant")):
         if count := int(wrong.sum()):
-            example = table["id"][int(wrong.argmax())].as_py()
-            yield "values", "embeddings", f"{count} vectors are {what}, the first that of {example}"
-    if failures := tables.get("failures"):
-        unknown = set(failures["reason"].to_pylist()) - set(REASONS)
-        if unknown:
-            yield "rows", "failures", f"unknown reasons: {', '.join(sorted(unknown))}"
+            example = ids[int(wrong.argmax())].as_py()
+            yield f"{count} vectors are {what}, the first that of {example}"
 
 
 def _foreign(layout: Layout, shards: Iterable[int]) -> Iterator[Problem]:
     """Files and folders that a reader of the folders would take for rows, or stumble over."""
     known = {layout.part_name(shard) for shard in shards}
     for folder in (layout.embeddings, layout.failures):
-        for path in sorted(_entries(folder), key=str):
+        every: Iterable[Location] = folder.iterdir() if folder.exists() else ()
+        for path in sorted(every, key=str):
             # Readers of a folder pass over what begins with these, whatever else it is.
             hidden = path.name.startswith((".", "_")) and not path.name.endswith(".parquet")
             if path.name not in known and not hidden:
@@ -286,26 +262,12 @@ def _foreign(layout: Layout, shards: Iterable[int]) -> Iterator[Problem]:
                 yield Problem("foreign", None, str(path), message)
 
 
-def _entries(folder: Location) -> Sequence[Location]:
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
-
-
 def _fingerprint(table: pa.Table) -> object:
     """Of the identity that a part says that it has; None where it says nothing of the kind."""
     try:
-        return json.loads((table.schema.metadata or {})[b"resfeat"])["fingerprint"]
+        return json.loads(table.schema.metadata[b"resfeat"])["fingerprint"]
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _layers(dataset: Dataset, table: pa.Table) -> Iterator[NDArray[np.floating]]:
-    """The embeddings of each layer, [rows, D]."""
-    for column in dataset.record.identity.columns.values():
-        values = table[column].combine_chunks().flatten().to_numpy()
-        yield values.reshape(len(table), table.schema.field(column).type.list_size)
 
 
 def _hash(text: str) -> int:
@@ -314,7 +276,7 @@ def _hash(text: str) -> int:
 
 def _hashes(vectors: NDArray[np.floating]) -> NDArray[np.uint64]:
     """Of each row's bits: a sum with fixed odd random factors, modulo 2^64."""
-    bits = vectors.view(np.uint32 if vectors.itemsize == 4 else np.uint16).astype(np.uint64)
+    bits = vectors.view(f"u{vectors.itemsize}").astype(np.uint64)
     factors = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64)
     with np.errstate(over="ignore"):
         return bits @ (2 * factors + 1)
@@ -322,5 +284,5 @@ def _hashes(vectors: NDArray[np.floating]) -> NDArray[np.uint64]:
 
 def _doubles(hashes: Sequence[NDArray[np.uint64]]) -> int:
     """How many have been there before."""
-    every = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+    every = np.concatenate([np.empty(0, np.uint64), *hashes])
     return len(every) - len(np.unique(every))
