@@ -58,8 +58,7 @@ class Request:
     def check_free(self) -> None:
         """Raise UsageError where the output is something else."""
         layout, root = self.layout, self.layout.root
-        if printable(str(root)) != str(root):
-            name = printable(str(root))
+        if (name := printable(str(root))) != str(root):
             raise UsageError(f"output {name} has bytes that are not UTF-8: rename it")
         if str(root) in self.listing.roots:
             raise UsageError(f"output {root} is also a source: give a folder of its own")
@@ -68,10 +67,8 @@ class Request:
         if not root.is_dir():
             raise UsageError(f"output {root} is a file: give a folder")
         if not layout.private.exists() and any(root.iterdir()):
-            raise UsageError(
-                f"output {root} holds other files: give a new folder, or that of a dataset to "
-                "resume"
-            )
+            hint = "give a new folder, or that of a dataset to resume"
+            raise UsageError(f"output {root} holds other files: {hint}")
 
 
 @dataclass
@@ -90,25 +87,18 @@ class Run:
         return self.request.layout
 
     def tasks(self) -> list[Task]:
-        """What the workers are to do, with care where a shard may hold what kills a decoder."""
-        suspects, parity = self._suspects(), self.record.parity
-        return [Task(shard, shard in suspects, parity) for shard in self.tally.todo]
-
-    def _suspects(self) -> set[Shard]:
-        """What the last run had in hand when it was killed, and what is done once more although it
-        is known to hold a killer."""
-        commits = Commits.of(self.layout)
-        todo, again = self.tally.todo, commits.done.keys() | commits.half
+        """What the workers are to do. With care: shards that are known to hold what kills a
+        decoder, and those that the last run may have had in hand when it was killed."""
+        todo, commits = self.tally.todo, Commits.of(self.layout)
         killers = {"decoder_crash", "timeout"}
-        known = {
-            shard
-            for shard in todo
-            if (note := commits.done.get(shard.number)) and killers & note.reasons.keys()
-        }
-        if not self.lock.killed:
-            return known
-        # Of shards that are done once more it cannot be told which that run had come to.
-        return known | {s for s in todo if s.number in again} | set(todo[:SHARDS_IN_HAND])
+        notes = ((shard, commits.done.get(shard.number)) for shard in todo)
+        careful = {shard for shard, note in notes if note and killers & note.reasons.keys()}
+        if self.lock.killed:
+            # Of shards that are done once more it cannot be told which that run had come to.
+            again = commits.done.keys() | commits.half
+            careful |= {shard for shard in todo if shard.number in again}
+            careful |= set(todo[:SHARDS_IN_HAND])
+        return [Task(shard, shard in careful, self.record.parity) for shard in todo]
 
     def proven(self, parity: Mapping[str, float] | None) -> None:
         """Write down how near the run is to the reference, where nothing says so yet."""
@@ -169,13 +159,11 @@ def _held(request: Request) -> Iterator[Lock]:
 
     Where it ends without a record, what it made is removed again.
     """
-    layout = request.layout
-    made: list[Path] = []
+    layout, root = request.layout, request.layout.root
     with writable(layout):
+        parents = [root, *root.parents] if isinstance(root, Path) else []
+        made = [folder for folder in parents if not folder.exists()]
         try:
-            if isinstance(layout.root, Path):
-                every = [layout.root, *layout.root.parents]
-                made += [folder for folder in every if not folder.exists()]
             for folder in layout.folders:
                 folder.mkdir(parents=True, exist_ok=True)
             with run_lock(layout, on_wait=request.watch.note) as lock:
@@ -261,31 +249,27 @@ def _watched(request: Request) -> Iterator[Item]:
 
 def _check_same(request: Request, record: Record, weights: Weights) -> None:
     """Refuse to mix two kinds of embeddings, or two listings, in one dataset."""
-    spec = request.spec
-    there = _choices(record.identity) | {
-        "sources": record.sources,
-        "label_from": record.label_from,
-        "shard_size": record.plan.shard_size,
+    spec, size = request.spec, record.plan.shard_size
+    there, asked = _choices(record.identity), _choices(weights.identity)
+    choices = {name: (there[name], asked[name]) for name in there} | {
+        "sources": (record.sources, tuple(request.listing.roots)),
+        "label_from": (record.label_from, spec.label_from),
+        "shard_size": (size, spec.shard_size or size),
     }
-    asked = _choices(weights.identity) | {
-        "sources": tuple(request.listing.roots),
-        "label_from": spec.label_from,
-        "shard_size": spec.shard_size or record.plan.shard_size,
-    }
-    for name in there:
-        if there[name] != asked[name]:
+    for name, (then, now) in choices.items():
+        if then != now:
             raise UsageError(
-                f"{request.layout.root} was made with another {name}: {_brief(there[name])} there, "
-                f"{_brief(asked[name])} now (weights {record.weights} there, "
-                f"{weights.origin} now); repeat its choices to resume it, or give a new -o"
+                f"{request.layout.root} was made with another {name}: {_brief(then)} there, "
+                f"{_brief(now)} now (weights {record.weights} there, {weights.origin} now); "
+                "repeat its choices to resume it, or give a new -o"
             )
 
 
 def _choices(identity: Identity) -> dict[str, object]:
     """The identity's fields, those of the preprocessing among them."""
-    plain = identity.as_dict()
-    pixels: dict[str, object] = plain.pop("preprocessing")
-    return plain | pixels
+    plain = vars(identity) | vars(identity.preprocessing)
+    del plain["preprocessing"]
+    return plain
 
 
 def _brief(value: object) -> str:

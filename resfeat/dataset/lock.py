@@ -1,12 +1,9 @@
 """One writer at a time on a share of a dataset.
 
-The lock file says who is writing: host, process, and when both began. A run that ends in order
-empties it, so what stands in it afterwards tells of a run that was killed.
-
-On a disk it is also held by flock: the kernel drops that when the process ends, however it ends. A
-store has nothing like it. There the holder writes the lock again every few seconds, and a lock that
-has not changed for a while is stale. Two that begin in the same instant both write it and then look
-again: the later one has it.
+The lock file says who is writing. A run that ends in order empties it, so what stands in it
+afterwards tells of a run that was killed. On a disk it is also held by flock, which the kernel
+drops when the process ends. In a store the holder writes it again every few seconds, and a lock
+that has not changed for a while is stale. Of two that begin at once, the later one has it.
 """
 
 import errno

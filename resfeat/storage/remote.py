@@ -186,8 +186,7 @@ class StoreFile(io.RawIOBase):
     """An object as a file of which each piece is read patiently."""
 
     def __init__(self, location: StorePath) -> None:
-        self._location = location
-        self._at = 0
+        self._location, self._at = location, 0
         self._size: int = patiently(location, lambda: self._file.size())
 
     @cached_property
