@@ -140,6 +140,8 @@ def begin(request: Request, weights: Weights) -> Iterator[Run]:
     """
     with _held(request) as lock:
         record = Record.load(request.layout)
+        if record and not request.layout.committed():
+            record = _taken_over(request, weights, record)
         if is_new := record is None:
             record = _make_plan(request, weights)
         _check_same(request, record, weights)
@@ -229,13 +231,37 @@ def _make_plan(request: Request, weights: Weights) -> Record:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
     )
-    with_label = spec.label_from is not None
-    columns = embeddings_schema(
-        record.identity, weights.dims, with_label=with_label, carried=listing.carried
-    )
-    write_card(layout, record, columns)
-    record.save(layout)
+    _save(request, weights, record)
     return record
+
+
+def _taken_over(request: Request, weights: Weights, record: Record) -> Record | None:
+    """The listing of a run that committed nothing, with the choices of this one: nothing binds it
+    to those of the last. None if this run would list something else."""
+    spec, plan = request.spec, record.plan
+    listed = (record.sources, record.label_from, spec.shard_size or plan.shard_size)
+    if listed != (tuple(request.listing.roots), spec.label_from, plan.shard_size):
+        return None
+    if record.identity != weights.identity:
+        record = replace(
+            record,
+            identity=weights.identity,
+            weights=weights.origin,
+            versions=versions(),
+            parity=None,
+            quantised=None,
+        )
+        _save(request, weights, record)
+    return record
+
+
+def _save(request: Request, weights: Weights, record: Record) -> None:
+    with_label, carried = record.label_from is not None, request.listing.carried
+    columns = embeddings_schema(
+        record.identity, weights.dims, with_label=with_label, carried=carried
+    )
+    write_card(request.layout, record, columns)
+    record.save(request.layout)
 
 
 def _watched(request: Request) -> Iterator[Item]:

@@ -85,6 +85,30 @@ def test_a_finished_listing_is_kept_where_no_worker_comes_up(source, tmp_path, m
     assert (layout.plan / "plan-00000.parquet").stat().st_mtime_ns == listed
 
 
+def test_a_listing_of_which_nothing_is_committed_binds_nobody(source, tmp_path, monkeypatch):
+    """Whoever mistook an option may give another model, and does not list again."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "start", no_worker)
+        with pytest.raises(ResfeatError):
+            run(source, output)
+    layout = Layout(output)
+    listed = (layout.plan / "plan-00000.parquet").stat().st_mtime_ns
+    assert run(source, output, model="cifar_resnet32").embedded == IMAGES
+    assert (layout.plan / "plan-00000.parquet").stat().st_mtime_ns == listed
+    assert open_dataset(output).record.identity.model == "cifar_resnet32"
+    assert "cifar_resnet32" in layout.card.read_text()
+    with pytest.raises(UsageError, match="made with another model"):  # now it does
+        run(source, output)
+
+    other = tmp_path / "other"
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "start", no_worker)
+        with pytest.raises(ResfeatError):
+            run(source, other)
+    assert run(source / "a", other).items == IMAGES // 2  # another listing is another plan
+
+
 @pytest.mark.parametrize("there", ["nothing", "an empty folder"])
 def test_a_choice_that_does_not_work_out_leaves_nothing(there, source, tmp_path):
     """With another precision the dataset would be another one."""

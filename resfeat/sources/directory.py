@@ -26,6 +26,7 @@ from resfeat.sources.rules import printable
 # Files at a time: a loop of system calls, then one that makes items, is a quarter faster than both
 # in turn.
 TOGETHER = 256
+NOT_A_FILE = "a pipe, socket, device or folder"
 _BY_NAME = attrgetter("name")
 _tuple = tuple.__new__
 _REASONS: Mapping[int | None, Reason] = {
@@ -35,7 +36,6 @@ _REASONS: Mapping[int | None, Reason] = {
     errno.EPERM: "permission",
     errno.ENXIO: "not_regular_file",  # what open() says of a socket
     errno.ENODEV: "not_regular_file",
-    errno.EISDIR: "not_regular_file",
 }
 
 _Entry = os.DirEntry[str]
@@ -242,7 +242,7 @@ def read(item: Item) -> tuple[bytes, int, int] | Failure:
         with open(path_of(item.uri), "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                return Failure("read", "not_regular_file", "a pipe, socket or device")
+                return Failure("read", "not_regular_file", NOT_A_FILE)
             if isinstance(where := rules.extent(item, status.st_size), Failure):
                 return where
             start, size = where
@@ -250,6 +250,8 @@ def read(item: Item) -> tuple[bytes, int, int] | Failure:
             # One more than there is, of a whole file: it may grow without end.
             data = file.read(size + (item.offset is None))
             now = os.fstat(file.fileno())
+    except IsADirectoryError:
+        return Failure("read", "not_regular_file", NOT_A_FILE)
     except OSError as error:
         return Failure("read", _REASONS.get(error.errno, "io_error"), error.strerror or str(error))
     # Half of what was there and half of what is there now would be a picture of neither.
