@@ -101,7 +101,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(one_photo, tmp_path, resfeat):
 def test_an_output_without_permission(one_photo, tmp_path):
     """As user nobody, in a process that has read its libraries while it was still root."""
     (tmp_path / "locked").mkdir(mode=0o755)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     program = (
         "import os, sys; from resfeat import extraction; from resfeat.backbones import weights\n"

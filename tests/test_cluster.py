@@ -8,10 +8,19 @@ import threading
 
 import pytest
 import ray
+from command import end_ray
 
 from resfeat.engines import cluster
 from resfeat.engines.cluster import Cluster
 from resfeat.errors import ResfeatError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(autouse=True)
+def no_ray():
+    """Other tests of this process share one."""
+    end_ray()
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

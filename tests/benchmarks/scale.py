@@ -51,7 +51,7 @@ class Idle(engine.RayWorker):
             rows = [Row(item.id, 500, 375, item.size, item.mtime) for item in items]
             part.add(rows, np.zeros((len(rows), 8), np.float32))
             part.commit(item.id for item in items)
-        return ShardResult(shard.number, len(items), 0, 0, 0, 1, {"embed": 1e-9})
+        return ShardResult(shard, len(items), 0, 0, 0, 1, {"embed": 1e-9})
 
     def progress(self):
         return {}
