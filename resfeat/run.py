@@ -111,7 +111,7 @@ class Run:
 
         Decides what a failed run leaves. The plan and what is committed stay, for the same command
         to go on from; only a dataset that was just begun with a choice that does not work out is
-        not kept. `hold` then clears the folder.
+        not kept: `_held` then clears the folder.
         """
         if self.lock.taken.is_set() and error:
             raise error  # the folder is another run's now

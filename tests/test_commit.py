@@ -1,4 +1,4 @@
-"""Committing a shard: whole or not at all, failures first, exactly the plan's rows."""
+"""Committing a shard: whole or not at all, replaced in one step, exactly the plan's rows."""
 
 import json
 from dataclasses import replace
