@@ -23,6 +23,9 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 PHOTOS = 500
 
+# Ray's workers give way to whatever else runs here, which is the other half of the tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # How long an example takes depends on what runs beside it.
 settings.register_profile("beside others", deadline=None)
 settings.load_profile("beside others")

@@ -26,14 +26,17 @@ def torchvision_model(name: str, seed: int) -> ResNet:
 
 
 def reference_embeddings(
-    name: str, checkpoint: Path, images: Iterable[Path]
+    name: str, checkpoint: Path, images: Iterable[Path], **pixels: int
 ) -> NDArray[np.float32]:
-    """Embeddings [N, D], as a careful user would compute them without resfeat."""
+    """Embeddings [N, D], as a careful user would compute them without resfeat.
+
+    pixels: `resize_size` and `crop_size`, if not those of the published weights.
+    """
     model = get_model(name)
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     model.fc = torch.nn.Identity()
     model.eval()
-    transforms = get_model_weights(name).DEFAULT.transforms()
+    transforms = get_model_weights(name).DEFAULT.transforms(**pixels)
     embeddings = []
     with torch.inference_mode():
         for path in images:

@@ -38,6 +38,18 @@ def _decode(data, *rest):
     return without(data, *rest)
 """
 
+# Run after "resfeat.decoding.decode": as if images were large. A run then lasts long enough for what
+# is done to it on its way, and takes no core from other tests meanwhile.
+UNHURRIED = """
+import time
+
+without = _decode
+
+def _decode(data, *rest):
+    time.sleep(0.01)
+    return without(data, *rest)
+"""
+
 # Python imports a module of this name by itself, before anything else.
 _SITECUSTOMIZE = """
 import sys

@@ -6,13 +6,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+from seams import UNHURRIED, after_import
+
+SMALL = ["--resize", "72", "--crop", "64"]
 
 
 @pytest.fixture(scope="session")
 def choices(checkpoint) -> list[str]:
-    """What decides the embeddings in these tests."""
-    features = ["--model", "resnet18", "--weights", str(checkpoint)]
+    """What decides the embeddings in these tests. Small pictures take a tenth of the time, and
+    what is tested does not depend on their size."""
+    features = ["--model", "resnet18", "--weights", str(checkpoint), *SMALL]
     return [*features, "--decode", "pillow", "--label-from", "parent"]
+
+
+@pytest.fixture(scope="session")
+def unhurried(tmp_path_factory) -> dict[str, str]:
+    """The environment of a run that lasts seconds, to be disturbed on its way."""
+    sources = {"resfeat.decoding.decode": UNHURRIED}
+    return after_import(sources, tmp_path_factory.mktemp("unhurried"))
 
 
 @pytest.fixture(scope="session")

@@ -33,10 +33,26 @@ def test_failures_say_what_is_wrong(inline, collection):
     assert all(row["uri"] == (collection / row["id"]).as_uri() for row in failures)
 
 
-def test_embeddings_are_those_of_an_independent_script(inline, collection, checkpoint):
-    table = rows(inline)
-    paths = [collection / name for name in table["id"].to_pylist()]
-    expected = reference_embeddings("resnet18", checkpoint, paths)
+@pytest.fixture(scope="module")
+def of_usual_size(photos, choices, extracted):
+    """Some of the photographs, with the pixels of the published weights."""
+    source = photos / "flower"
+    options = [*choices, "--resize", 256, "--crop", 224, "--workers", 0]
+    return extracted("of-usual-size", source, *options), source, {}
+
+
+@pytest.fixture(scope="module")
+def of_small_size(inline, collection):
+    return inline, collection, {"resize_size": 72, "crop_size": 64}
+
+
+@pytest.mark.parametrize("size", ["of_usual_size", "of_small_size"])
+def test_embeddings_are_those_of_an_independent_script(size, checkpoint, request):
+    output, source, pixels = request.getfixturevalue(size)
+    table = rows(output)
+    paths = [source / name for name in table["id"].to_pylist()]
+    assert len(paths) > 50
+    expected = reference_embeddings("resnet18", checkpoint, paths, **pixels)
     given = vectors(table)
     cosines = (expected * given).sum(1)
     cosines /= np.linalg.norm(expected, axis=1) * np.linalg.norm(given, axis=1)

@@ -163,11 +163,11 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def three_nodes(short_folder):
+def three_nodes(short_folder, unhurried):
     """A Ray cluster: the raylets of the two machines that have room, and the environment that leads
     to it, with its token."""
     environment = {
-        **os.environ,
+        **unhurried,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.urandom(16).hex(),
         "RAY_TMPDIR": str(short_folder),
@@ -499,9 +499,12 @@ def test_a_source_that_goes_away_during_the_run(
 
 
 @pytest.mark.parametrize("workers", BY_ONE_PROCESS)
-def test_two_writers_that_begin_together(workers, collection, choices, inline, tmp_path):
+def test_two_writers_that_begin_together(
+    workers, collection, choices, inline, unhurried, tmp_path
+):
     output = tmp_path / "out"
-    both = [start(*extract(collection, output, choices, workers=workers)) for _ in range(2)]
+    words = extract(collection, output, choices, workers=workers)
+    both = [start(*words, env=unhurried) for _ in range(2)]
     ended = {process: process.communicate(timeout=300) for process in both}
     first, second = sorted(both, key=lambda process: process.returncode)
     assert (first.returncode, second.returncode) == (0, 1), ended
@@ -512,12 +515,12 @@ def test_two_writers_that_begin_together(workers, collection, choices, inline, t
 
 @pytest.mark.ray
 @pytest.mark.parametrize("before", ["", "import ray; "])
-def test_ray_listens_to_this_machine_alone(before, collection, choices, tmp_path):
+def test_ray_listens_to_this_machine_alone(before, collection, choices, unhurried, tmp_path):
     output = tmp_path / "out"
     script = f"{before}from resfeat.cli import main; main()"
     words = [sys.executable, "-c", script, *extract(collection, output, choices, workers=1)]
     process = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=unhurried
     )
     wait_for_parts(process, output, 1)
     assert workers_of(process)

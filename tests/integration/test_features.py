@@ -25,8 +25,15 @@ CHOICES = ["--model", "resnet18", "--weights", "random:0"]
 
 
 @pytest.fixture(scope="module")
-def folder(photos) -> Path:
-    return photos / "coffee"
+def folder(photos, once) -> Path:
+    """A dozen photographs. Not to be changed."""
+    return once("dozen", lambda folder: _link(sorted((photos / "coffee").iterdir())[:12], folder))
+
+
+def _link(photos, folder) -> Path:
+    for photo in photos:
+        (folder / photo.name).hardlink_to(photo)
+    return folder
 
 
 def run(resfeat, folder, output, *choices, workers=0):
@@ -61,9 +68,7 @@ def first(folder, tmp_path):
 
     def link(count) -> Path:
         (tmp_path / "first").mkdir()
-        for photo in sorted(folder.iterdir())[:count]:
-            (tmp_path / "first" / photo.name).hardlink_to(photo)
-        return tmp_path / "first"
+        return _link(sorted(folder.iterdir())[:count], tmp_path / "first")
 
     return link
 

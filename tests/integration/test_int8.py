@@ -6,7 +6,10 @@ import shutil
 import pytest
 from tables import rows
 
-CHOICES = ("--model", "resnet18", "--weights", "random:0", "--precision", "int8")
+CHOICES = (
+    "--model", "resnet18", "--weights", "random:0", "--precision", "int8",
+    "--resize", "72", "--crop", "64",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -48,11 +48,11 @@ def title(process):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sigkill_half_way(workers, copied, choices, inline, resfeat, tmp_path):
+def test_sigkill_half_way(workers, copied, choices, inline, unhurried, resfeat, tmp_path):
     output = tmp_path / "out"
     command = ["extract", copied, "-o", output, *choices, "--workers", workers,
                "--shard-size", SHARD]  # fmt: skip
-    process = start(*command)
+    process = start(*command, env=unhurried)
     wait_for_parts(process, output, 6)
     of_ray = ray_processes(process)
     titles = [title(child) for child in of_ray]
@@ -98,11 +98,13 @@ def test_sigkill_half_way(workers, copied, choices, inline, resfeat, tmp_path):
         pytest.param(1, signal.SIGINT, 130, marks=MORE),
     ],
 )
-def test_a_signal_stops_the_run_in_order(number, code, workers, collection, tmp_path, resfeat):
+def test_a_signal_stops_the_run_in_order(
+    number, code, workers, collection, choices, unhurried, tmp_path, resfeat
+):
     output = tmp_path / "out"
-    command = ["extract", collection, "-o", output, "--model", "resnet18", "--weights", "random:0",
-               "--workers", workers, "--shard-size", SHARD]  # fmt: skip
-    process = start(*command)
+    command = ["extract", collection, "-o", output, *choices, "--workers", workers,
+               "--shard-size", SHARD]  # fmt: skip
+    process = start(*command, env=unhurried)
     wait_for_parts(process, output, 1)
     process.send_signal(number)
     told, complained = process.communicate(timeout=30)
@@ -132,16 +134,16 @@ def test_a_signal_while_ray_is_starting(seconds, collection, tmp_path):
     assert Layout(output).committed() == []
 
 
-def test_a_second_signal_stops_at_once(collection, tmp_path):
+def test_a_second_signal_stops_at_once(collection, choices, unhurried, tmp_path):
     output = tmp_path / "out"
-    process = start("extract", collection, "-o", output, "--model", "resnet152", "--weights",
-                    "random:0", "--workers", 0)  # fmt: skip
+    command = ["extract", collection, "-o", output, *choices, "--workers", 0, "--shard-size", 1000]
+    process = start(*command, env=unhurried)
     while not any(Layout(output).tmp.glob("*-part-*")):  # a shard is in hand
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
-    assert process.poll() is None  # 512 images of ResNet-152 take longer than that
+    assert process.poll() is None  # 512 images take longer than that
     process.send_signal(signal.SIGINT)
     process.wait(timeout=2)
     assert process.returncode == 130
@@ -212,10 +214,10 @@ def test_what_may_change_between_runs_is_not_refused(a_copy, inline, collection,
     assert not np.array_equal(vectors(now), vectors(before))  # it did run, in another way
 
 
-def test_a_second_writer_is_refused_by_name(collection, choices, tmp_path, resfeat):
+def test_a_second_writer_is_refused_by_name(collection, choices, unhurried, tmp_path, resfeat):
     output = tmp_path / "out"
     command = ["extract", collection, "-o", output, *choices, "--workers", 0]
-    first = start(*command)
+    first = start(*command, "--shard-size", SHARD, env=unhurried)
     wait_for_parts(first, output, 1)
     second = resfeat(*command)
     assert second.returncode == 1
@@ -228,10 +230,12 @@ def test_a_second_writer_is_refused_by_name(collection, choices, tmp_path, resfe
     assert f"process {first.pid}" not in resfeat("status", output).stdout
 
 
-def test_a_reader_that_globs_during_the_run_sees_whole_parts_only(collection, tmp_path, choices):
+def test_a_reader_that_globs_during_the_run_sees_whole_parts_only(
+    collection, choices, unhurried, tmp_path
+):
     output = tmp_path / "out"
     process = start("extract", collection, "-o", output, *choices, "--workers", 0,
-                    "--shard-size", SHARD)  # fmt: skip
+                    "--shard-size", SHARD, env=unhurried)  # fmt: skip
     seen = set()
     while process.poll() is None:
         if Layout(output).committed():
@@ -249,11 +253,10 @@ def test_a_reader_that_globs_during_the_run_sees_whole_parts_only(collection, tm
     assert len(seen) > 3  # it grew while we looked
 
 
-def test_a_source_that_is_gone_stops_the_resume(copied, tmp_path, resfeat):
+def test_a_source_that_is_gone_stops_the_resume(copied, choices, unhurried, tmp_path, resfeat):
     output = tmp_path / "out"
-    command = ["extract", copied, "-o", output, "--model", "resnet18", "--weights", "random:0",
-               "--workers", 0, "--shard-size", SHARD]  # fmt: skip
-    process = start(*command)
+    command = ["extract", copied, "-o", output, *choices, "--workers", 0, "--shard-size", SHARD]
+    process = start(*command, env=unhurried)
     wait_for_parts(process, output, 1)
     process.kill()
     process.wait()

@@ -354,10 +354,10 @@ def test_repair_touches_nothing_where_no_shard_is_to_blame(inline, tmp_path, res
     assert {path: path.stat().st_mtime_ns for path in layout.root.rglob("*.*")} == before
 
 
-def test_a_dataset_that_is_being_written(collection, choices, tmp_path, resfeat):
+def test_a_dataset_that_is_being_written(collection, choices, unhurried, tmp_path, resfeat):
     output = tmp_path / "out"
     writer = start("extract", collection, "-o", output, *choices, "--workers", 0,
-                   "--shard-size", 32)  # fmt: skip
+                   "--shard-size", 32, env=unhurried)  # fmt: skip
     wait_for_parts(writer, output, 2)
     looked = json.loads(resfeat("verify", output, "--json").stdout)
     assert {each["kind"] for each in looked["problems"]} == {"unfinished"}
