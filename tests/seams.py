@@ -34,12 +34,12 @@ def _decode(data, *rest):
         while True:
             pass
     if data.endswith(b"swallow"):
-        bytearray(64 * 1024**3)
+        bytearray(6 * 1024**3)
     return without(data, *rest)
 """
 
-# Run after "resfeat.decoding.decode": as if images were large. A run then lasts long enough for what
-# is done to it on its way, and takes no core from other tests meanwhile.
+# Run after "resfeat.decoding.decode": as if images were large. A run then lasts long enough for
+# what is done to it on its way, and takes no core from other tests meanwhile.
 UNHURRIED = """
 import time
 

@@ -97,12 +97,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(one_photo, tmp_path, resfeat):
     assert sorted(os.listdir(tmp_path / "full")) == ["thesis.tex"]
 
 
+def test_the_time_that_is_left_is_that_of_what_is_left(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lines = progress.Lines()
+    monkeypatch.setattr(lines, "say", said.append)
+    for now[0], done in ((100.0, 600), (110.0, 800), (220.0, 1800)):  # 10 images/s
+        lines.show(Progress(3000, done, 1, 2))
+    assert said[0] == "600 of 3,000 images (20%), 1 failed, 2 workers"
+    (second,) = said[1:]
+    assert second == "1,800 of 3,000 images (60%), 10.0 images/s, 2 min left, 1 failed, 2 workers"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 def test_an_output_without_permission(one_photo, tmp_path):
     """As user nobody, in a process that has read its libraries while it was still root."""
     (tmp_path / "locked").mkdir(mode=0o755)
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
     program = (
         "import os, sys; from resfeat import extraction; from resfeat.backbones import weights\n"
         "import resfeat.engines.inline, resfeat.backbones.ours, resfeat.runtimes.openvino\n"

@@ -1,6 +1,7 @@
 """Joining and starting Ray: what is said when it cannot be, and what the caller's process keeps."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -101,9 +102,9 @@ print(json.dumps(told))
 
 
 def test_the_environment_is_given_back():
-    done = subprocess.run(
-        [sys.executable, "-c", ENVIRONMENT], capture_output=True, text=True, timeout=120
-    )
+    bare = {name: value for name, value in os.environ.items() if name not in cluster.SWITCHES}
+    command = [sys.executable, "-c", ENVIRONMENT]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     imported, running, after = json.loads(done.stdout)
     assert imported == after == []

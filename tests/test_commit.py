@@ -23,6 +23,7 @@ from resfeat.dataset.commit import digest
 from resfeat.dataset.notes import Note
 from resfeat.errors import Failure, ResfeatError, StoreError
 from resfeat.spec import FeatureSpec, Identity
+from resfeat.storage import draft
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,16 @@ def test_the_steps_of_a_commit_are_those_that_are_named(layout, identity, monkey
     seen.clear()
     commit(layout, identity, ["a.jpg", "z.jpg"], [])  # a twin that comes late
     assert seen == ["written", "checked"]
+
+
+def test_two_that_write_one_part_do_not_write_one_draft(tmp_path):
+    """A worker that is thought dead, and its successor."""
+    drafts = [draft(tmp_path, "part-00000.parquet") for _ in range(2)]
+    for number, each in enumerate(drafts):
+        each.sink.write_bytes(bytes([number]) * 10)
+    for number, each in enumerate(drafts):
+        each.publish(tmp_path / "target")
+        assert (tmp_path / "target").read_bytes() == bytes([number]) * 10
 
 
 @pytest.mark.parametrize("step", [step for step in commits.STEPS if step != "settled"])

@@ -19,6 +19,7 @@ from resfeat.dataset import Layout
 from resfeat.dataset import lock as locks
 from resfeat.dataset.lock import holder, run_lock
 from resfeat.errors import ResfeatError
+from resfeat.run import _tidy
 from resfeat.storage import file_system_of
 from resfeat.storage import remote as stores
 
@@ -233,6 +234,16 @@ def test_a_run_that_was_killed_is_told_of_once_and_a_repair_leaves_word_of_it(he
         assert lock.killed == killed
     with run_lock(layout) as lock:
         assert lock.killed is None
+
+
+def test_a_run_leaves_the_drafts_of_another_share_alone(here):
+    mine, other = here
+    other.tmp.mkdir(parents=True, exist_ok=True)
+    (other.tmp / "draft").touch()
+    _tidy(mine)
+    assert (other.tmp / "draft").exists()
+    _tidy(other)
+    assert not (other.tmp / "draft").exists()
 
 
 def test_runs_on_two_shares_hold_a_lock_each(here):

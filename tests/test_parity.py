@@ -1,5 +1,7 @@
 """Parity with fp32 on torch: what is measured, and what it stops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -10,7 +12,7 @@ from resfeat import ExtractSpec, RuntimeOptions, extract, fidelity, sources
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ResfeatError
-from resfeat.fidelity import Parity, check, compare, may_differ
+from resfeat.fidelity import Parity, check, compare, differs, may_differ
 from resfeat.fidelity.parity import SAMPLE_OF_REFERENCE, Reference, cosine
 from resfeat.fidelity.sample import (
     CALIBRATION,
@@ -23,6 +25,7 @@ from resfeat.fidelity.sample import (
 from resfeat.plan import write_plan
 from resfeat.sources import Item
 from resfeat.spec import FeatureSpec, Identity, Preprocessing
+from resfeat.worker import Placement
 
 PREPROCESSING = Preprocessing(
     resize=232, crop=224, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
@@ -145,6 +148,22 @@ def test_the_reference_is_only_computed_where_workers_may_differ_from_it(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     assert may_differ(identity(precision), RuntimeOptions(**options)) == may
+
+
+@pytest.mark.parametrize(
+    ("precision", "runtime", "device", "given"),
+    [
+        ("fp32", "torch", "cpu", False),
+        ("fp32", "torch", "cuda", True),
+        ("fp32", "openvino", "cpu", True),
+        ("bf16", "torch", "cpu", True),
+    ],
+)
+def test_all_but_torch_in_fp32_on_a_cpu_is_held_against_it(precision, runtime, device, given):
+    placement = replace(
+        Placement.of(RuntimeOptions(), identity(precision), device, 1), runtime=runtime
+    )
+    assert differs(identity(precision), placement) == given
 
 
 def test_a_run_of_the_reference_does_not_compute_it_twice(photos, tmp_path, monkeypatch):

@@ -142,6 +142,14 @@ def test_a_worker_that_dies_idle_costs_no_shard():
     assert given(pool) == ([("a", 0), ("b", 1)], [])
 
 
+def test_a_worker_that_dies_while_it_starts_is_no_death():
+    """Ray starts it again, and says so if it cannot."""
+    pool = pool_of("ab", 2)
+    pool.members[1].live = False
+    pool.died(pool.members[1], "killed")
+    assert pool.deaths == 0
+
+
 def test_what_a_dead_worker_had_done_is_not_counted_twice():
     pool = pool_of("ab", 3)
     a, b = pool.members

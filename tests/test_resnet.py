@@ -7,7 +7,7 @@ from torchvision.models import get_model_weights
 
 from resfeat.backbones import build, numbers, ours, outline, shapes, torchvision
 from resfeat.backbones.architecture import cifar
-from resfeat.backbones.ours import BACKBONES, LIKE_TORCHVISION
+from resfeat.backbones.ours import BACKBONES, LIKE_TORCHVISION, default_pixels
 from resfeat.backbones.pooling import pool
 from resfeat.backbones.resnet import Block, initialise
 from resfeat.backbones.weights import resolve
@@ -61,6 +61,14 @@ def test_the_weights_that_are_written_down_are_those_that_torchvision_publishes(
 @pytest.mark.parametrize("name", LIKE_TORCHVISION)
 def test_the_pixels_of_our_networks_are_torchvisions_default(name):
     assert ours.default_pixels(name) == torchvision.default_pixels(name)
+
+
+def test_the_pixels_of_the_networks_for_cifar():
+    """Mean and deviation of CIFAR-10's training set, as its own pixels have them."""
+    pixels = default_pixels("cifar_resnet20")
+    assert (pixels.resize, pixels.crop) == (32, 32)
+    assert pixels.mean == (0.4914, 0.4822, 0.4465)
+    assert pixels.std == (0.2470, 0.2435, 0.2616)
 
 
 @pytest.mark.parametrize("name", LIKE_TORCHVISION)

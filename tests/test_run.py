@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, engines, extract, open_dataset
 from resfeat.dataset import Layout, Record
-from resfeat.dataset.lock import Lock, Writer
+from resfeat.dataset.lock import Lock, Writer, run_lock
 from resfeat.dataset.notes import Note
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.run import Run
@@ -97,7 +98,9 @@ def test_a_listing_of_which_nothing_is_committed_binds_nobody(source, tmp_path, 
     assert run(source, output, model="cifar_resnet32").embedded == IMAGES
     assert (layout.plan / "plan-00000.parquet").stat().st_mtime_ns == listed
     assert open_dataset(output).record.identity.model == "cifar_resnet32"
-    assert "cifar_resnet32" in layout.card.read_text()
+    about, columns, failures = layout.card.read_text().split("| column of ")
+    assert "cifar_resnet32" in about
+    assert "`width`" in columns and "`reason`" not in columns and "`reason`" in failures
     with pytest.raises(UsageError, match="made with another model"):  # now it does
         run(source, output)
 
@@ -130,6 +133,44 @@ def test_it_leaves_a_dataset_that_was_there_before(source, tmp_path, monkeypatch
     with pytest.raises(ResfeatError, match="under --min-parity 1"):
         run(source, output, precision="bf16", min_parity=1)
     assert run(source, output, precision="bf16").embedded == IMAGES
+
+    layout = Layout(output)
+    (layout.embeddings / layout.part_name(1)).unlink()
+    with pytest.raises(ResfeatError, match="under --min-parity 1"):
+        run(source, output, precision="bf16", min_parity=1)
+    assert layout.committed() == [0, 2]
+    assert run(source, output, precision="bf16").images == 4  # of the part that was gone
+
+
+def test_parity_is_that_of_the_choices_that_were_taken_over_with(source, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "tasks", no_worker)  # cut off when parity is measured
+        with pytest.raises(ResfeatError, match="could not start"):
+            run(source, output, precision="bf16")
+    before = open_dataset(output).record.parity
+    parity = vars(run(source, output, precision="bf16", model="cifar_resnet32").parity)
+    assert open_dataset(output).record.parity == parity != before
+
+
+def test_a_run_that_was_overtaken_ends_and_touches_nothing(source, tmp_path, monkeypatch):
+    locks = []
+
+    @contextmanager
+    def noted(*arguments, **options):
+        with run_lock(*arguments, **options) as lock:
+            locks.append(lock)
+            yield lock
+
+    def overtaken(progress):
+        if progress.total:  # it embeds
+            locks[0].taken.set()
+
+    monkeypatch.setattr("resfeat.run.run_lock", noted)
+    output = tmp_path / "out"
+    with pytest.raises(ResfeatError, match="another run took"):
+        extract(spec(source, output), on_progress=overtaken)
+    assert Layout(output).spec.exists() and not list(Layout(output).runs.iterdir())
 
 
 def tasks(output, todo, killed=None):

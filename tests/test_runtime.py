@@ -1,5 +1,6 @@
 """The runtimes: near to each other, and the same bits in every setting that may change."""
 
+import io
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from resfeat.backbones import build
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.fidelity.parity import cosine
+from resfeat.runtimes import hardware
 from resfeat.runtimes.embedder import fold_batch_norm
 from resfeat.runtimes.openvino import OpenVINORuntime, convert, has_bf16, load, quantise
 from resfeat.runtimes.torch import TorchRuntime, use_one_core
@@ -62,6 +64,28 @@ def test_neighbours_in_the_batch_do_not_matter(runtime, weights, pixels):
         alone = np.zeros_like(pixels[:BATCH])
         alone[3] = pixels[3]
         assert np.array_equal(each.embed(pixels[:BATCH])[3], each.embed(alone)[3])
+
+
+def test_each_layer_is_scaled_to_unit_length_by_itself(weights, pixels):
+    layers = {"layers": ("layer2", "avgpool")}
+    plain, scaled = (
+        TorchRuntime(replace(weights.identity, normalize=wanted, **layers), weights.tensors, "cpu")
+        for wanted in (False, True)
+    )
+    given, expected = scaled.embed(pixels[:BATCH]), plain.embed(pixels[:BATCH])
+    for layer in (slice(0, 128), slice(128, None)):
+        lengths = np.linalg.norm(expected[:, layer], axis=1, keepdims=True)
+        assert np.allclose(given[:, layer], expected[:, layer] / lengths, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("350000 100000", 3), ("1600000 100000", 8), ("50000 100000", 1)],
+)
+def test_no_more_cores_than_the_container_is_given(quota, cores, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(hardware, "open", lambda *_, **__: io.StringIO(quota), raising=False)
+    assert hardware.cpu_count() == cores
 
 
 def test_folding_leaves_no_batch_norm_and_the_same_embeddings():

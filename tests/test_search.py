@@ -13,7 +13,8 @@ from PIL import Image
 
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Dataset, Layout, Record
-from resfeat.downstream import embed_queries, search
+from resfeat.downstream import contact_sheet, embed_queries, search
+from resfeat.downstream.search import Neighbour
 from resfeat.errors import ResfeatError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec
 
@@ -107,6 +108,28 @@ def test_the_table_and_the_sheet(dataset, photos, resfeat, tmp_path):
         assert (
             np.abs(tiles[0].mean((0, 1)) - np.asarray(photo.convert("RGB")).mean((0, 1))).max() < 30
         )
+
+
+def test_odd_names_are_shown_and_change_no_terminal(resfeat, tmp_path):
+    (tmp_path / "in").mkdir()
+    odd = tmp_path / "in" / f"{'x' * 40}\x1b[31m.png"
+    Image.new("RGB", (32, 32), "red").save(odd)
+    quick = ["--model", "cifar_resnet20", "--weights", "random:0", "--workers", 0]
+    assert resfeat("extract", tmp_path / "in", "-o", tmp_path / "out", *quick).returncode == 0
+    done = resfeat("search", tmp_path / "out", odd)
+    assert "1.0000" in done.stdout and "x[31m.png" in done.stdout.replace(r"\x1b", "")
+    assert "\x1b" not in done.stdout.splitlines()[-1]
+
+
+def test_a_caption_keeps_the_end_of_a_long_name(monkeypatch):
+    captions = []
+    monkeypatch.setattr(
+        "PIL.ImageDraw.ImageDraw.multiline_text",
+        lambda draw, place, text, *rest, **options: captions.append(text),
+    )
+    long = "a/folder/with/a/long/name/IMG_0001.jpg"
+    contact_sheet(["photos/cat.jpg"], [[Neighbour(long, 0.5), Neighbour("b.jpg", 0.25)]], {})
+    assert captions == ["query\ncat.jpg", f"0.5000\n…{long[-23:]}", "0.2500\nb.jpg"]
 
 
 def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path):

@@ -12,7 +12,9 @@ from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset, sources
 from resfeat.dataset import Row
+from resfeat.engines import inline
 from resfeat.sources import Item
+from resfeat.worker import shard
 from resfeat.worker.shard import keeps
 from resfeat.worker.worker import Worker, forward
 
@@ -43,6 +45,35 @@ def test_a_row_is_kept_for_its_own_item_only():
     row = Row("a.jpg", 1, 1, 10, 20)
     assert keeps(row, Item("a.jpg", "file:///a.jpg", 11, 21))  # changed since, and embedded
     assert not keeps(row, Item("b.jpg", "file:///a.jpg", 10, 20))
+
+
+def test_progress_counts_failures_too(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "in" / f"{number}.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    told, workers = [], []
+    do, commit = inline.process_shard, shard.Part.commit
+
+    def noted(worker, task):
+        workers.append(worker)
+        return do(worker, task)
+
+    def and_look(part, ids):
+        told.extend(workers[0].progress.values())
+        commit(part, ids)
+
+    monkeypatch.setattr(inline, "process_shard", noted)
+    monkeypatch.setattr(shard.Part, "commit", and_look)
+    spec = ExtractSpec(
+        sources=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        model="cifar_resnet20",
+        weights="random:0",
+        runtime=RuntimeOptions(workers=0),
+    )
+    assert extract(spec).failed == 1
+    assert told == [(4, 1)]
 
 
 class Container:

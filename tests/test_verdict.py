@@ -11,6 +11,8 @@ from resfeat.reporting import Report, limits
         ({}, None),
         ({"read": 1.0}, None),
         ({"embed": 10.0, "wait": 0.1, "decode": 9.0}, "embed"),
+        ({"embed": 10.0, "wait": 2.4, "decode": 60.0}, "embed"),
+        ({"embed": 10.0, "wait": 2.6, "decode": 60.0}, "decode"),
         ({"embed": 10.0, "wait": 30.0, "decode": 60.0, "read": 5.0, "write": 1.0}, "decode"),
         # Twelve threads read and eight decode: reading's 70 s are less of what it has.
         ({"embed": 10.0, "wait": 30.0, "decode": 60.0, "read": 70.0}, "decode"),

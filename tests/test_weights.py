@@ -362,7 +362,8 @@ def test_what_does_not_fit_is_named(checkpoint, tmp_path):
     missing = {name: t for name, t in tensors.items() if name != "layer1.0.bn1.weight"}
     misshapen = {**tensors, "conv1.weight": torch.zeros(64, 1, 7, 7)}
     unknown = {**tensors, "layer1.5.extra.weight": torch.zeros(1)}
-    broken = {**tensors, "bn1.bias": torch.full((64,), float("nan"))}
+    broken = {**tensors, "bn1.bias": tensors["bn1.bias"].clone()}
+    broken["bn1.bias"][7] = float("nan")
     for content, told in (
         (missing, "layer1.0.bn1.weight is missing"),
         (misshapen, r"conv1.weight is \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)"),

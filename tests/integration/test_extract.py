@@ -1,6 +1,7 @@
 """The main job on 500 real photographs with a dozen broken files among them."""
 
 import json
+import os
 import shutil
 from collections import Counter
 
@@ -131,7 +132,8 @@ def test_too_many_failures_is_exit_code_3(tmp_path, resfeat):
     assert resfeat(*command, "--max-error-rate", 0.5).returncode == 0
 
 
-def test_a_file_that_changed_after_it_was_listed_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["size", "time"])
+def test_a_file_that_changed_after_it_was_listed_is_noticed(what, tmp_path, monkeypatch):
     import resfeat
     from resfeat import engines
 
@@ -141,7 +143,9 @@ def test_a_file_that_changed_after_it_was_listed_is_noticed(tmp_path, monkeypatc
     start = engines.start
 
     def rewritten_first(*args):
-        Image.new("RGB", (32, 32)).save(picture)
+        if what == "size":
+            Image.new("RGB", (32, 32)).save(picture)
+        os.utime(picture, (1, 1))
         return start(*args)
 
     monkeypatch.setattr(engines, "start", rewritten_first)
@@ -155,4 +159,5 @@ def test_a_file_that_changed_after_it_was_listed_is_noticed(tmp_path, monkeypatc
     report = resfeat.extract(spec)
     assert (report.changed, report.failed) == (1, 0)
     (row,) = resfeat.open_dataset(tmp_path / "out").embeddings.to_table().to_pylist()
-    assert (row["width"], row["size"]) == (32, picture.stat().st_size)
+    assert row["width"] == (32 if what == "size" else 64)
+    assert (row["size"], row["mtime"].timestamp()) == (picture.stat().st_size, 1)

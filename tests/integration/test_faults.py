@@ -499,9 +499,7 @@ def test_a_source_that_goes_away_during_the_run(
 
 
 @pytest.mark.parametrize("workers", BY_ONE_PROCESS)
-def test_two_writers_that_begin_together(
-    workers, collection, choices, inline, unhurried, tmp_path
-):
+def test_two_writers_that_begin_together(workers, collection, choices, inline, unhurried, tmp_path):
     output = tmp_path / "out"
     words = extract(collection, output, choices, workers=workers)
     both = [start(*words, env=unhurried) for _ in range(2)]
