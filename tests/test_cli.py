@@ -27,7 +27,7 @@ def one_photo(tmp_path):
     return folder
 
 
-HERE = ["--model", "resnet18", "--weights", "random:0", "--workers", 0]
+HERE = ["--model", "cifar_resnet20", "--weights", "random:0", "--workers", 0]
 
 
 @pytest.mark.parametrize("command", [[], ["extract"], ["search"], ["status"], ["models"]])

@@ -18,7 +18,18 @@ from resfeat.downstream.search import Neighbour
 from resfeat.errors import ResfeatError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec
 
-QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0]
+QUICK = [
+    "--model",
+    "resnet18",
+    "--weights",
+    "random:0",
+    "--workers",
+    0,
+    "--crop",
+    64,
+    "--resize",
+    72,
+]
 
 
 @settings(max_examples=30, deadline=None)

@@ -123,7 +123,7 @@ def test_too_many_failures_is_exit_code_3(tmp_path, resfeat):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "bad.png").write_bytes(b"bad")
-    command = ["extract", tmp_path / "in", "-o", tmp_path / "out", "--model", "resnet18",
+    command = ["extract", tmp_path / "in", "-o", tmp_path / "out", "--model", "cifar_resnet20",
                "--weights", "random:0", "--workers", 0]  # fmt: skip
     done = resfeat(*command)
     assert done.returncode == 3
@@ -152,7 +152,7 @@ def test_a_file_that_changed_after_it_was_listed_is_noticed(what, tmp_path, monk
     spec = resfeat.ExtractSpec(
         sources=(str(tmp_path / "in"),),
         output=str(tmp_path / "out"),
-        model="resnet18",
+        model="cifar_resnet20",
         weights="random:0",
         runtime=resfeat.RuntimeOptions(workers=0),
     )

@@ -21,7 +21,7 @@ from resfeat.backbones.ours import BACKBONES
 from resfeat.cli import main
 from resfeat.fidelity.parity import cosine
 
-CHOICES = ["--model", "resnet18", "--weights", "random:0"]
+CHOICES = ["--model", "resnet18", "--weights", "random:0", "--resize", "72", "--crop", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_one_value_that_float16_cannot_hold_is_a_failure_among_others(
         tensors["layer4.1.bn2.bias"][7] *= scale
         torch.save(tensors, tmp_path / "scaled.pth")
         output = tmp_path / dtype
-        done = resfeat("extract", folder, "-o", output, "--workers", 0, "--model", "resnet18",
+        done = resfeat("extract", folder, "-o", output, "--workers", 0, *CHOICES,
                        "--weights", tmp_path / "scaled.pth", "--dtype", dtype, "--runtime", "torch",
                        "--batch-size", 4, "--max-error-rate", 1)  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -183,7 +183,7 @@ def test_too_little_parity_stops_before_anything_is_written(workers, first, resf
 def test_a_resume_with_other_pixels_is_refused_and_says_which(folder, plain, resfeat, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(plain, output)
-    for option, value in (("--crop", 192), ("--resize", 300), ("--interpolation", "bicubic")):
+    for option, value in (("--crop", 48), ("--resize", 80), ("--interpolation", "bicubic")):
         done = resfeat("extract", folder, "-o", output, "--workers", 0, *CHOICES, option, value)
         assert done.returncode == 2
         assert f"was made with another {option[2:]}: " in done.stderr
@@ -192,13 +192,13 @@ def test_a_resume_with_other_pixels_is_refused_and_says_which(folder, plain, res
 
 def test_other_pixels_give_another_fingerprint_and_are_used(folder, plain, resfeat, tmp_path):
     output = tmp_path / "out"
-    pixels = ["--resize", 64, "--crop", 48, "--interpolation", "nearest"]
+    pixels = ["--resize", 56, "--crop", 48, "--interpolation", "nearest"]
     run(resfeat, folder, output, *pixels)
     told = metadata(output)
     assert told["fingerprint"] != metadata(plain)["fingerprint"]
     preprocessing = told["preprocessing"]
     assert [preprocessing[name] for name in ("resize", "crop", "interpolation")] == [
-        64,
+        56,
         48,
         "nearest",
     ]
@@ -238,7 +238,7 @@ def test_what_is_not_installed_is_one_line_before_any_work(
         (["--precision", "int8", "--runtime", "torch"], "--runtime torch has no int8"),
         (["--precision", "fp16", "--runtime", "openvino"], "--runtime openvino has no fp16"),
         (["--precision", "int8", "--gpus-per-worker", "1"], "--precision int8 is for CPUs"),
-        (["--crop", "300"], "a crop of 300 pixels is larger than the resize to 256"),
+        (["--crop", "300"], "a crop of 300 pixels is larger than the resize to 72"),
         (["--resize", "0"], "--resize 0: give 1 to 4096 pixels"),
         (["--min-parity", "2"], "--min-parity 2: give a cosine"),
         (["--model", "torchvision:alexnet", "--pool", "max"], "pools in its own way"),
@@ -256,7 +256,7 @@ def test_choices_that_cannot_be_are_one_line(choices, told, folder, tmp_path):
 
 @pytest.mark.ray
 def test_a_network_of_another_library_on_ray(folder, resfeat, tmp_path):
-    choices = ["--model", "torchvision:squeezenet1_1", "--weights", "random:0"]
+    choices = [*CHOICES, "--model", "torchvision:squeezenet1_1"]
     for workers in (0, 1):
         done = resfeat(
             "extract", folder, "-o", tmp_path / str(workers), "--workers", workers, *choices
@@ -271,7 +271,7 @@ def test_notes_of_a_checkpoint_are_said_and_recorded(folder, checkpoint, resfeat
 
     tensors = torch.load(checkpoint, weights_only=True)
     torch.save({"state_dict": {f"module.{k}": v for k, v in tensors.items()}}, tmp_path / "w.pth")
-    command = ["extract", folder, "-o", tmp_path / "out", "--workers", 0, "--model", "resnet18",
+    command = ["extract", folder, "-o", tmp_path / "out", "--workers", 0, *CHOICES,
                "--weights", tmp_path / "w.pth"]  # fmt: skip
     done = resfeat(*command)
     note = f"weights {tmp_path / 'w.pth'}: took 'state_dict', stripped 'module.' from the names"

@@ -16,7 +16,7 @@ from broken import write_broken
 from PIL import Image
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
-QUICK = ["--model", "resnet18", "--weights", "random:0"]
+QUICK = ["--model", "cifar_resnet20", "--weights", "random:0"]
 
 
 def run(*command, **options):
@@ -125,7 +125,7 @@ def test_ray_job(some, tmp_path, head):
     (report,) = (tmp_path / "out" / "_resfeat" / "runs").iterdir()
     assert json.loads(report.read_text())["engine"]["address"] == "auto"
 
-    refused = run(*command, "--model", "resnet34", env=head)
+    refused = run(*command, "--model", "cifar_resnet32", env=head)
     assert refused.returncode != 0 and "another model" in refused.stdout + refused.stderr
     assert "SRC... -o OUT" in run(PIPELINES / "ray_job.sh").stdout
 

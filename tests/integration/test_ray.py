@@ -125,7 +125,7 @@ def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_pat
     spec = resfeat.ExtractSpec(
         sources=(str(collection),),
         output=str(tmp_path / "out"),
-        model="resnet18",
+        model="cifar_resnet20",
         weights="random:0",
         runtime=RuntimeOptions(workers=1, gpus_per_worker=0),
     )
@@ -151,7 +151,7 @@ def test_an_idle_worker_that_died_is_ready_when_work_comes(cluster, photos, tmp_
     spec = resfeat.ExtractSpec(
         sources=(str(photos / "chelsea"), str(photos / "rocket")),
         output=str(tmp_path / "out"),
-        model="resnet18",
+        model="cifar_resnet20",
         weights="random:0",
         shard_size=64,
         runtime=RuntimeOptions(workers=2, gpus_per_worker=0, cpus_per_worker=1),
@@ -254,8 +254,9 @@ def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, command):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     started = time.monotonic()
-    done = command("extract", photos, "-o", tmp_path / "out", "--model", "resnet18", "--weights",
-                   "random:0", "--address", "auto", env={"RAY_TMPDIR": str(tmp_path)})  # fmt: skip
+    done = command("extract", photos, "-o", tmp_path / "out", "--model", "cifar_resnet20",
+                   "--weights", "random:0", "--address", "auto",
+                   env={"RAY_TMPDIR": str(tmp_path)})  # fmt: skip
     assert done.returncode == 1 and time.monotonic() - started < 20
     assert "cannot join Ray at auto" in done.stderr
     assert not Layout(tmp_path / "out").committed()
@@ -263,7 +264,7 @@ def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, command):
 
 def test_a_missing_gpu_is_said(photos, tmp_path, command):
     for workers in (0, 1):
-        done = command("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
+        done = command("extract", photos, "-o", tmp_path / "out", "--model", "cifar_resnet20",
                        "--weights", "random:0", "--gpus-per-worker", 1, "--workers", workers,
                        env={"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
         assert done.returncode == 1
@@ -355,7 +356,7 @@ def test_preempted_machines_cost_their_shard_nothing(tmp_path):
 
 def test_an_address_where_nobody_listens(photos, tmp_path, command):
     started = time.monotonic()
-    done = command("extract", photos, "-o", tmp_path / "out", "--model", "resnet18",
+    done = command("extract", photos, "-o", tmp_path / "out", "--model", "cifar_resnet20",
                    "--weights", "random:0", "--address", "127.0.0.1:1")  # fmt: skip
     assert done.returncode == 1 and time.monotonic() - started < 20
     assert "cannot join Ray at 127.0.0.1:1" in done.stderr

@@ -121,8 +121,8 @@ def test_a_signal_stops_the_run_in_order(
 @pytest.mark.parametrize("seconds", [0.7, *(pytest.param(s, marks=MORE) for s in (0, 1.4, 2.1))])
 def test_a_signal_while_ray_is_starting(seconds, collection, tmp_path):
     output = tmp_path / "out"
-    process = start("extract", collection, "-o", output, "--model", "resnet18", "--weights",
-                    "random:0")  # fmt: skip
+    process = start("extract", collection, "-o", output, "--model", "cifar_resnet20",
+                    "--weights", "random:0")  # fmt: skip
     while not Layout(output).spec.exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -170,7 +170,7 @@ def test_a_run_killed_while_it_listed_is_no_obstacle(photos, tmp_path, resfeat):
         folder.mkdir(parents=True)
     (layout.plan / "plan-00000.parquet").write_bytes(b"half a file")
     (layout.tmp / "abc-part-00000.parquet").write_bytes(b"half a part")
-    done = resfeat("extract", photos / "chelsea", "-o", output, "--model", "resnet18",
+    done = resfeat("extract", photos / "chelsea", "-o", output, "--model", "cifar_resnet20",
                    "--weights", "random:0", "--workers", 0)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not list(layout.tmp.iterdir())

@@ -386,8 +386,8 @@ def test_equal_images_are_counted_and_are_no_error(photos, tmp_path, resfeat):
     for number, photo in enumerate([*some, some[0], some[0], some[3]]):
         (folder / f"{number}{photo.suffix}").hardlink_to(photo)
     output = tmp_path / "out"
-    done = resfeat("extract", folder, "-o", output, "--model", "resnet18", "--weights", "random:0",
-                   "--workers", 0, "--batch-size", 4)  # fmt: skip
+    done = resfeat("extract", folder, "-o", output, "--model", "cifar_resnet20",
+                   "--weights", "random:0", "--workers", 0, "--batch-size", 4)  # fmt: skip
     assert done.returncode == 0, done.stderr
     verified = resfeat("verify", output)
     assert verified.returncode == 0
