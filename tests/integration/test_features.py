@@ -154,7 +154,7 @@ def test_one_value_that_float16_cannot_hold_is_a_failure_among_others(
     assert np.isfinite(column(rows(output), "embedding")).all()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.more)])
 def test_half_precision_is_compared_first_and_recorded(workers, first, plain, resfeat, tmp_path):
     output = tmp_path / "out"
     done = run(resfeat, first(4), output, "--precision", "bf16", workers=workers)
@@ -170,7 +170,7 @@ def test_half_precision_is_compared_first_and_recorded(workers, first, plain, re
     assert json.loads(resfeat("status", output, "--json").stdout)["parity"] == parity
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.more)])
 def test_too_little_parity_stops_before_anything_is_written(workers, first, resfeat, tmp_path):
     output = tmp_path / "out"
     done = resfeat("extract", first(4), "-o", output, "--workers", workers, *CHOICES,

@@ -52,7 +52,7 @@ def test_files_and_report_say_what_network_it_was(whole):
     assert (engine["runtime"], engine["device"]) == ("openvino", "cpu")
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.more), 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.more)])
 def test_a_resume_takes_the_network_that_is_there(workers, half, whole, photos, resfeat):
     done = resfeat("extract", photos, "-o", half, "--workers", workers, *CHOICES)
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_a_resume_takes_the_network_that_is_there(workers, half, whole, photos, 
     assert parts(half) == parts(whole)
 
 
-@pytest.mark.parametrize("damage", ["gone", "changed"])
+@pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.more), "changed"])
 def test_a_network_that_is_lost_is_made_again_the_same(damage, half, whole, photos, command):
     network = half / "_resfeat" / "int8" / "network.bin"
     if damage == "gone":

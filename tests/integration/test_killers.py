@@ -142,6 +142,7 @@ def test_a_signal_is_heeded_while_an_image_hangs(killers, choices, tmp_path):
     assert not list(Layout(output).tmp.iterdir())
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_an_image_that_crashes_while_a_sample_is_taken_harms_nobody(
     killers, choices, treacherous, tmp_path, command

@@ -35,6 +35,7 @@ def some(photos, tmp_path):
     return folder
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_demo(tmp_path):
     nothing_cached = {**os.environ, "TORCH_HOME": str(tmp_path / "hub")}
@@ -116,6 +117,7 @@ def _free_port():
         return server.getsockname()[1]
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_ray_job(some, tmp_path, head):
     command = [PIPELINES / "ray_job.sh", some, "-o", tmp_path / "out", *QUICK, "--workers", 1]
@@ -130,6 +132,7 @@ def test_ray_job(some, tmp_path, head):
     assert "SRC... -o OUT" in run(PIPELINES / "ray_job.sh").stdout
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_the_simulation_of_millions_runs_with_thousands(tmp_path):
     """`make scale` measures with parts of ours that nothing else puts together so."""

@@ -262,15 +262,15 @@ def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, command):
     assert not Layout(tmp_path / "out").committed()
 
 
-def test_a_missing_gpu_is_said(photos, tmp_path, command):
-    for workers in (0, 1):
-        done = command("extract", photos, "-o", tmp_path / "out", "--model", "cifar_resnet20",
-                       "--weights", "random:0", "--gpus-per-worker", 1, "--workers", workers,
-                       env={"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
-        assert done.returncode == 1
-        line = error_of(done.stderr)
-        assert "a GPU was asked for" in line and "--gpus-per-worker 0" in line
-        assert not Layout(tmp_path / "out").committed()
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.more), 1])
+def test_a_missing_gpu_is_said(workers, photos, tmp_path, resfeat):
+    done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "cifar_resnet20",
+                   "--weights", "random:0", "--gpus-per-worker", 1, "--workers", workers,
+                   env={"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    assert done.returncode == 1
+    line = error_of(done.stderr)
+    assert "a GPU was asked for" in line and "--gpus-per-worker 0" in line
+    assert not Layout(tmp_path / "out").committed()
 
 
 # A shard that is in hand until somebody says "go", a cluster of a head for the driver and one

@@ -23,6 +23,7 @@ STAY_BROKEN = {5, 18}
 MENDED = FAIL_AT_FIRST - STAY_BROKEN
 GARBAGE = b"not an image any more"
 RETRIED = [0, 2]
+IN_BETWEEN = ("noted", "embeddings", "failures")
 
 
 def name(number):
@@ -211,7 +212,11 @@ def test_without_the_option_what_failed_stays_failed(case, whole, resfeat):
     assert content(case.output) == before
 
 
-@pytest.mark.parametrize("step", STEPS)
+# At each, and again at each on the way to mend it, in `test_commit.py`; here by a real kill.
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(step, marks=[pytest.mark.more] * (step not in IN_BETWEEN)) for step in STEPS],
+)
 def test_killed_at_any_step_it_loses_nothing(
     step, case, whole, undisturbed, command, resfeat, tmp_path
 ):
@@ -225,7 +230,7 @@ def test_killed_at_any_step_it_loses_nothing(
     dataset = open_dataset(case.output)
     found = verify(dataset)
     assert {each.kind for each in found.problems} <= {"unfinished"}
-    in_between = step in ("noted", "embeddings", "failures")
+    in_between = step in IN_BETWEEN
     assert found.problems or not in_between  # the other shard may be half way at any step
     assert repair(dataset, found) == []
 
