@@ -262,9 +262,9 @@ def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, command):
     assert not Layout(tmp_path / "out").committed()
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.more), 1])
-def test_a_missing_gpu_is_said(workers, photos, tmp_path, resfeat):
-    done = resfeat("extract", photos, "-o", tmp_path / "out", "--model", "cifar_resnet20",
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.more)])
+def test_a_missing_gpu_is_said(workers, photos, tmp_path, command):
+    done = command("extract", photos, "-o", tmp_path / "out", "--model", "cifar_resnet20",
                    "--weights", "random:0", "--gpus-per-worker", 1, "--workers", workers,
                    env={"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     assert done.returncode == 1
