@@ -1,10 +1,12 @@
 """Which shard is in whose hands. It calls no worker and knows nothing of Ray."""
 
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from resfeat.engines import DRAIN_SECONDS
 from resfeat.errors import ResfeatError
 from resfeat.plan import Shard
 from resfeat.worker import SHARDS_IN_HAND, Task
@@ -38,14 +40,18 @@ class Pool:
         self._waiting: deque[Shard] = deque()
         self._tasks: dict[Shard, Task] = {}
         self._blamed: Counter[Shard] = Counter()
+        self._give_up: float | None = None
 
     def take(self, tasks: Sequence[Task]) -> None:
         """Take on these tasks, each of another shard."""
         self._waiting.extend(task.shard for task in tasks)
         self._tasks.update((task.shard, task) for task in tasks)
 
-    def drop_waiting(self) -> None:
+    def drain(self) -> bool:
+        """Hand out nothing that waits. Gives whether what is in hand has had its time to finish."""
         self._waiting.clear()
+        self._give_up = self._give_up or time.monotonic() + DRAIN_SECONDS
+        return time.monotonic() > self._give_up
 
     @property
     def live(self) -> list[Member]:
