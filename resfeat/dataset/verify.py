@@ -155,7 +155,8 @@ class _Look:
 def _look_at(dataset: Dataset, shard: Shard, was_committed: bool) -> _Look:
     layout, number = dataset.layout, shard.number
     listed = [item.id for item in read_shard(layout.plan, shard)]
-    look = _Look(number, np.array([_hash(each) for each in listed], np.uint64))
+    hashes = b"".join(hashlib.blake2b(each.encode(), digest_size=8).digest() for each in listed)
+    look = _Look(number, np.frombuffer(hashes, np.uint64))
     name = layout.part_name(number)
     part, failures = layout.embeddings / name, layout.failures / name
     note = Note.read(layout, number)
@@ -268,10 +269,6 @@ def _fingerprint(table: pa.Table) -> object:
         return json.loads(table.schema.metadata[b"resfeat"])["fingerprint"]
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _hashes(vectors: NDArray[np.floating]) -> NDArray[np.uint64]:
