@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resfeat import engines, sources
@@ -107,7 +108,9 @@ def _prove(run: Run) -> None:
     if parity is None:
         return
     check(parity, identity, run.request.spec.min_parity)
-    run.proven(vars(parity))
+    if run.record.parity is None:
+        run.record = replace(run.record, parity=vars(parity))
+        run.record.save(run.layout)
     if identity.precision != REFERENCE:  # else nobody asked for it; the report has it
         run.tally.note(
             f"{identity.precision} on {run.tally.engine['runtime']} against fp32 on torch, "
