@@ -170,14 +170,11 @@ def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
 
 
 def _decode(worker: Worker, contents: Sequence[bytes]) -> tuple[list[Picture], float]:
-    identity = worker.job.identity
+    pixels, way = worker.job.identity.preprocessing, worker.job.identity.decode
     given: list[Picture | Failure] = []
 
-    def one(data: bytes) -> Picture | Failure:
-        return decode(data, identity.preprocessing, identity.decode)
-
     def once() -> None:
-        given[:] = pool.map(one, contents)
+        given[:] = pool.map(lambda data: decode(data, pixels, way), contents)
 
     with ThreadPoolExecutor(worker.placement.cpus) as pool:
         rate = _rate(len(contents), once)

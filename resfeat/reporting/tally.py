@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.plan import Plan, Shard
-from resfeat.reporting.report import Report, new_run_id
+from resfeat.reporting.report import Report
 from resfeat.reporting.watch import Progress, Watch
 from resfeat.worker import ShardResult
 
@@ -88,7 +90,8 @@ class Tally:
         if error:
             status = "interrupted" if isinstance(error, Stopped) else "failed"
         return Report(
-            run_id=new_run_id(),
+            # Sorts by time, and differs between two runs of the same second.
+            run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
             status=status,
             output=str(dataset.layout.root),
             precision=dataset.record.identity.precision,

@@ -17,9 +17,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Watch:
-    """What a run calls: `note` with what a user should know, which the report has, too; `step` with
-    what is being done, before it takes long; `progress` twice a second; `stopping`: is it to stop?
-    """
+    """What a run tells and asks; `resfeat.extract` says what of each."""
 
     note: Callable[[str], None] = lambda text: None
     step: Callable[[str], None] = lambda text: None

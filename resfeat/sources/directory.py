@@ -63,10 +63,7 @@ class _Folder:
 
 
 class Directories:
-    """A listing of one or more directories (or single files); see `sources.Listing`.
-
-    Raises UsageError where a source is missing, is a dataset, or lies within another.
-    """
+    """A listing of one or more directories (or single files); see `sources.listing`."""
 
     carried = ()
 

@@ -158,10 +158,9 @@ class StorePath:
             nonlocal missing_ok
             try:
                 self.store.delete_file(str(self.path))
-            except FileNotFoundError:
-                if not missing_ok:
-                    raise
-            except OSError:
+            except OSError as error:
+                if missing_ok and isinstance(error, FileNotFoundError):
+                    return
                 missing_ok = True  # as it is where only the answer was lost
                 raise
 
