@@ -57,17 +57,13 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What `verify` found.
-
-    embedded, failed: rows. duplicates: images with the same embedding, bit for bit, as one before
-    them, which is no error. unseen: shards that were not looked at, since their plan is damaged.
-    """
+    """What `verify` found. embedded, failed: rows."""
 
     shards: int = 0
-    unseen: int = 0
+    unseen: int = 0  # shards that were not looked at, since their plan is damaged
     embedded: int = 0
     failed: int = 0
-    duplicates: int = 0
+    duplicates: int = 0  # images embedded like one before them, to the last bit, which is no error
     problems: list[Problem] = field(default_factory=list)
 
     @property

@@ -17,26 +17,20 @@ ATTEMPTS = 3
 
 @dataclass(eq=False)
 class Member:
-    """One worker, as the driver sees it.
+    """One worker, as the driver sees it."""
 
-    actor: what the engine calls. live: whether it has built its model. in_hand: images done and
-    failed so far, as last heard, of each of its shards; the oldest shard comes first.
-    """
-
-    actor: Any
-    live: bool = False
+    actor: Any  # what the engine calls
+    live: bool = False  # whether it has built its model
+    # Images done and failed so far, as last heard, of each of its shards; the oldest comes first.
     in_hand: dict[Shard, tuple[int, int]] = field(default_factory=dict)
 
 
 class Pool:
-    """Hands shards to workers, and takes them back from workers that died.
-
-    deaths: workers that died while they were live.
-    """
+    """Hands shards to workers, and takes them back from workers that died."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
-        self.deaths = 0
+        self.deaths = 0  # workers that died while they were live
         self._waiting: deque[Shard] = deque()
         self._tasks: dict[Shard, Task] = {}
         self._blamed: Counter[Shard] = Counter()

@@ -37,16 +37,12 @@ SHARD = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Images a second of each stage alone, on all the threads that it has, and of the whole job.
-
-    megapixels, kilobytes: of an image, in the mean. waited: share of its time, 0 to 1, that the
-    model waited in the whole job. sentence: what limits it.
-    """
+    """Images a second of each stage alone, on all the threads that it has, and of the whole job."""
 
     images: int
     failed: int
-    megapixels: float
-    kilobytes: float
+    megapixels: float  # of an image, in the mean
+    kilobytes: float  # likewise
     placement: Placement
     precision: str
     read: float
@@ -54,8 +50,8 @@ class Bench:
     forward: float
     write: float
     whole: float
-    waited: float
-    sentence: str
+    waited: float  # share of its time, 0 to 1, that the model waited in the whole job
+    sentence: str  # what limits it
 
 
 def bench(

@@ -99,11 +99,10 @@ def _told_of(worker: Worker, task: Task) -> Iterator[None]:
 
 @dataclass
 class _Hand:
-    """A shard in hand. kept: rows that are not done again, by id, with their vectors. seconds: busy
-    seconds by stage, added up over threads."""
+    """A shard in hand. seconds: busy seconds by stage, added up over threads."""
 
     worker: Worker
-    kept: Mapping[str, tuple[Row, NDArray[np.floating]]]
+    kept: Mapping[str, tuple[Row, NDArray[np.floating]]]  # not to be done again, with their vectors
     decode: Decoder
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     lock: Lock = field(default_factory=Lock)
@@ -123,13 +122,12 @@ class _Hand:
 
 @dataclass
 class _Batch:
-    """A finished batch: rows and their vectors [len(rows), D], in the type that is stored, and what
-    failed. changed: images that are not what was listed."""
+    """A finished batch."""
 
     rows: list[Row]
-    vectors: NDArray[np.floating]
+    vectors: NDArray[np.floating]  # [len(rows), D], in the type that is stored
     failures: list[FailedItem]
-    changed: int
+    changed: int  # images that are not what was listed
 
 
 def _embedded_batches(hand: _Hand, items: Sequence[Item]) -> Iterator[_Batch]:
