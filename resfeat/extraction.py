@@ -1,15 +1,13 @@
 """Images to embeddings, the whole story: list → plan → shards → workers → report."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from resfeat import engines, sources
 from resfeat.backbones import check_name
 from resfeat.dataset import Layout
+from resfeat.engines.cluster import Cluster
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.reporting import Progress, Report, Watch
 from resfeat.run import Request, Run, begin, writable
@@ -17,9 +15,6 @@ from resfeat.runtimes import REFERENCE
 from resfeat.runtimes import check as check_runtime
 from resfeat.spec import ExtractSpec
 from resfeat.worker import Job
-
-if TYPE_CHECKING:
-    from resfeat.engines.cluster import Cluster
 
 
 def extract(

@@ -142,10 +142,8 @@ def begin(request: Request, weights: Weights) -> Iterator[Run]:
 
 @contextmanager
 def _held(request: Request) -> Iterator[Lock]:
-    """The output folder, made if it is not there, with its lock held.
-
-    Where it ends without a record, what it made is removed again.
-    """
+    """The output folder, made if it is not there, with its lock held. Where it ends without a
+    record, what it made is removed again."""
     layout, root = request.layout, request.layout.root
     with writable(layout):
         parents = [root, *root.parents] if isinstance(root, Path) else []

@@ -108,10 +108,8 @@ def numbers(model: str, crop: int) -> Architecture | Backbone:
 
 
 def shapes(model: str, crop: int) -> dict[str, tuple[int, ...]]:
-    """What each tap gives for one picture: (C, h, w) for a feature map, (D,) for a vector.
-
-    Raises UsageError if the network does not take pictures of this size.
-    """
+    """What each tap gives for one picture: (C, h, w) for a feature map, (D,) for a vector. Raises
+    UsageError if the network does not take pictures of this size."""
     find(model)
     try:
         return numbers(model, crop).shapes(crop)

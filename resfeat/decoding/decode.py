@@ -61,10 +61,8 @@ def quiet() -> Iterator[None]:
 
 
 def decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
-    """The pixels that the model is to see, or why there are none.
-
-    Raises ResfeatError where our own code fails, never for bad data.
-    """
+    """The pixels that the model is to see, or why there are none. Raises ResfeatError where our own
+    code fails, never for bad data."""
     try:
         return _decode(data, preprocessing, way)
     except RefusedError as refused:
