@@ -126,8 +126,7 @@ class FeatureSpec:
             if value is not None and value not in get_args(known):
                 raise UsageError(f"--{name} {value}: give one of {', '.join(get_args(known))}")
         for name in ("resize", "crop"):
-            hint = f"1 to {MOST_PIXELS} pixels"
-            _check_range(name, getattr(self, name), 1, MOST_PIXELS, hint)
+            _check_range(name, getattr(self, name), 1, MOST_PIXELS, f"1 to {MOST_PIXELS} pixels")
 
     @classmethod
     def of(cls, identity: Identity, weights: str) -> Self:

@@ -43,10 +43,8 @@ class Backbone(nn.Module):
 
 
 class Adapted(Backbone):
-    """A network of another library, which gives the input of its classifier.
-
-    Parameters keep their names. renamed: patterns of older names, and their replacements.
-    """
+    """A network of another library, which gives the input of its classifier. Parameters keep their
+    names. renamed: patterns of older names, and their replacements."""
 
     taps = ("pre_logits",)
 

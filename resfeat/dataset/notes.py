@@ -65,8 +65,7 @@ class Commits:
     def of(cls, layout: Layout) -> Self:
         """As the dataset stands now. Reads the notes, and no part."""
         shards = layout.committed()
-        remote = isinstance(layout.root, StorePath)
-        with ThreadPoolExecutor(REQUESTS if remote else 1) as pool:
+        with ThreadPoolExecutor(REQUESTS if isinstance(layout.root, StorePath) else 1) as pool:
             notes = dict(zip(shards, pool.map(lambda n: Note.read(layout, n), shards), strict=True))
         half = {shard for shard, note in notes.items() if note and note.replaces}
         done = {shard: note for shard, note in notes.items() if shard not in half}

@@ -50,10 +50,8 @@ class Picture:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings by Pillow, of large pictures and odd metadata: each is fine, or a failure row.
-
-    For a whole run, in one thread: Python's warning filters belong to the process.
-    """
+    """No warnings by Pillow of large pictures and odd metadata: each is fine, or a failure row. For
+    a whole run, in one thread: Python's warning filters belong to the process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

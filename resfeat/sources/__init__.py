@@ -13,7 +13,6 @@ from resfeat.storage import is_remote, locate
 
 __all__ = ["Item", "Listing", "gone", "item_of", "listing", "printable", "read"]
 
-
 # The items of some sources, in a fixed order. Of either kind:
 #   roots: the sources, in the order in which they are listed.
 #   skipped: what the last iteration passed over, counted by kind.

@@ -45,11 +45,8 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
     with _told_of(worker, task):
         items = read_shard(layout.plan, shard)
         committed = kept_rows(layout, shard.number)
-        kept = {
-            item.id: committed[item.id]
-            for item in items
-            if item.id in committed and keeps(committed[item.id][0], item)
-        }
+        there = ((item, committed.get(item.id)) for item in items)
+        kept = {item.id: row for item, row in there if row and keeps(row[0], item)}
         embedded = failed = changed = 0
         unread: list[str] = []
         with Part(layout, shard.number, worker.schema(task.parity)) as part, careful as decoder:
