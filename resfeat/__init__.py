@@ -21,14 +21,7 @@ if TYPE_CHECKING:
     from resfeat.spec import ExtractSpec, RuntimeOptions
 
 __version__ = "0.2.0"
-__all__ = [
-    "ExtractSpec",
-    "Report",
-    "ResfeatError",
-    "RuntimeOptions",
-    "extract",
-    "open_dataset",
-]
+__all__ = ["ExtractSpec", "Report", "ResfeatError", "RuntimeOptions", "extract", "open_dataset"]
 
 _HOME = {
     "ExtractSpec": "resfeat.spec",

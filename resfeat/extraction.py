@@ -1,24 +1,18 @@
 """Images to embeddings, the whole story: list → plan → shards → workers → report."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from resfeat import engines, sources
+from resfeat import engines, runtimes, sources
 from resfeat.backbones import check_name
 from resfeat.dataset import Layout
+from resfeat.engines.cluster import Cluster
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.reporting import Progress, Report, Watch
 from resfeat.run import Request, Run, begin, writable
-from resfeat.runtimes import REFERENCE
-from resfeat.runtimes import check as check_runtime
 from resfeat.spec import ExtractSpec
 from resfeat.worker import Job
-
-if TYPE_CHECKING:
-    from resfeat.engines.cluster import Cluster
 
 
 def extract(
@@ -48,7 +42,7 @@ def extract(
     with writable(request.layout):
         request.check_free()
     check_name(spec.model)
-    check_runtime(spec.runtime, spec.model, spec.precision)
+    runtimes.check(spec.runtime, spec.model, spec.precision)
     with engines.prepare(spec.runtime, watch.step) as cluster:
         if request.has_work() and cluster:
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
@@ -107,8 +101,10 @@ def _prove(run: Run) -> None:
     if parity is None:
         return
     check(parity, identity, run.request.spec.min_parity)
-    run.proven(vars(parity))
-    if identity.precision != REFERENCE:  # else nobody asked for it; the report has it
+    if run.record.parity is None:
+        run.record = replace(run.record, parity=vars(parity))
+        run.record.save(run.layout)
+    if identity.precision != runtimes.REFERENCE:  # else nobody asked for it; the report has it
         run.tally.note(
             f"{identity.precision} on {run.tally.engine['runtime']} against fp32 on torch, "
             f"{parity.images} of the images: cosine {parity.minimum:.6f} at the least, "

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resfeat.dataset import (
-    Commits,
-    Dataset,
-    Layout,
-    Lock,
-    Record,
-    embeddings_schema,
-    run_lock,
-    write_card,
-)
+from resfeat.dataset import Commits, Dataset, Layout, Lock, Record, run_lock, write_card
 from resfeat.errors import ChoiceError, ResfeatError, Stopped, StoreError, UsageError
-from resfeat.plan import Shard, write_plan
+from resfeat.plan import Plan, Shard, write_plan
 from resfeat.reporting import Progress, Report, Tally, Watch, versions
 from resfeat.sources import Item, Listing, printable
 from resfeat.spec import ExtractSpec, Identity
@@ -100,12 +91,6 @@ class Run:
             careful |= set(todo[:SHARDS_IN_HAND])
         return [Task(shard, shard in careful, self.record.parity) for shard in todo]
 
-    def proven(self, parity: Mapping[str, float] | None) -> None:
-        """Write down how near the run is to the reference, where nothing says so yet."""
-        if parity and self.record.parity is None:
-            self.record = replace(self.record, parity=parity)
-            self.record.save(self.layout)
-
     def end(self, error: ResfeatError | None) -> Report:
         """Write the report. Raises the error of a run that failed.
 
@@ -157,10 +142,8 @@ def begin(request: Request, weights: Weights) -> Iterator[Run]:
 
 @contextmanager
 def _held(request: Request) -> Iterator[Lock]:
-    """The output folder, made if it is not there, with its lock held.
-
-    Where it ends without a record, what it made is removed again.
-    """
+    """The output folder, made if it is not there, with its lock held. Where it ends without a
+    record, what it made is removed again."""
     layout, root = request.layout, request.layout.root
     with writable(layout):
         parents = [root, *root.parents] if isinstance(root, Path) else []
@@ -222,17 +205,7 @@ def _make_plan(request: Request, weights: Weights) -> Record:
             + (f" (passed over: {skipped})" if skipped else "")
             + ": name a folder that holds some"
         )
-    record = Record(
-        identity=weights.identity,
-        weights=weights.origin,
-        sources=tuple(listing.roots),
-        label_from=spec.label_from,
-        plan=plan,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions(),
-    )
-    _save(request, weights, record)
-    return record
+    return _written(request, weights, plan, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def _taken_over(request: Request, weights: Weights, record: Record) -> Record | None:
@@ -242,26 +215,25 @@ def _taken_over(request: Request, weights: Weights, record: Record) -> Record | 
     listed = (record.sources, record.label_from, spec.shard_size or plan.shard_size)
     if listed != (tuple(request.listing.roots), spec.label_from, plan.shard_size):
         return None
-    if record.identity != weights.identity:
-        record = replace(
-            record,
-            identity=weights.identity,
-            weights=weights.origin,
-            versions=versions(),
-            parity=None,
-            quantised=None,
-        )
-        _save(request, weights, record)
-    return record
+    if record.identity == weights.identity:
+        return record
+    return _written(request, weights, plan, record.created)
 
 
-def _save(request: Request, weights: Weights, record: Record) -> None:
-    with_label, carried = record.label_from is not None, request.listing.carried
-    columns = embeddings_schema(
-        record.identity, weights.dims, with_label=with_label, carried=carried
+def _written(request: Request, weights: Weights, plan: Plan, created: str) -> Record:
+    """The record of a dataset that has no rows yet, written down, and its card."""
+    record = Record(
+        identity=weights.identity,
+        weights=weights.origin,
+        sources=tuple(request.listing.roots),
+        label_from=request.spec.label_from,
+        plan=plan,
+        created=created,
+        versions=versions(),
     )
-    write_card(request.layout, record, columns)
+    write_card(request.layout, record, weights.dims, request.listing.carried)
     record.save(request.layout)
+    return record
 
 
 def _watched(request: Request) -> Iterator[Item]:

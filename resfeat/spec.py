@@ -36,38 +36,29 @@ def _check_range(name: str, value: float | None, least: float, most: float, hint
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Pixels as the weights were trained on: short side to `resize`, centre `crop`, then normalise.
+    """Pixels as the weights were trained on: resized, cropped in the centre, normalised."""
 
-    `mean` and `std` are per RGB channel, for pixels scaled to 0..1.
-    """
-
-    resize: int
+    resize: int  # of the short side, in pixels
     crop: int
     interpolation: Interpolation
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float]  # both per RGB channel, for pixels scaled to 0..1
     std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Everything that decides what an embedding is.
-
-    decode: how pixels came about, see `decode.py`; pixel_policy: the version of that.
-    pool: how a feature map became a vector, or "own" for a network that does so in its own way.
-    normalize: whether each embedding was scaled to an L2 norm of 1.
-    precision: of the forward pass. dtype: of the stored values.
-    """
+    """Everything that decides what an embedding is."""
 
     model: str
     weights_digest: str
     preprocessing: Preprocessing
-    decode: Decode = "turbo"
-    pixel_policy: str = PIXEL_POLICY
+    decode: Decode = "turbo"  # how pixels came about, see `decode.py`
+    pixel_policy: str = PIXEL_POLICY  # the version of that
     layers: tuple[str, ...] = ("avgpool",)
-    pool: str = "avg"
-    normalize: bool = False
-    precision: Precision = "fp32"
-    dtype: DType = "float32"
+    pool: str = "avg"  # of feature maps, or "own" for a network that pools in its own way
+    normalize: bool = False  # whether each embedding was scaled to an L2 norm of 1
+    precision: Precision = "fp32"  # of the forward pass
+    dtype: DType = "float32"  # of the stored values
 
     @property
     def columns(self) -> dict[str, str]:
@@ -135,8 +126,7 @@ class FeatureSpec:
             if value is not None and value not in get_args(known):
                 raise UsageError(f"--{name} {value}: give one of {', '.join(get_args(known))}")
         for name in ("resize", "crop"):
-            hint = f"1 to {MOST_PIXELS} pixels"
-            _check_range(name, getattr(self, name), 1, MOST_PIXELS, hint)
+            _check_range(name, getattr(self, name), 1, MOST_PIXELS, f"1 to {MOST_PIXELS} pixels")
 
     @classmethod
     def of(cls, identity: Identity, weights: str) -> Self:

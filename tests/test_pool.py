@@ -65,7 +65,7 @@ def test_the_run_has_ended_when_every_shard_is_done():
         assert pool.unfinished is pool.busy is left
     take(pool, 3, 6)
     given(pool)
-    pool.drop_waiting()
+    pool.drain()
     assert pool.busy and given(pool) == ([], [])
     pool.done(a, SHARDS[3])
     pool.done(a, SHARDS[4])
@@ -113,7 +113,7 @@ def test_a_shard_on_its_last_attempt_waits_until_a_worker_has_nothing_else():
         given(pool)
         pool.died(a, "killed")
         a.live = True
-    pool.drop_waiting()
+    pool.drain()
     take(pool, 5, 6)
     assert given(pool) == ([("a", 5)], [])
     take(pool, 0, 2)

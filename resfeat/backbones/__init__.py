@@ -36,17 +36,14 @@ class Published:
 
 
 class Family(Protocol):
-    """The functions of a family's module.
-
-    build: the headless network, uninitialised, for pictures of crop x crop pixels. published: by
-    name, the default first. default_pixels: for weights of the user's own.
-    """
+    """The functions of a family's module."""
 
     def names(self) -> list[str]: ...
     def has(self, name: str) -> bool: ...
+    # The headless network, uninitialised, for pictures of crop x crop pixels.
     def build(self, name: str, crop: int) -> Backbone: ...
-    def published(self, name: str) -> dict[str, Published]: ...
-    def default_pixels(self, name: str) -> Preprocessing: ...
+    def published(self, name: str) -> dict[str, Published]: ...  # by name, the default first
+    def default_pixels(self, name: str) -> Preprocessing: ...  # for weights of the user's own
 
 
 def family_of(model: str) -> Family:
@@ -108,10 +105,8 @@ def numbers(model: str, crop: int) -> Architecture | Backbone:
 
 
 def shapes(model: str, crop: int) -> dict[str, tuple[int, ...]]:
-    """What each tap gives for one picture: (C, h, w) for a feature map, (D,) for a vector.
-
-    Raises UsageError if the network does not take pictures of this size.
-    """
+    """What each tap gives for one picture: (C, h, w) for a feature map, (D,) for a vector. Raises
+    UsageError if the network does not take pictures of this size."""
     find(model)
     try:
         return numbers(model, crop).shapes(crop)

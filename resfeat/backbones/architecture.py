@@ -44,18 +44,16 @@ class BlockNumbers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """depths: blocks in each stage. widths: of each stage's 3x3 convolutions, for one group of
-    `group_width` 64. groups, group_width: of a bottleneck's 3x3 convolution, as ResNeXt and wide
-    ResNets vary them. stem: a 7x7 convolution and pooling, or CIFAR's one 3x3 convolution.
-    """
+    """widths: of each stage's 3x3 convolutions, for one group of `group_width` 64. groups,
+    group_width: of a bottleneck's 3x3 convolution, as ResNeXt and wide ResNets vary them."""
 
-    depths: tuple[int, ...]
+    depths: tuple[int, ...]  # blocks in each stage
     widths: tuple[int, ...] = (64, 128, 256, 512)
     bottleneck: bool = False
     groups: int = 1
     group_width: int = 64
     shortcut: Shortcut = "B"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # a 7x7 convolution and pooling, or one 3x3
 
     @property
     def expansion(self) -> int:

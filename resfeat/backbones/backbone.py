@@ -10,14 +10,10 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A network without its classifier.
+    """A network without its classifier."""
 
-    taps: names of the outputs that it can give, in order; the last is its embedding.
-    head: modules of the classifier that was left out.
-    """
-
-    taps: tuple[str, ...]
-    head: tuple[str, ...]
+    taps: tuple[str, ...]  # names of the outputs that it gives, in order; the last is its embedding
+    head: tuple[str, ...]  # modules of the classifier that was left out
 
     def current(self, name: str) -> str:
         """The name that a parameter has today, given its name in an older checkpoint."""
@@ -47,10 +43,8 @@ class Backbone(nn.Module):
 
 
 class Adapted(Backbone):
-    """A network of another library, which gives the input of its classifier.
-
-    Parameters keep their names. renamed: patterns of older names, and their replacements.
-    """
+    """A network of another library, which gives the input of its classifier. Parameters keep their
+    names. renamed: patterns of older names, and their replacements."""
 
     taps = ("pre_logits",)
 

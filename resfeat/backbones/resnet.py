@@ -99,10 +99,8 @@ class ResNet(Backbone):
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Random weights, drawn as He et al. (2015, eq. 10) do; one seed gives one set of weights.
-
-    What each of L blocks adds to its input is scaled by 1/sqrt(L), or a thousand layers overflow.
-    """
+    """Random weights, drawn as He et al. (2015, eq. 10) do; one seed gives one set of weights. What
+    each of L blocks adds to its input is scaled by 1/sqrt(L), or a thousand layers overflow."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

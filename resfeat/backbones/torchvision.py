@@ -38,9 +38,7 @@ def has(name: str) -> bool:
 
 
 def build(name: str, crop: int) -> Backbone:
-    options: dict[str, Any] = {}
-    if name.startswith("vit_"):
-        options["image_size"] = crop
+    options: dict[str, Any] = {"image_size": crop} if name.startswith("vit_") else {}
     if name in FROM_MINUS_ONE_TO_ONE:
         options["aux_logits"] = False
     with warnings.catch_warnings():  # of a coming change in how values are initialised

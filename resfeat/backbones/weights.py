@@ -20,25 +20,18 @@ from resfeat.spec import FeatureSpec, Identity, Preprocessing
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors that fit a backbone exactly, and all that belongs to them.
-
-    dims: length of each layer's embedding, in order. origin: what to give as --weights to find them
-    again: "IMAGENET1K_V2", an absolute path, "random:0". notes: how the file was read.
-    """
+    """Tensors that fit a backbone exactly, and all that belongs to them."""
 
     identity: Identity
-    dims: Mapping[str, int]
-    origin: str
+    dims: Mapping[str, int]  # length of each layer's embedding, in order
+    origin: str  # --weights that find them again: "IMAGENET1K_V2", an absolute path, "random:0"
     tensors: dict[str, Tensor]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # how the file was read
 
 
 def resolve(spec: FeatureSpec) -> Weights:
-    """Find, read and check what the spec asks for.
-
-    Raises UsageError for an impossible choice, ResfeatError for weights that cannot be read or do
-    not fit.
-    """
+    """Find, read and check what the spec asks for. Raises UsageError for an impossible choice,
+    ResfeatError for weights that cannot be read or do not fit."""
     family, name = find(spec.model)
     published = _choose(spec, family, name)
     pixels = published.preprocessing if published else family.default_pixels(name)

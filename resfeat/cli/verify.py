@@ -51,7 +51,6 @@ def verify(context: click.Context, /, output: str, repair: bool, as_json: bool) 
     shards = len(dataset.record.plan.shards)
     with tqdm(total=shards, unit=" shards", leave=False, disable=not sys.stderr.isatty()) as bar:
         found = look(dataset, bar.update)
-
     sent = send_back(dataset, found, Lines().note) if repair and found.bad_shards else []
     if as_json:
         click.echo(json.dumps({**asdict(found), "bad_shards": found.bad_shards, "sent_back": sent}))

@@ -1,11 +1,11 @@
 """All that lies in an output folder: its paths, its record, its parts and who writes them."""
 
 from resfeat.dataset.card import write_card
-from resfeat.dataset.commit import Part, kept_rows
+from resfeat.dataset.commit import Part
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.lock import Lock, holder, run_lock
 from resfeat.dataset.notes import Commits
-from resfeat.dataset.reader import Dataset, open_dataset
+from resfeat.dataset.reader import Dataset, kept_rows, open_dataset
 from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FailedItem, Row, embeddings_schema
 

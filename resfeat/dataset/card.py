@@ -1,10 +1,12 @@
 """The dataset card: a README.md that says what lies there, to people and to `load_dataset`."""
 
+from collections.abc import Mapping, Sequence
+
 import pyarrow as pa
 
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.record import Record
-from resfeat.dataset.schema import FAILURES
+from resfeat.dataset.schema import FAILURES, embeddings_schema
 from resfeat.storage import write_whole
 
 # Without it, `datasets` and the Hugging Face hub would take every Parquet file here for rows.
@@ -50,14 +52,18 @@ To see whether every image is still there, once: `resfeat verify OUT`.
 """
 
 
-def write_card(layout: Layout, record: Record, embeddings: pa.Schema) -> None:
-    """Write the card of a dataset. embeddings: the schema of its parts."""
+def write_card(
+    layout: Layout, record: Record, dims: Mapping[str, int], carried: Sequence[pa.Field]
+) -> None:
+    """Write the card of a dataset. dims, carried: as `embeddings_schema` has them."""
+    identity, with_label = record.identity, record.label_from is not None
+    columns = embeddings_schema(identity, dims, with_label=with_label, carried=carried)
     text = _CARD.format(
         record=record,
-        identity=record.identity,
-        layers=", ".join(record.identity.layers),
+        identity=identity,
+        layers=", ".join(identity.layers),
         sources=", ".join(f"`{source}`" for source in record.sources),
-        embeddings=_rows(embeddings),
+        embeddings=_rows(columns),
         failures=_rows(FAILURES),
     )
     write_whole(layout.tmp, layout.card, text.encode())

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -30,17 +30,9 @@ from numpy.typing import NDArray
 
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.notes import Note
-from resfeat.dataset.reader import SENT_BACK, readable
-from resfeat.dataset.schema import (
-    FailedItem,
-    Row,
-    failures_table,
-    layers_in,
-    plain_columns,
-    plain_rows,
-)  # fmt: skip
+from resfeat.dataset.schema import FailedItem, Row, failures_table, plain_columns
 from resfeat.errors import ResfeatError
-from resfeat.storage import Draft, Location, draft, make_folder, open_parquet, remove, sha256
+from resfeat.storage import Draft, Location, draft, make_folder, remove, sha256
 
 Step = Literal["written", "checked", "noted", "failures", "embeddings", "settled"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -116,14 +108,13 @@ class Part(AbstractContextManager["Part"]):
         note = self._check(sorted(ids))
         on_step("checked")
         layout, name = self._layout, self._name
+        there = None
         if is_there := (layout.embeddings / name).exists():
             if Note.read(layout, self._shard) == note:
                 return  # its twin has done it
             # As they are now: a run may have been killed between one file and the other.
             there = {kind: digest(layout.root / kind / name) for kind in note.digests}
-            replace(note, replaces=there).write(layout, self._shard)
-        else:
-            note.write(layout, self._shard)
+        replace(note, replaces=there).write(layout, self._shard)
         on_step("noted")
         publish = [self._publish_failures, self._publish_embeddings]
         for step in reversed(publish) if is_there else publish:
@@ -164,42 +155,17 @@ class Part(AbstractContextManager["Part"]):
     def _flush(self) -> None:
         if not self._rows:
             return
-        rows, vectors = self._rows, np.concatenate(self._vectors)
-        columns: dict[str, pa.Array] = {}
-        plain = plain_columns(rows, self._schema)
-        start = 0
+        vectors, start = np.concatenate(self._vectors), 0
+        columns: dict[str, Any] = {**plain_columns(self._rows, self._schema)}
         for field in self._schema:
-            if field.name in plain:
-                columns[field.name] = pa.array(plain[field.name], field.type)
-            else:
-                values = pa.array(vectors[:, start : start + field.type.list_size].reshape(-1))
+            if field.name not in columns:
+                end = start + field.type.list_size
+                values = pa.array(vectors[:, start:end].reshape(-1))
                 columns[field.name] = pa.FixedSizeListArray.from_arrays(values, type=field.type)
-                start += field.type.list_size
+                start = end
         self._writer.write_table(pa.table(columns, schema=self._schema))
-        self._embedded += len(rows)
+        self._embedded += len(self._rows)
         self._rows, self._vectors = [], []
-
-
-def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.floating]]]:
-    """The rows that a shard has already, by id, each with its layers' embeddings side by side.
-
-    Raises ResfeatError where they are not those that were committed: with the next commit, and its
-    note, they would pass for them.
-    """
-    part = layout.embeddings / layout.part_name(shard)
-    note = Note.read(layout, shard)
-    with readable(part, SENT_BACK):
-        try:
-            content = part.read_bytes()
-        except FileNotFoundError:
-            return {}
-        if not note or hashlib.sha256(content).hexdigest() not in note.allows("embeddings"):
-            raise pa.ArrowInvalid("it is not what was committed")
-        with open_parquet(content) as file:
-            table = file.read(use_threads=False)
-    columns = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
-    rows = zip(plain_rows(table), np.hstack(layers_in(table, columns)), strict=True)
-    return {row.id: (row, vector) for row, vector in rows}
 
 
 def digest(location: Location) -> str | None:

@@ -24,10 +24,7 @@ _PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
 
 
 class Layout:
-    """The paths of one dataset. Makes nothing by itself.
-
-    share: the part of the dataset that one run writes, with a lock and drafts of its own.
-    """
+    """The paths of one dataset. Makes nothing by itself."""
 
     def __init__(self, root: str | os.PathLike[str], share: str = "all") -> None:
         self.root = locate(root)
@@ -40,7 +37,7 @@ class Layout:
         self.checksums = self.private / "checksums"
         self.quantised = self.private / "int8" / "network.xml"
         self.runs = self.private / "runs"
-        self.share = share
+        self.share = share  # what one run writes of the dataset, with a lock and drafts of its own
         self.lock = self.private / "locks" / share
         # Where files are written before they are published; None where that is in memory.
         self.tmp = self.private / "tmp" / share if isinstance(self.private, Path) else None

@@ -39,19 +39,14 @@ SETTLE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Writer:
-    """A process that writes a dataset.
-
-    machine: the machine since its last start, and the container on it; the name of a host may be
-    that of several. began: when the process did, since a process id may be another's by now; both
-    as Linux has them, empty elsewhere. started: when its run did. token: of the run.
-    """
+    """A process that writes a dataset. machine, began: as Linux has them, empty elsewhere."""
 
     host: str
-    machine: str
+    machine: str  # since its last start, and the container on it: several may have a host's name
     pid: int
-    began: str
-    started: str
-    token: str
+    began: str  # when the process did, since a process id may be another's by now
+    started: str  # when its run did
+    token: str  # of the run
     beat: int = 0
 
     def __str__(self) -> str:
@@ -104,12 +99,11 @@ def _began(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that is held. killed: who held it last, if that run was killed. taken: set once
-    another has it."""
+    """A lock that is held."""
 
     output: str
-    killed: Writer | None
-    taken: threading.Event = field(default_factory=threading.Event)
+    killed: Writer | None  # who held it last, if that run was killed
+    taken: threading.Event = field(default_factory=threading.Event)  # set once another has it
 
     def check(self) -> None:
         """Raise ResfeatError once another has it."""

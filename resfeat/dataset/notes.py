@@ -1,8 +1,6 @@
 """Notes of commits: what a shard's files hold, so that nobody has to open them to know.
 
-A note is a small JSON document in `checksums/`. It is written before the files that it describes.
-While a shard's files are being replaced it also has the digests of those that were there before:
-such a shard counts as unfinished until both files have their new digests and the note says so.
+A note is a small JSON document in `checksums/`. `commit.py` says when it is written.
 """
 
 import json
@@ -18,22 +16,18 @@ from resfeat.storage import StorePath, write_json
 # Notes that are read from a store at once: each is one request.
 REQUESTS = 32
 
+# SHA-256 of a shard's files by kind, `embeddings` and `failures`; None where it has no failures.
 Digests = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
 class Note:
-    """What one commit left.
-
-    digests: SHA-256 of the shard's files by kind, `embeddings` and `failures`; None for failures
-    where there are none. reasons: failure rows by reason. replaces: digests of the files that are
-    being replaced; None once that is done.
-    """
+    """What one commit left."""
 
     embedded: int
     digests: Digests
-    reasons: Mapping[str, int] = field(default_factory=dict)
-    replaces: Digests | None = None
+    reasons: Mapping[str, int] = field(default_factory=dict)  # failure rows by reason
+    replaces: Digests | None = None  # of files that are being replaced; None once that is done
 
     @property
     def failed(self) -> int:
@@ -60,23 +54,18 @@ class Note:
 
 @dataclass(frozen=True)
 class Commits:
-    """What is committed of a dataset, by its notes.
+    """What is committed of a dataset, by its notes."""
 
-    done: shards whose files are in place, with their notes, or None for a note that is lost. half:
-    shards whose files were being replaced when a run ended: they hold rows, and are still to be
-    done. failures: shards that have a file of failures.
-    """
-
-    done: Mapping[int, Note | None]
+    done: Mapping[int, Note | None]  # by shards whose files are in place; None if a note is lost
+    # Shards whose files were being replaced when a run ended: they hold rows, and are to be done.
     half: frozenset[int]
-    failures: frozenset[int]
+    failures: frozenset[int]  # shards that have a file of failures
 
     @classmethod
     def of(cls, layout: Layout) -> Self:
         """As the dataset stands now. Reads the notes, and no part."""
         shards = layout.committed()
-        remote = isinstance(layout.root, StorePath)
-        with ThreadPoolExecutor(REQUESTS if remote else 1) as pool:
+        with ThreadPoolExecutor(REQUESTS if isinstance(layout.root, StorePath) else 1) as pool:
             notes = dict(zip(shards, pool.map(lambda n: Note.read(layout, n), shards), strict=True))
         half = {shard for shard, note in notes.items() if note and note.replaces}
         done = {shard: note for shard, note in notes.items() if shard not in half}

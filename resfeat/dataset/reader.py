@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from resfeat.dataset.layout import Layout
-from resfeat.dataset.notes import Commits
+from resfeat.dataset.notes import Commits, Note
 from resfeat.dataset.record import Record
-from resfeat.dataset.schema import FAILURES
+from resfeat.dataset.schema import FAILURES, Row, layers_in, plain_rows
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.storage import Location, StorePath, dataset_of, open_parquet, patiently
 
@@ -104,6 +105,28 @@ class Dataset:
         with readable(plan, "bring it back from a copy"):
             found = patiently(plan, look) if isinstance(plan, StorePath) else look()
         return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
+
+
+def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.floating]]]:
+    """The rows that a shard has already, by id, each with its layers' embeddings side by side.
+
+    Raises ResfeatError where they are not those that were committed: with the next commit, and its
+    note, they would pass for them.
+    """
+    part = layout.embeddings / layout.part_name(shard)
+    note = Note.read(layout, shard)
+    with readable(part, SENT_BACK):
+        try:
+            content = part.read_bytes()
+        except FileNotFoundError:
+            return {}
+        if not note or hashlib.sha256(content).hexdigest() not in note.allows("embeddings"):
+            raise pa.ArrowInvalid("it is not what was committed")
+        with open_parquet(content) as file:
+            table = file.read(use_threads=False)
+    columns = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
+    rows = zip(plain_rows(table), np.hstack(layers_in(table, columns)), strict=True)
+    return {row.id: (row, vector) for row, vector in rows}
 
 
 @contextmanager

@@ -17,22 +17,18 @@ FORMAT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a dataset is. Written when its plan is complete.
-
-    weights: what to give as --weights to find the same weights again. parity: how near to the
-    reference a sample of the embeddings was when it was first measured; None for the reference.
-    quantised: the digest of the network that int8 embeddings come from; None for others.
-    """
+    """What a dataset is. Written when its plan is complete."""
 
     identity: Identity
-    weights: str
+    weights: str  # what to give as --weights to find the same weights again
     sources: tuple[str, ...]
     label_from: str | None
     plan: Plan
     created: str
     versions: Mapping[str, str]
+    # How near a sample was to the reference when that was first measured; None for the reference.
     parity: Mapping[str, float] | None = None
-    quantised: str | None = None
+    quantised: str | None = None  # the digest of the network that int8 embeddings come from
 
     def save(self, layout: Layout) -> None:
         about = {"format": FORMAT, "fingerprint": self.identity.fingerprint}

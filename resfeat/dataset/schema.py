@@ -80,8 +80,8 @@ def embeddings_schema(
 def carried_fields(schema: pa.Schema) -> list[pa.Field]:
     """The columns of `embeddings/` that are carried."""
     own = {field.name for field in PLAIN}
-    others = [field for field in schema if field.name not in own]
-    return [field for field in others if not pa.types.is_fixed_size_list(field.type)]
+    is_vector = pa.types.is_fixed_size_list
+    return [field for field in schema if field.name not in own and not is_vector(field.type)]
 
 
 def plain_columns(rows: Sequence[Row], schema: pa.Schema) -> dict[str, list[Any]]:

@@ -57,17 +57,13 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What `verify` found.
-
-    embedded, failed: rows. duplicates: images with the same embedding, bit for bit, as one before
-    them, which is no error. unseen: shards that were not looked at, since their plan is damaged.
-    """
+    """What `verify` found. embedded, failed: rows."""
 
     shards: int = 0
-    unseen: int = 0
+    unseen: int = 0  # shards that were not looked at, since their plan is damaged
     embedded: int = 0
     failed: int = 0
-    duplicates: int = 0
+    duplicates: int = 0  # images embedded like one before them, to the last bit, which is no error
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -155,7 +151,8 @@ class _Look:
 def _look_at(dataset: Dataset, shard: Shard, was_committed: bool) -> _Look:
     layout, number = dataset.layout, shard.number
     listed = [item.id for item in read_shard(layout.plan, shard)]
-    look = _Look(number, np.array([_hash(each) for each in listed], np.uint64))
+    hashes = b"".join(hashlib.blake2b(each.encode(), digest_size=8).digest() for each in listed)
+    look = _Look(number, np.frombuffer(hashes, np.uint64))
     name = layout.part_name(number)
     part, failures = layout.embeddings / name, layout.failures / name
     note = Note.read(layout, number)
@@ -268,10 +265,6 @@ def _fingerprint(table: pa.Table) -> object:
         return json.loads(table.schema.metadata[b"resfeat"])["fingerprint"]
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _hashes(vectors: NDArray[np.floating]) -> NDArray[np.uint64]:

@@ -41,10 +41,8 @@ class CarefulDecoder(AbstractContextManager["CarefulDecoder"]):
             self._idle.put(None)
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
-        """As `decode.decode`, and a Failure for what crashes or hangs that.
-
-        Raises ValueError once the decoder is closed, ResfeatError where no child can be started.
-        """
+        """As `decode.decode`, and a Failure for what crashes or hangs that. Raises ValueError once
+        the decoder is closed, ResfeatError where no child can be started."""
         child = self._idle.get()
         try:
             if self._is_closed:

@@ -50,10 +50,8 @@ class Picture:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings by Pillow, of large pictures and odd metadata: each is fine, or a failure row.
-
-    For a whole run, in one thread: Python's warning filters belong to the process.
-    """
+    """No warnings by Pillow of large pictures and odd metadata: each is fine, or a failure row. For
+    a whole run, in one thread: Python's warning filters belong to the process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -61,10 +59,8 @@ def quiet() -> Iterator[None]:
 
 
 def decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
-    """The pixels that the model is to see, or why there are none.
-
-    Raises ResfeatError where our own code fails, never for bad data.
-    """
+    """The pixels that the model is to see, or why there are none. Raises ResfeatError where our own
+    code fails, never for bad data."""
     try:
         return _decode(data, preprocessing, way)
     except RefusedError as refused:

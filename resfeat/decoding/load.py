@@ -31,10 +31,8 @@ def load(
     decoder: Decoder = decode,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Loaded | Failure:
-    """Read an image and decode it, each within what `stage` gives for "read" and "decode".
-
-    Raises ResfeatError where neither the image nor its file is to blame.
-    """
+    """Read an image and decode it, each within what `stage` gives for "read" and "decode". Raises
+    ResfeatError where neither the image nor its file is to blame."""
     from resfeat.sources import read  # brings Arrow, which a child that only decodes need not load
 
     with stage("read"):

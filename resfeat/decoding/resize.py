@@ -34,10 +34,8 @@ def takes_torch(width: int, height: int, preprocessing: Preprocessing) -> bool:
 
 
 def narrowed(stored: Stored, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """RGB pixels [h, w, 3]; of a picture of several bands, as wide as they are to be.
-
-    torch resizes every row by itself before any column, so bands do not move a pixel.
-    """
+    """RGB pixels [h, w, 3]; of a picture of several bands, as wide as they are to be. torch resizes
+    every row by itself before any column, so bands do not move a pixel."""
     width, height = stored.size
     across, _ = _resized(width, height, preprocessing.resize)
     bands = [

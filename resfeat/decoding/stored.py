@@ -63,15 +63,12 @@ def foreign(data: bytes = b"") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture as Pillow holds it: of any mode, and perhaps turned.
-
-    white: the largest value of 16-bit grey; inverted: it stands for black.
-    """
+    """A picture as Pillow holds it: of any mode, and perhaps turned."""
 
     image: Image.Image
     turn: Turn
-    white: int
-    inverted: bool
+    white: int  # the largest value of 16-bit grey
+    inverted: bool  # whether that stands for black
 
     @property
     def size(self) -> tuple[int, int]:

@@ -23,10 +23,8 @@ INK, PAPER, MISSING = (20, 20, 20), (255, 255, 255), (222, 222, 222)
 def contact_sheet(
     queries: Sequence[str], neighbours: Sequence[Sequence[Neighbour]], uris: Mapping[str, str]
 ) -> Image.Image:
-    """One row a query: the query, then its neighbours with cosine and id.
-
-    `uris` says where each id lies. An image that cannot be read any more is a grey tile.
-    """
+    """One row a query: the query, then its neighbours with cosine and id. `uris` says where each id
+    lies. An image that cannot be read any more is a grey tile."""
     across, down = TILE + GAP, TILE + CAPTION + GAP  # from one tile to the next
     size = GAP + (1 + max(map(len, neighbours))) * across, GAP + len(queries) * down
     sheet = Image.new("RGB", size, PAPER)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # How long shards in hand may take to finish once the run is asked to stop.
 DRAIN_SECONDS = 20.0
-POLL_SECONDS = 0.5
 
 # Called about twice a second: images done and failed in the shards in hand, and live workers.
 OnProgress = Callable[[int, int, int], None]

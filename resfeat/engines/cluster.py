@@ -35,7 +35,7 @@ ALONE_CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV":
 STORE_BYTES = 2 * 1024**3
 CONNECT_SECONDS = 5.0
 LEAVE_SECONDS = 15.0
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # of whoever waits, between two looks at whether to stop
 
 
 class Cluster:
@@ -92,14 +92,15 @@ class Cluster:
         self._change(vars(ray_constants), {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": True})
         where, hint = f"join Ray at {self._address}", "check --address"
         try:
+            options: dict[str, Any] = {"address": self._address}
             if self._address:
                 _check_reachable(self._address)
-                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 where, hint = "start Ray", "try again on a less busy machine, or give --workers 0"
                 self._change(os.environ, ALONE)
                 self._change(vars(ray_constants), ALONE_CONSTANTS)
-                _start()
+                options = _alone()
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray's own time-out is of no narrower class
             raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
         return True
@@ -115,21 +116,20 @@ class Cluster:
                 table[name] = value
 
 
-def _start() -> None:
-    import ray
+def _alone() -> dict[str, Any]:
+    """How to start a Ray of our own."""
     from ray.job_config import JobConfig
 
-    ray.init(
-        address="local",
-        num_cpus=cpu_count(),
-        include_dashboard=False,
-        object_store_memory=STORE_BYTES,
-        # Ray would put the current folder first on its workers' path, and import a torch.py that
-        # lies there, even if it is not on ours.
-        job_config=JobConfig(_client_job=not {"", os.getcwd()}.intersection(sys.path)),
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    # Ray would put the current folder first on its workers' path, and import a torch.py that lies
+    # there, even if it is not on ours.
+    is_on_path = not {"", os.getcwd()}.isdisjoint(sys.path)
+    return {
+        "address": "local",
+        "num_cpus": cpu_count(),
+        "include_dashboard": False,
+        "object_store_memory": STORE_BYTES,
+        "job_config": JobConfig(_client_job=not is_on_path),
+    }
 
 
 def _check_reachable(address: str) -> None:

@@ -1,6 +1,5 @@
 """In the calling process: for debugging, small jobs and tests; the reference for every other."""
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -11,7 +10,8 @@ from numpy.typing import NDArray
 
 from resfeat.backbones.weights import Weights
 from resfeat.decoding import quiet
-from resfeat.engines import DRAIN_SECONDS, POLL_SECONDS, OnProgress
+from resfeat.engines import OnProgress
+from resfeat.engines.cluster import POLL_SECONDS
 from resfeat.engines.pool import Member, Pool
 from resfeat.errors import DecoderHungError, Stopped
 from resfeat.plan import Shard
@@ -58,14 +58,10 @@ class InlineEngine:
         pool = Pool([member])
         pool.take(tasks)
         calls: dict[Future[ShardResult], Shard] = {}
-        give_up: float | None = None
         on_progress(*pool.counts())
         while pool.busy:
-            if stopping():
-                pool.drop_waiting()
-                give_up = give_up or time.monotonic() + DRAIN_SECONDS
-                if time.monotonic() > give_up:
-                    self._worker.stopping.set()
+            if stopping() and pool.drain():
+                self._worker.stopping.set()
             for _, task in pool.hand_out():
                 calls[self._threads.submit(process_shard, self._worker, task)] = task.shard
             for call in wait(calls, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:

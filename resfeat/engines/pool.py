@@ -1,10 +1,12 @@
 """Which shard is in whose hands. It calls no worker and knows nothing of Ray."""
 
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from resfeat.engines import DRAIN_SECONDS
 from resfeat.errors import ResfeatError
 from resfeat.plan import Shard
 from resfeat.worker import SHARDS_IN_HAND, Task
@@ -15,37 +17,35 @@ ATTEMPTS = 3
 
 @dataclass(eq=False)
 class Member:
-    """One worker, as the driver sees it.
+    """One worker, as the driver sees it."""
 
-    actor: what the engine calls. live: whether it has built its model. in_hand: images done and
-    failed so far, as last heard, of each of its shards; the oldest shard comes first.
-    """
-
-    actor: Any
-    live: bool = False
+    actor: Any  # what the engine calls
+    live: bool = False  # whether it has built its model
+    # Images done and failed so far, as last heard, of each of its shards; the oldest comes first.
     in_hand: dict[Shard, tuple[int, int]] = field(default_factory=dict)
 
 
 class Pool:
-    """Hands shards to workers, and takes them back from workers that died.
-
-    deaths: workers that died while they were live.
-    """
+    """Hands shards to workers, and takes them back from workers that died."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
-        self.deaths = 0
+        self.deaths = 0  # workers that died while they were live
         self._waiting: deque[Shard] = deque()
         self._tasks: dict[Shard, Task] = {}
         self._blamed: Counter[Shard] = Counter()
+        self._give_up: float | None = None
 
     def take(self, tasks: Sequence[Task]) -> None:
         """Take on these tasks, each of another shard."""
         self._waiting.extend(task.shard for task in tasks)
         self._tasks.update((task.shard, task) for task in tasks)
 
-    def drop_waiting(self) -> None:
+    def drain(self) -> bool:
+        """Hand out nothing that waits. Gives whether what is in hand has had its time to finish."""
         self._waiting.clear()
+        self._give_up = self._give_up or time.monotonic() + DRAIN_SECONDS
+        return time.monotonic() > self._give_up
 
     @property
     def live(self) -> list[Member]:

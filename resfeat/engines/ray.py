@@ -24,8 +24,8 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from resfeat import __version__
 from resfeat.backbones.weights import Weights
 from resfeat.decoding import quiet
-from resfeat.engines import DRAIN_SECONDS, POLL_SECONDS, OnProgress
-from resfeat.engines.cluster import Cluster, last_line
+from resfeat.engines import OnProgress
+from resfeat.engines.cluster import POLL_SECONDS, Cluster, last_line
 from resfeat.engines.placement import place
 from resfeat.engines.pool import ATTEMPTS, Member, Pool
 from resfeat.errors import DecoderHungError, ResfeatError, Stopped
@@ -150,13 +150,9 @@ class RayEngine:
     ) -> Iterator[ShardResult]:
         pool = self._pool
         pool.take(tasks)
-        give_up: float | None = None
         while pool.busy:
-            if stopping():
-                pool.drop_waiting()
-                give_up = give_up or time.monotonic() + DRAIN_SECONDS
-                if time.monotonic() > give_up:
-                    break
+            if stopping() and pool.drain():
+                break
             self._watch()
             for member, task in pool.hand_out():
                 call = member.actor.process.remote(task, self._network)

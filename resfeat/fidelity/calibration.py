@@ -27,31 +27,11 @@ def calibrate(
     Returns the record with the network's digest in it. Raises ChoiceError if no image can be
     used, ResfeatError if a lost network cannot be made again as it was.
     """
+    from resfeat.runtimes.openvino import quantise
+
     if is_intact(layout, record):
         return record
     started = time.monotonic()
-    count = _make(layout, record, weights)
-    on_note(f"int8: calibrated on {count} of the images in {time.monotonic() - started:.0f} s")
-    if record.quantised is None:
-        record = replace(record, quantised=_digest(layout.quantised))
-        record.save(layout)
-    elif not is_intact(layout, record):
-        raise ResfeatError(
-            f"{layout.quantised} is gone or changed, and a new calibration gives another network: "
-            "bring it back, or give a new -o"
-        )
-    return record
-
-
-def is_intact(layout: Layout, record: Record) -> bool:
-    """Whether the int8 network is there, and is the one that the dataset was made with."""
-    return _digest(layout.quantised) == record.quantised
-
-
-def _make(layout: Layout, record: Record, weights: Weights) -> int:
-    """Calibrate, and return on how many images."""
-    from resfeat.runtimes.openvino import quantise
-
     items, identity = for_calibration(layout, record), record.identity
     chosen = pictures(items, identity.preprocessing, identity.decode, CALIBRATION)
     if not chosen:
@@ -66,7 +46,22 @@ def _make(layout: Layout, record: Record, weights: Weights) -> int:
         for suffix in (".bin", ".xml"):
             content = made.with_suffix(suffix).read_bytes()
             write_whole(layout.tmp, layout.quantised.with_suffix(suffix), content)
-    return len(chosen)
+    spent = time.monotonic() - started
+    on_note(f"int8: calibrated on {len(chosen)} of the images in {spent:.0f} s")
+    if record.quantised is None:
+        record = replace(record, quantised=_digest(layout.quantised))
+        record.save(layout)
+    elif not is_intact(layout, record):
+        raise ResfeatError(
+            f"{layout.quantised} is gone or changed, and a new calibration gives another network: "
+            "bring it back, or give a new -o"
+        )
+    return record
+
+
+def is_intact(layout: Layout, record: Record) -> bool:
+    """Whether the int8 network is there, and is the one that the dataset was made with."""
+    return _digest(layout.quantised) == record.quantised
 
 
 def _digest(network: Location) -> str:

@@ -54,12 +54,11 @@ def write_plan(
     """
     schema = pa.schema([*OWN, *carried])
     tables = _tables(listing, schema, shard_size or SMALLEST_SHARD)
-    held: list[pa.Table] = []
     if shard_size is None:
         held = list(itertools.islice(tables, SMALL_SHARDS * SHARD_SIZE // SMALLEST_SHARD))
         shard_size = shard_size_for(sum(table.num_rows for table in held))
-        held = list(_recut(held, shard_size))
-    cut = itertools.chain(held, _recut(tables, shard_size))
+        tables = itertools.chain(held, tables)
+    cut = _recut(tables, shard_size)
     files: list[PlanFile] = []
     for first in cut:  # of each file
         name = f"plan-{len(files):05d}.parquet"

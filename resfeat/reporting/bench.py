@@ -19,11 +19,9 @@ from resfeat.decoding.decode import Picture, decode
 from resfeat.errors import Failure, UsageError
 from resfeat.fidelity import calibrate
 from resfeat.plan import write_plan
-from resfeat.reporting import limits
-from resfeat.reporting.report import versions
+from resfeat.reporting import limits, versions
 from resfeat.runtimes import check
-from resfeat.sources import listing, read
-from resfeat.sources.item import Item
+from resfeat.sources import Item, listing, read
 from resfeat.spec import FeatureSpec, RuntimeOptions
 from resfeat.worker import SHARDS_IN_HAND, Job, Placement, Task
 from resfeat.worker.shard import process_shard
@@ -37,16 +35,12 @@ SHARD = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Images a second of each stage alone, on all the threads that it has, and of the whole job.
-
-    megapixels, kilobytes: of an image, in the mean. waited: share of its time, 0 to 1, that the
-    model waited in the whole job. sentence: what limits it.
-    """
+    """Images a second of each stage alone, on all the threads that it has, and of the whole job."""
 
     images: int
     failed: int
-    megapixels: float
-    kilobytes: float
+    megapixels: float  # of an image, in the mean
+    kilobytes: float  # likewise
     placement: Placement
     precision: str
     read: float
@@ -54,8 +48,8 @@ class Bench:
     forward: float
     write: float
     whole: float
-    waited: float
-    sentence: str
+    waited: float  # share of its time, 0 to 1, that the model waited in the whole job
+    sentence: str  # what limits it
 
 
 def bench(
@@ -65,10 +59,8 @@ def bench(
     images: int,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Bench:
-    """Measure on about so many of the images below the sources; one worker, in this process.
-
-    Raises UsageError where none of them can be used, and whatever `extract` raises for the choices.
-    """
+    """Measure on about so many of the images below the sources; one worker, in this process. Raises
+    UsageError where none of them can be used, and whatever `extract` raises for the choices."""
     check(options, features.model, features.precision)
     items = _spread(listing(sources), images)
     on_step("building the model")
@@ -141,7 +133,6 @@ def _dataset(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
         )
-        record.save(layout)
         if record.identity.precision == "int8":
             on_step("calibrating int8")
             record = calibrate(layout, record, weights, lambda note: None)
@@ -170,14 +161,11 @@ def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
 
 
 def _decode(worker: Worker, contents: Sequence[bytes]) -> tuple[list[Picture], float]:
-    identity = worker.job.identity
+    pixels, way = worker.job.identity.preprocessing, worker.job.identity.decode
     given: list[Picture | Failure] = []
 
-    def one(data: bytes) -> Picture | Failure:
-        return decode(data, identity.preprocessing, identity.decode)
-
     def once() -> None:
-        given[:] = pool.map(one, contents)
+        given[:] = pool.map(lambda data: decode(data, pixels, way), contents)
 
     with ThreadPoolExecutor(worker.placement.cpus) as pool:
         rate = _rate(len(contents), once)
@@ -190,8 +178,7 @@ def _decode(worker: Worker, contents: Sequence[bytes]) -> tuple[list[Picture], f
 def _forward(worker: Worker, pictures: Sequence[Picture]) -> float:
     size, passes = worker.placement.batch_size, 2 * worker.forward_threads
     batch = worker.runtime.empty((size, *pictures[0].pixels.shape))
-    for place in range(size):
-        batch[place] = pictures[place % len(pictures)].pixels
+    batch[:] = [each.pixels for each in itertools.islice(itertools.cycle(pictures), size)]
 
     def once() -> object:
         return list(worker.forwards.map(partial(forward, worker), [batch] * passes))

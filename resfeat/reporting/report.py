@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,11 +97,6 @@ class Report:
             "hardware": hardware(),
             "versions": versions(),
         }
-
-
-def new_run_id() -> str:
-    """Sorts by time, and differs between two runs of the same second."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
 
 
 def versions() -> dict[str, str]:

@@ -1,32 +1,52 @@
-"""Adding up a run while it goes on."""
+"""Adding up a run while it goes on, and telling whoever watches it."""
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.plan import Plan, Shard
-from resfeat.reporting.report import Report, new_run_id
-from resfeat.reporting.watch import Progress, Watch
+from resfeat.reporting.report import Report
 from resfeat.worker import ShardResult
 
 if TYPE_CHECKING:
     from resfeat.fidelity import Parity
 
 
-class Tally:
-    """Adds up a run as its shards are committed.
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: images of the whole dataset, done and failed so far, live workers. While
+    the sources are listed, total is None and done counts the images found."""
 
-    todo: the shards that are to be done. started: when the run was asked for, by `time.monotonic`.
-    engine, parity: to be set to what the engine says of itself, and to what was measured.
-    """
+    total: int | None
+    done: int
+    failed: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a run tells and asks; `resfeat.extract` says what of each."""
+
+    note: Callable[[str], None] = lambda text: None
+    step: Callable[[str], None] = lambda text: None
+    progress: Callable[[Progress], None] = lambda progress: None
+    stopping: Callable[[], bool] = lambda: False
+
+
+class Tally:
+    """Adds up a run as its shards are committed. started: when it was asked for, by
+    `time.monotonic`."""
 
     def __init__(self, plan: Plan, todo: Sequence[Shard], watch: Watch, started: float) -> None:
-        self.todo = todo
+        self.todo = todo  # the shards that are to be done
         self._plan = plan
         self._before = plan.items - sum(shard.rows for shard in todo)
         self._watch = watch
@@ -37,8 +57,8 @@ class Tally:
         self._stages: Counter[str] = Counter()
         self._notes: list[str] = []
         self._fits: int | None = None
-        self.engine: Mapping[str, Any] = {}
-        self.parity: Parity | None = None
+        self.engine: Mapping[str, Any] = {}  # to be set to what the engine says of itself
+        self.parity: Parity | None = None  # to be set to what was measured
 
     def note(self, text: str) -> None:
         """Tell the user something, now and in the report."""
@@ -88,7 +108,8 @@ class Tally:
         if error:
             status = "interrupted" if isinstance(error, Stopped) else "failed"
         return Report(
-            run_id=new_run_id(),
+            # Sorts by time, and differs between two runs of the same second.
+            run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
             status=status,
             output=str(dataset.layout.root),
             precision=dataset.record.identity.precision,

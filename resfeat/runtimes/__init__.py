@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from resfeat.errors import UsageError
-from resfeat.spec import Precision, RuntimeName
+from resfeat.spec import Identity, Precision, RuntimeName, RuntimeOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from resfeat.runtimes.openvino import OpenVINORuntime
     from resfeat.runtimes.torch import TorchRuntime
-    from resfeat.spec import Identity, RuntimeOptions
     from resfeat.storage import Location
 
 # What every embedding is checked against: torch in this precision, on a CPU.
@@ -69,10 +68,8 @@ def check(options: RuntimeOptions, model: str, precision: Precision) -> None:
 
 
 def choose(asked: RuntimeName | None, model: str, precision: Precision, device: str) -> RuntimeName:
-    """The runtime that is asked for, or else the fastest that is known to be right.
-
-    Raises UsageError if this machine has none for it.
-    """
+    """The runtime that is asked for, or else the fastest that is known to be right. Raises
+    UsageError if this machine has none for it."""
     installed, offered = importlib.util.find_spec("openvino") is not None, OFFERED["openvino"]
     if asked != "openvino" and precision != "int8":
         # OpenVINO is not tested with other libraries' networks and CPUs: users must ask for it.

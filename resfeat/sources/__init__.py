@@ -13,7 +13,6 @@ from resfeat.storage import is_remote, locate
 
 __all__ = ["Item", "Listing", "gone", "item_of", "listing", "printable", "read"]
 
-
 # The items of some sources, in a fixed order. Of either kind:
 #   roots: the sources, in the order in which they are listed.
 #   skipped: what the last iteration passed over, counted by kind.
@@ -25,7 +24,8 @@ def listing(sources: Sequence[str], label_from: str | None = None) -> Listing:
     """A listing of directories on a disk, or of prefixes in a store.
 
     label_from: "parent" labels each image with the name of its folder.
-    Raises UsageError where a source is missing, or lies within another.
+    Raises UsageError where a source is missing, is a dataset, or lies within another, StoreError
+    where the store is out of reach or does not let us look.
     """
     on_disk = [source for source in sources if not is_remote(source)]
     for source in on_disk:

@@ -43,18 +43,15 @@ _Entry = os.DirEntry[str]
 
 @dataclass
 class _Folder:
-    """A folder that is being listed. linked: a link leads to it, or to a folder above it.
-
-    runs: its entries in their order, each folder by itself, files several at a time. descriptor: by
-    which its files are looked up, faster than by a path. Only a folder without subfolders has one,
-    so that however deep the tree, one is open at a time.
-    """
+    """A folder that is being listed."""
 
     path: str
     key: int
-    linked: bool
+    linked: bool  # whether a link leads to it, or to a folder above it
     is_output: bool
-    runs: Iterator[_Entry | list[_Entry]]
+    runs: Iterator[_Entry | list[_Entry]]  # in their order: a folder, or several files at a time
+    # By which its files are looked up, faster than by a path. Only a folder without subfolders has
+    # one, so that however deep the tree, one is open at a time.
     descriptor: int | None
 
     def close(self) -> None:
@@ -63,10 +60,7 @@ class _Folder:
 
 
 class Directories:
-    """A listing of one or more directories (or single files); see `sources.Listing`.
-
-    Raises UsageError where a source is missing, is a dataset, or lies within another.
-    """
+    """A listing of one or more directories (or single files); see `sources.listing`."""
 
     carried = ()
 

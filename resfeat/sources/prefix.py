@@ -22,11 +22,7 @@ UNUSABLE = ("", ".", "..")
 
 
 class Prefixes:
-    """A listing of one or more prefixes (or single objects); see `sources.Listing`.
-
-    Raises UsageError where a source is missing, is a dataset, or lies within another, StoreError
-    where the store is out of reach or does not let us look.
-    """
+    """A listing of one or more prefixes (or single objects); see `sources.listing`."""
 
     carried = ()
 

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 
 from resfeat.storage.location import Location, sync
-from resfeat.storage.remote import StorePath
 
 
 class DiskDraft:
@@ -73,7 +72,7 @@ def sha256(draft: Draft) -> str:
 
 def write_whole(folder: Path | None, location: Location, content: bytes) -> None:
     """Write a small file, whole or not at all; on a disk by way of a draft in `folder`."""
-    if isinstance(location, StorePath) or folder is None:
+    if folder is None:
         location.write_bytes(content)
         return
     document = DiskDraft(folder, location.name)

@@ -20,10 +20,8 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 
 
 def locate(name: str | os.PathLike[str]) -> Location:
-    """The file or folder of this name: an absolute path, or an object of an s3:// address.
-
-    Raises UsageError for any other address, which a path would make a local folder of.
-    """
+    """The file or folder of this name: an absolute path, or an object of an s3:// address. Raises
+    UsageError for any other address, which a path would make a local folder of."""
     if not is_remote(name):
         if ADDRESS.match(str(name)):
             raise UsageError(f"'{name}' is no address that we know: give {SCHEME}BUCKET/PREFIX")

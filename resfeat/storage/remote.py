@@ -59,9 +59,7 @@ def store(bucket: str) -> fs.S3FileSystem:
 
 def patiently(what: object, operation: Callable[[], T]) -> T:
     """What an operation on `what` gives, tried again a few times where the store had trouble.
-
-    Raises FileNotFoundError where there is nothing, and StoreError for all else.
-    """
+    Raises FileNotFoundError where there is nothing, and StoreError for all else."""
     attempts = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=0.5, max=10),
@@ -158,10 +156,9 @@ class StorePath:
             nonlocal missing_ok
             try:
                 self.store.delete_file(str(self.path))
-            except FileNotFoundError:
-                if not missing_ok:
-                    raise
-            except OSError:
+            except OSError as error:
+                if missing_ok and isinstance(error, FileNotFoundError):
+                    return
                 missing_ok = True  # as it is where only the answer was lost
                 raise
 

@@ -22,21 +22,17 @@ SHARDS_IN_HAND = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to do, the same for every worker of a run. The weights travel apart.
-
-    share: which share of the dataset the run writes. dims: length of each layer's embedding.
-    carried: columns that travel with the images. quantised: the digest of an int8 network.
-    """
+    """What to do, the same for every worker of a run. The weights travel apart."""
 
     output: str
-    share: str
+    share: str  # which share of the dataset the run writes
     sources: tuple[str, ...]
     reads_ahead: int
     identity: Identity
-    dims: Mapping[str, int]
+    dims: Mapping[str, int]  # length of each layer's embedding
     with_label: bool
-    carried: tuple[pa.Field, ...] = ()
-    quantised: str | None = None
+    carried: tuple[pa.Field, ...] = ()  # columns that travel with the images
+    quantised: str | None = None  # the digest of an int8 network
 
     @classmethod
     def of(cls, layout: Layout, record: Record, dims: Mapping[str, int]) -> Self:
@@ -73,30 +69,21 @@ class Placement:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to do.
-
-    careful: decode in child processes, so that what crashes or hangs a decoder is a failure row.
-    parity: how near this run is to the reference, where that was measured; the rows say so.
-    """
+    """One shard to do."""
 
     shard: Shard
-    careful: bool = False
-    parity: Mapping[str, float] | None = None
+    careful: bool = False  # in child processes: what crashes or hangs a decoder is a failure row
+    parity: Mapping[str, float] | None = None  # how near the reference, if measured; rows say so
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a committed shard gave.
-
-    kept: those of the embedded images that were there before. changed: images that are not what was
-    listed. fits: images that the device's memory held at once. seconds: busy seconds by stage,
-    added up over threads.
-    """
+    """What a committed shard gave."""
 
     shard: int
     embedded: int
     failed: int
-    kept: int
-    changed: int
-    fits: int
-    seconds: Mapping[str, float]
+    kept: int  # those of the embedded images that were there before
+    changed: int  # images that are not what was listed
+    fits: int  # images that the device's memory held at once
+    seconds: Mapping[str, float]  # busy seconds by stage, added up over threads

@@ -45,11 +45,8 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
     with _told_of(worker, task):
         items = read_shard(layout.plan, shard)
         committed = kept_rows(layout, shard.number)
-        kept = {
-            item.id: committed[item.id]
-            for item in items
-            if item.id in committed and keeps(committed[item.id][0], item)
-        }
+        there = ((item, committed.get(item.id)) for item in items)
+        kept = {item.id: row for item, row in there if row and keeps(row[0], item)}
         embedded = failed = changed = 0
         unread: list[str] = []
         with Part(layout, shard.number, worker.schema(task.parity)) as part, careful as decoder:
@@ -99,11 +96,10 @@ def _told_of(worker: Worker, task: Task) -> Iterator[None]:
 
 @dataclass
 class _Hand:
-    """A shard in hand. kept: rows that are not done again, by id, with their vectors. seconds: busy
-    seconds by stage, added up over threads."""
+    """A shard in hand. seconds: busy seconds by stage, added up over threads."""
 
     worker: Worker
-    kept: Mapping[str, tuple[Row, NDArray[np.floating]]]
+    kept: Mapping[str, tuple[Row, NDArray[np.floating]]]  # not to be done again, with their vectors
     decode: Decoder
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     lock: Lock = field(default_factory=Lock)
@@ -123,13 +119,12 @@ class _Hand:
 
 @dataclass
 class _Batch:
-    """A finished batch: rows and their vectors [len(rows), D], in the type that is stored, and what
-    failed. changed: images that are not what was listed."""
+    """A finished batch."""
 
     rows: list[Row]
-    vectors: NDArray[np.floating]
+    vectors: NDArray[np.floating]  # [len(rows), D], in the type that is stored
     failures: list[FailedItem]
-    changed: int
+    changed: int  # images that are not what was listed
 
 
 def _embedded_batches(hand: _Hand, items: Sequence[Item]) -> Iterator[_Batch]:

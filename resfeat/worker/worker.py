@@ -53,9 +53,6 @@ class Worker:
 
     Forward passes run one batch to a thread, each on a single core: with more threads inside a
     forward pass the last bits of an embedding depend on how many there are.
-
-    progress: images done and failed so far, by shard in hand. fits: images that the device's memory
-    is thought to hold at once. stopping: set it to have shards in hand raise Stopped soon.
     """
 
     def __init__(self, job: Job, placement: Placement, network: Network) -> None:
@@ -63,12 +60,13 @@ class Worker:
         self.placement = placement
         self.layout = Layout(job.output, job.share)
         self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
-        self.fits = size = placement.batch_size
+        size = placement.batch_size
+        self.fits = size  # images that the device's memory is thought to hold at once
         self.runtime = runtimes.start(
             network, device=placement.device, threads=self.forward_threads, batch_size=size
         )
-        self.progress: dict[Shard, tuple[int, int]] = {}
-        self.stopping = Event()
+        self.progress: dict[Shard, tuple[int, int]] = {}  # images done and failed, by shard in hand
+        self.stopping = Event()  # set it to have shards in hand raise Stopped soon
         self.decoding_since: dict[int, float] = {}  # by thread
         self.loaders = _threads("load", placement.cpus + job.reads_ahead)
         self.forwards = _threads("forward", self.forward_threads)
