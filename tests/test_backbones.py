@@ -39,6 +39,7 @@ def close(given, expected):
     return np.abs(given - expected.numpy()).max() <= 1e-4 * expected.abs().max()
 
 
+LARGE = ("vgg11_bn", "vit_b_32", "convnext_tiny")
 # The classifier of each, and how torchvision builds it for its published weights.
 CLASSIFIERS = {
     "alexnet": ("classifier.6", {}),
@@ -55,7 +56,10 @@ CLASSIFIERS = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.more] * (name in LARGE)) for name in CLASSIFIERS],
+)
 def test_torchvisions_network_gives_what_its_classifier_is_given(name):
     weights = resolve(FeatureSpec(model=f"torchvision:{name}", weights="random:0"))
     assert weights.identity.layers == ("pre_logits",) and weights.identity.pool == "own"

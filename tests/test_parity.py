@@ -198,6 +198,8 @@ def test_what_is_measured_is_what_the_run_then_gives(photos, tmp_path):
             sources=(str(photos / "coffee"),),
             output=str(tmp_path / f"{precision}-{runtime}"),
             model="resnet18",
+            resize=72,
+            crop=64,
             weights="random:0",
             precision=precision,
             runtime=RuntimeOptions(workers=0, runtime=runtime),

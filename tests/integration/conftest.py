@@ -14,9 +14,9 @@ SMALL = ["--resize", "72", "--crop", "64"]
 @pytest.fixture(scope="session")
 def choices(checkpoint) -> list[str]:
     """What decides the embeddings in these tests. Small pictures take a tenth of the time, and
-    what is tested does not depend on their size."""
+    OpenVINO two seconds to convert the network; what is tested depends on neither."""
     features = ["--model", "resnet18", "--weights", str(checkpoint), *SMALL]
-    return [*features, "--decode", "pillow", "--label-from", "parent"]
+    return [*features, "--decode", "pillow", "--label-from", "parent", "--runtime", "torch"]
 
 
 @pytest.fixture(scope="session")

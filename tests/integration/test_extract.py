@@ -36,9 +36,9 @@ def test_failures_say_what_is_wrong(inline, collection):
 
 @pytest.fixture(scope="module")
 def of_usual_size(photos, choices, extracted):
-    """Some of the photographs, with the pixels of the published weights."""
+    """Some of the photographs, with the pixels of the published weights, by the usual runtime."""
     source = photos / "flower"
-    options = [*choices, "--resize", 256, "--crop", 224, "--workers", 0]
+    options = [*choices, "--resize", 256, "--crop", 224, "--runtime", "auto", "--workers", 0]
     return extracted("of-usual-size", source, *options), source, {}
 
 
@@ -51,10 +51,11 @@ def of_small_size(inline, collection):
 def test_embeddings_are_those_of_an_independent_script(size, checkpoint, request):
     output, source, pixels = request.getfixturevalue(size)
     table = rows(output)
-    paths = [source / name for name in table["id"].to_pylist()]
-    assert len(paths) > 50
+    some = slice(None, None, max(1, len(table) // 50))
+    paths = [source / name for name in table["id"].to_pylist()[some]]
+    assert len(paths) >= 50
     expected = reference_embeddings("resnet18", checkpoint, paths, **pixels)
-    given = vectors(table)
+    given = vectors(table)[some]
     cosines = (expected * given).sum(1)
     cosines /= np.linalg.norm(expected, axis=1) * np.linalg.norm(given, axis=1)
     assert cosines.min() >= 0.9999
@@ -114,7 +115,6 @@ def test_a_part_says_what_its_embeddings_are(inline, checkpoint):
     told = json.loads(pq.read_schema(part).metadata[b"resfeat"])
     spec = json.loads((inline / "_resfeat" / "spec.json").read_text())
     assert told.pop("fingerprint") == spec["fingerprint"]
-    assert told.pop("parity") == spec["parity"]
     assert told == spec["identity"]
     assert spec["weights"] == str(checkpoint)
 

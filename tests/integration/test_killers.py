@@ -130,6 +130,7 @@ def test_a_signal_is_heeded_while_an_image_hangs(killers, choices, tmp_path):
     sources = {
         "resfeat.decoding.decode": TREACHEROUS,
         "resfeat.worker.worker": "HUNG_SECONDS = 3600.0",
+        "resfeat.engines": "DRAIN_SECONDS = 3.0",
     }
     output = tmp_path / "out"
     words = ["extract", killers / "rocket", "-o", output, "--workers", 0, "--shard-size", 32]
@@ -153,7 +154,8 @@ def test_an_image_that_crashes_while_a_sample_is_taken_harms_nobody(
     shutil.copy(killers / CRASH, folder)
     shutil.copy(next((killers / "coffee").glob("*.jpg")), folder)
     done = command("extract", folder, "-o", tmp_path / "out", "--workers", 1,
-                   "--max-error-rate", 1, *choices, env=treacherous)  # fmt: skip
+                   "--max-error-rate", 1, *choices, "--runtime", "openvino",
+                   env=treacherous)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "out", "failures")["reason"].to_pylist() == ["decoder_crash"]
     assert len(rows(tmp_path / "out")) == 1
