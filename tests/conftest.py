@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from broken import write_broken
 from command import call, end_ray
+from forked import start
 from hypothesis import settings
 from photos import write_photos
 from reference import torchvision_model
@@ -53,17 +53,25 @@ def _uses_ray(item: pytest.Item) -> bool:
 LONGEST = (
     "test_faults",
     "test_object_store",
-    "test_resume",
-    "test_resnet",
-    "test_retry_failed",
-    "test_backbones",
-    "test_features",
-    "test_killers",
     "test_int8",
-    "test_verify_command",
-    "test_hostile",
     "test_runtime",
+    "test_resnet",
+    "test_resume",
+    "test_killers",
+    "test_backbones",
+    "test_store",
+    "test_features",
+    "test_extract",
     "test_weights",
+    "test_pipelines",
+    "test_run",
+    "test_cli",
+    "test_retry_failed",
+    "test_bench",
+    "test_hostile",
+    "test_verify_command",
+    "test_prefix",
+    "test_lock",
 )
 
 
@@ -139,8 +147,8 @@ def command() -> Run:
     permissions, hooks, and a Ray that is started for one run."""
 
     def run(*arguments: object, env: dict[str, str] | None = None):
-        words = [sys.executable, "-m", "resfeat", *map(str, arguments)]
-        environment = {**os.environ, **(env or {})}
-        return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+        process = start(*arguments, env={**os.environ, **(env or {})})
+        told = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(arguments, process.returncode, *told)
 
     return run

@@ -1,5 +1,6 @@
 """Each fault of the reliability bar, done to real processes; what stays is whole, and goes on."""
 
+import gc
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +18,9 @@ import psutil
 import pytest
 from broken import write_broken
 from command import error_of
+from forked import start
 from integration.test_ray import workers_of
-from integration.test_resume import MORE, SHARD, start, title, wait_for_parts
+from integration.test_resume import MORE, SHARD, title, wait_for_parts
 from seams import KILL_AT_STEP, after_import
 from tables import rows, vectors
 
@@ -233,7 +236,11 @@ def mounted(folder, size):
     try:
         yield folder
     finally:
-        run("umount", folder)
+        deadline = time.monotonic() + 10
+        while run("umount", folder):
+            gc.collect()  # what nobody holds any more may still have a file open
+            assert time.monotonic() < deadline, "a file is left open"
+            time.sleep(0.1)
 
 
 def remount(folder, options):

@@ -7,7 +7,8 @@ import threading
 
 import pyarrow.compute as pc
 import pytest
-from integration.test_resume import start, wait_for_parts
+from forked import start
+from integration.test_resume import wait_for_parts
 from PIL import Image
 from seams import TREACHEROUS, after_import
 from tables import rows

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import call, error_of
-from integration.test_resume import start
+from forked import start
 from object_store import FaultyProxy, ObjectStore, RandomFaults
 from photos import write_photos
 from seams import after_import

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import ray
 from command import end_ray, error_of
-from integration.test_resume import start, title, wait_for_parts
+from forked import start
+from integration.test_resume import title, wait_for_parts
 from tables import rows
 
 import resfeat

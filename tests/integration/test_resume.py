@@ -12,6 +12,7 @@ import psutil
 import pyarrow.dataset as ds
 import pytest
 from command import error_of
+from forked import start
 from tables import planned, rows, vectors
 
 from resfeat.dataset import Layout
@@ -20,16 +21,9 @@ SHARD = 32
 MORE = pytest.mark.more
 
 
-def start(*arguments, env=None):
-    """The command in a process of its own, under way."""
-    command = [sys.executable, "-m", "resfeat", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=env, **pipes)
-
-
 def wait_for_parts(process, output, count):
     while len(Layout(output).committed()) < count:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from integration.test_resume import start, wait_for_parts
+from forked import start
+from integration.test_resume import wait_for_parts
 from tables import planned, rows, vectors
 
 from resfeat.dataset import Layout, open_dataset
