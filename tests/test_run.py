@@ -32,8 +32,10 @@ def source(tmp_path_factory):
 
 
 def spec(source, output, **changes):
-    """A network that takes milliseconds, in this process."""
+    """A network and pictures that take milliseconds, in this process."""
     asked = ExtractSpec(
+        resize=16,
+        crop=16,
         sources=(str(source),),
         output=str(output),
         model="cifar_resnet20",

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, repeat
 from operator import attrgetter
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -28,7 +29,6 @@ from resfeat.sources.rules import printable
 TOGETHER = 256
 NOT_A_FILE = "a pipe, socket, device or folder"
 _BY_NAME = attrgetter("name")
-_tuple = tuple.__new__
 _REASONS: Mapping[int | None, Reason] = {
     errno.ENOENT: "not_found",
     errno.ELOOP: "not_found",
@@ -48,7 +48,6 @@ class _Folder:
     path: str
     key: int
     linked: bool  # whether a link leads to it, or to a folder above it
-    is_output: bool
     runs: Iterator[_Entry | list[_Entry]]  # in their order: a folder, or several files at a time
     # By which its files are looked up, faster than by a path. Only a folder without subfolders has
     # one, so that however deep the tree, one is open at a time.
@@ -80,6 +79,9 @@ class Directories:
         self._base = rules.base_of(self.roots, is_folder=os.path.isdir(self.roots[0]))
 
     def __iter__(self) -> Iterator[Item]:
+        yield from chain.from_iterable(self._lists())
+
+    def _lists(self) -> Iterator[list[Item]]:
         self.skipped.clear()
         # Every folder that was met, and whether a link leads there. Sources keep their own names.
         met = {_key(os.stat(root)): False for root in self.roots}
@@ -88,16 +90,16 @@ class Directories:
                 yield from self._walk(root, met)
             else:
                 folder, name = os.path.split(root)
-                yield from self._items(folder, [name], [os.stat(root)])
+                yield self._items(folder, [name], [os.stat(root)])
 
-    def _walk(self, root: str, met: dict[int, bool]) -> Iterator[Item]:
+    def _walk(self, root: str, met: dict[int, bool]) -> Iterator[list[Item]]:
         above = [_open(root, _key(os.stat(root)), linked=False)]
         try:
             while above:
                 folder = above[-1]
                 for some in folder.runs:
                     if isinstance(some, list):
-                        yield from self._files(folder.path, some)
+                        yield self._files(folder.path, some)
                     elif below := self._enter(some, above, met):
                         above.append(below)
                         break
@@ -118,13 +120,11 @@ class Directories:
             is_loop = any(key == folder.key for folder in above)
             self.skipped["link loop" if is_loop else "repeated folder"] += 1
             return None
-        folder = _open(entry.path, key, linked)
-        if folder.is_output:
-            folder.close()
+        if os.path.exists(os.path.join(entry.path, "_resfeat")):
             self.skipped["resfeat output"] += 1
             return None
         met[key] = linked
-        return folder
+        return _open(entry.path, key, linked)
 
     def _files(self, folder: str, entries: Sequence[_Entry]) -> list[Item]:
         names = [entry.name for entry in entries]
@@ -151,15 +151,17 @@ class Directories:
         quoted = quote_from_bytes(os.fsencode(text))
         parts = names if quoted == text else quoted.split("/")
         if text.isascii() and "\\" not in text:
-            ids = list(map(printable(above).__add__, names))
+            start = printable(above)
+            ids = [start + name for name in names]
         else:
             ids = [printable(above + name) for name in names]
         place = "file://" + quote_from_bytes(os.fsencode(folder))
         label = rules.folder_of(folder) if self._labelled else None
-        return [
-            _tuple(Item, (own, place + part, st.st_size, st.st_mtime_ns // 1000, None, label, ()))
-            for own, part, st in zip(ids, parts, statuses, strict=True)
-        ]
+        uris = [place + part for part in parts]
+        sizes = [status.st_size for status in statuses]
+        mtimes = [status.st_mtime_ns // 1000 for status in statuses]
+        rest = map(repeat, (None, label, ()))
+        return list(map(tuple.__new__, repeat(Item), zip(ids, uris, sizes, mtimes, *rest)))  # noqa: B905
 
 
 def _open(path: str, key: int, linked: bool) -> _Folder:
@@ -178,8 +180,7 @@ def _open(path: str, key: int, linked: bool) -> _Folder:
             f"cannot list {printable(path)}: {error.strerror}; "
             "make it readable, or leave it out of the sources"
         ) from error
-    is_output = any(entry.name == "_resfeat" for entry in entries)
-    return _Folder(path, key, linked, is_output, _runs(entries, folders), descriptor)
+    return _Folder(path, key, linked, _runs(entries, folders), descriptor)
 
 
 def _scan(place: str | int) -> tuple[list[_Entry], list[int]]:
@@ -189,7 +190,11 @@ def _scan(place: str | int) -> tuple[list[_Entry], list[int]]:
     # The order of ASCII strings is that of their bytes.
     is_ascii = "".join([entry.name for entry in entries]).isascii()
     entries.sort(key=_BY_NAME if is_ascii else lambda entry: os.fsencode(entry.name))
-    return entries, [n for n, entry in enumerate(entries) if _is_folder(entry)]
+    try:
+        folders = [n for n, entry in enumerate(entries) if entry.is_dir()]
+    except OSError:  # of a link to itself
+        folders = [n for n, entry in enumerate(entries) if _is_folder(entry)]
+    return entries, [n for n in folders if entries[n].name[0] != "."]
 
 
 def _runs(entries: list[_Entry], folders: list[int]) -> Iterator[_Entry | list[_Entry]]:
@@ -203,8 +208,8 @@ def _runs(entries: list[_Entry], folders: list[int]) -> Iterator[_Entry | list[_
 
 def _is_folder(entry: _Entry) -> bool:
     try:
-        return entry.is_dir() and entry.name[0] != "."
-    except OSError:  # a link to itself
+        return entry.is_dir()
+    except OSError:
         return False
 
 

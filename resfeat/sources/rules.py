@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Sequence
 
 from resfeat.errors import Failure, UsageError
@@ -14,6 +15,8 @@ SIDECARS = frozenset(
     ".cfg .csv .db .doc .docx .gz .htm .html .ini .json .jsonl .log .md .npy .npz .parquet .pdf"
     " .pkl .py .rst .sh .sqlite .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
 )
+# A dot, but that of an image's extension.
+_DOUBTFUL = re.compile(r"/\.|\.(?!(?:jpe?g|png|webp|gif|bmp|tiff?)/)", re.IGNORECASE)
 
 
 def passed_over(name: str) -> str | None:
@@ -25,11 +28,8 @@ def passed_over(name: str) -> str | None:
 
 
 def may_be_passed_over(names: Sequence[str]) -> bool:
-    """False if `passed_over` gives None for all of these names; faster than asking for each."""
-    endings = {name.rpartition(".")[2] for name in names}
-    return "/." in "/" + "/".join(names) or not SIDECARS.isdisjoint(
-        f".{ending.lower()}" for ending in endings
-    )
+    """False only if `passed_over` gives None for each of these names; faster than asking it."""
+    return bool(_DOUBTFUL.search(f"/{'/'.join(names)}/"))
 
 
 def check_apart(roots: Sequence[str]) -> None:

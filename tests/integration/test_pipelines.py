@@ -16,7 +16,7 @@ from broken import write_broken
 from PIL import Image
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
-QUICK = ["--model", "cifar_resnet20", "--weights", "random:0"]
+QUICK = ["--model", "cifar_resnet20", "--weights", "random:0", "--runtime", "torch"]
 
 
 def run(*command, **options):
