@@ -64,7 +64,8 @@ class Request:
 
 @dataclass
 class Run:
-    """A run that holds its output. is_new: whether it made the plan."""
+    """A run that holds its output. is_new: whether it made the plan. record: gets the int8 network
+    and the parity once they are known; `tasks` takes both from it."""
 
     request: Request
     lock: Lock
@@ -101,7 +102,7 @@ class Run:
         if self.lock.taken.is_set() and error:
             raise error  # the folder is another run's now
         if self.is_new and isinstance(error, ChoiceError):
-            self.layout.spec.unlink()
+            self.layout.spec.unlink()  # without it, `_held` removes all that is left
             raise error
         if isinstance(error, StoreError) and is_remote(str(self.layout.root)):
             raise error  # the report would go to the store that just failed

@@ -2,7 +2,8 @@
 
 `Identity` is everything that decides what an embedding *is*: it is hashed into the fingerprint and
 never changes within a dataset. `FeatureSpec` is an identity as a user asks for it, with defaults
-still to be filled in from the weights. `RuntimeOptions` may change between a run and its resume.
+still to be filled in from the weights. `RuntimeOptions` may change between a run and its resume,
+and so may `min_parity`, `max_error_rate` and `retry_failed`.
 """
 
 import hashlib

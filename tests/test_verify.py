@@ -98,7 +98,7 @@ def rewrite(dataset, shard, change):
     """A part as if it had been committed like that."""
     part = dataset.layout.embeddings / dataset.layout.part_name(shard)
     pq.write_table(change(pq.read_table(part)), part)
-    place = dataset.layout.checksum(shard)
+    place = dataset.layout.note(shard)
     noted = json.loads(place.read_text())
     noted["digests"]["embeddings"] = hashlib.sha256(part.read_bytes()).hexdigest()
     place.write_text(json.dumps(noted))
@@ -183,7 +183,7 @@ def test_a_part_of_another_dataset(dataset, record, tmp_path):
     shutil.copy(layout.embeddings / part.name, part)
     assert set(found(dataset)) == {("checksum", str(part)), ("identity", str(part))}
     # And where even its checksum was brought along, the fingerprint tells.
-    shutil.copy(layout.checksum(0), dataset.layout.checksum(0))
+    shutil.copy(layout.note(0), dataset.layout.note(0))
     assert found(dataset) == [("identity", str(part))]
 
 
@@ -330,7 +330,7 @@ def test_a_note_that_counts_other_rows_is_found(dataset):
         replace(note, reasons={"corrupt": note.failed}),
     ):
         wrong.write(layout, 1)
-        assert found(dataset) == [("checksum", str(layout.checksum(1)))]
+        assert found(dataset) == [("checksum", str(layout.note(1)))]
 
 
 def test_kept_rows_are_those_that_were_committed(dataset):
@@ -344,7 +344,7 @@ def test_kept_rows_are_those_that_were_committed(dataset):
         layers = [table[f"embedding_{layer}"][place].as_py() for layer in DIMS]
         assert vector.tolist() == [value for layer in layers for value in layer]
     assert kept_rows(layout, 2) == {}  # all of them failed
-    layout.checksum(0).unlink()
+    layout.note(0).unlink()
     with pytest.raises(ResfeatError, match="not what was committed"):
         kept_rows(layout, 0)
 
@@ -384,7 +384,7 @@ def test_any_damage_is_found_in_its_shard_and_repaired(whole, damage):
         assert {each.shard for each in looked.problems} == hurt
 
         # With neither embeddings nor a checksum it is as if the shard had never been done.
-        there = {*layout.committed(), *layout.with_checksums()}
+        there = {*layout.committed(), *layout.with_notes()}
         assert repair(dataset, looked) == sorted(hurt & there)
         assert layout.committed() == sorted(set(range(SHARDS)) - hurt)
         assert set(content(layout).items()) <= set(after.items())  # the others stay as they are

@@ -1,4 +1,4 @@
-"""The atomic commit of a shard.
+"""The rows of a shard: written to drafts as they come, and then committed in one atomic step.
 
 A shard that is new becomes visible whole or not at all. Of one that is done once more (for its
 failures, say), both files are replaced in one step each, so that neither is ever missing. The

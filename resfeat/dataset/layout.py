@@ -53,7 +53,7 @@ class Layout:
         """The file name of a shard's rows: it depends on the shard alone."""
         return f"part-{shard:05d}.parquet"
 
-    def checksum(self, shard: int) -> Location:
+    def note(self, shard: int) -> Location:
         return self.checksums / f"part-{shard:05d}.json"
 
     def run_report(self, run_id: str) -> Location:
@@ -67,7 +67,7 @@ class Layout:
         """Numbers of the shards that have failure rows, ascending."""
         return _numbers(self.failures)
 
-    def with_checksums(self) -> list[int]:
+    def with_notes(self) -> list[int]:
         """Numbers of the shards that were committed once, or were about to be, ascending."""
         return _numbers(self.checksums)
 

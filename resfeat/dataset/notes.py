@@ -38,13 +38,13 @@ class Note:
         return {each[kind] for each in (self.digests, self.replaces) if each}
 
     def write(self, layout: Layout, shard: int) -> None:
-        write_json(layout.tmp, layout.checksum(shard), asdict(self))
+        write_json(layout.tmp, layout.note(shard), asdict(self))
 
     @classmethod
     def read(cls, layout: Layout, shard: int) -> Self | None:
         """The note of a shard; None where there is none, or none that can be understood."""
         try:
-            note = cls(**json.loads(layout.checksum(shard).read_bytes()))
+            note = cls(**json.loads(layout.note(shard).read_bytes()))
             noted = [note.digests, note.replaces or note.digests]
             is_sound = all(set(each) == {"embeddings", "failures"} for each in noted)
             return note if is_sound and note.embedded + note.failed >= 0 else None

@@ -83,7 +83,7 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
     try:
         damaged = dict(_of_plan(dataset))
         found = Verification(len(shards), problems=[*damaged.values(), *_foreign(layout, shards)])
-        once = set(layout.with_checksums())
+        once = set(layout.with_notes())
         # Where the plan itself is damaged, no part is to blame.
         planned = [shard for shard in shards.values() if shard.file not in damaged]
         found.unseen = len(shards) - len(planned)
@@ -119,14 +119,14 @@ def repair(
         with run_lock(layout, is_run=False, on_wait=on_wait):
             for shard in found.bad_shards:
                 # Look again, now that nobody writes: what was in hand may be done by now.
-                was_committed = layout.checksum(shard).exists()
+                was_committed = layout.note(shard).exists()
                 problems = _look_at(dataset, shards[shard], was_committed).problems
                 if all(each.kind == "unfinished" for each in problems):
                     continue
                 # The embeddings first: without them the shard is not done, whatever else is there.
                 for folder in (layout.embeddings, layout.failures):
                     remove(folder / layout.part_name(shard))
-                remove(layout.checksum(shard))
+                remove(layout.note(shard))
                 sent.append(shard)
     except OSError as error:
         raise ResfeatError(f"cannot repair {layout.root}: {error}") from error
@@ -196,7 +196,7 @@ def _look_at(dataset: Dataset, shard: Shard, was_committed: bool) -> _Look:
         look.wrong("rows", failures, f"unknown reasons: {', '.join(sorted(unknown))}")
     counted = (len(table), Counter(reasons))
     if note and not look.problems and (note.embedded, note.reasons) != counted:
-        look.wrong("checksum", layout.checksum(number), "it counts other rows than there are")
+        look.wrong("checksum", layout.note(number), "it counts other rows than there are")
     look.embedded, look.failed = len(table), len(reasons)
     look.vectors = _hashes(np.hstack(layers))
     return look

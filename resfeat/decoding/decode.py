@@ -21,8 +21,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from resfeat.decoding.pillow import MAX_PIXELS, RefusedError, foreign, stored_of, turn_of, turned
 from resfeat.decoding.resize import narrowed, resize_with_pillow, resize_with_torch, takes_torch
-from resfeat.decoding.stored import MAX_PIXELS, RefusedError, foreign, load, turn_of, turned
 from resfeat.errors import Failure, ResfeatError, first_line
 from resfeat.spec import Decode, Preprocessing
 
@@ -92,7 +92,7 @@ def _decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture:
         if way == "turbo" and (picture := _decode_jpeg(data, image, preprocessing)):
             return picture
         with foreign(data):
-            stored = load(image)
+            stored = stored_of(image)
         width, height = stored.size
         if way == "turbo" and takes_torch(width, height, preprocessing):
             pixels = resize_with_torch(narrowed(stored, preprocessing), *stored.size, preprocessing)

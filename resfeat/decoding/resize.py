@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from resfeat.decoding.stored import Stored
+from resfeat.decoding.pillow import Stored
 from resfeat.spec import Preprocessing
 
 LONGEST = 8

@@ -1,4 +1,4 @@
-"""Writing the listing as it comes, and reading one shard of it.
+"""Cutting the listing into shards while it is written, and reading one shard back.
 
 A plan is a folder of Parquet files in which each row group is one shard, so a worker reads its own
 rows and nothing else. Both sides are streamed: memory does not grow with the number of items.
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resfeat.errors import ResfeatError, first_line
-from resfeat.plan.index import Plan, PlanFile, Shard
+from resfeat.plan.plan import Plan, PlanFile, Shard
 from resfeat.sources import Item
 from resfeat.storage import Location, draft, open_parquet, sha256
 

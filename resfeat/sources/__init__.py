@@ -53,10 +53,8 @@ def item_of(name: str) -> Item:
 
 
 def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:
-    """A source that is not there any more, or has nothing in it; None if all are there.
-
-    unread: URIs of images that could not be read. A source among them is one image, and not gone.
-    """
+    """A source that is not there any more, or has nothing in it; None if all are there. unread:
+    URIs of images that could not be read. A source among them is one image, and not gone."""
     single = {unquote_to_bytes(uri.removeprefix("file://")) for uri in unread}
     for root in roots:
         is_there = prefix.is_there if is_remote(root) else directory.is_there

@@ -207,10 +207,9 @@ def _runs(entries: list[_Entry], folders: list[int]) -> Iterator[_Entry | list[_
 
 
 def _is_folder(entry: _Entry) -> bool:
-    try:
+    with suppress(OSError):
         return entry.is_dir()
-    except OSError:
-        return False
+    return False
 
 
 def _status(entry: _Entry) -> os.stat_result | None:

@@ -1,4 +1,4 @@
-"""One input image."""
+"""`Item`: one input image. `directory.py` and `prefix.py` make its id and label, by `rules.py`."""
 
 from typing import Any, NamedTuple
 

@@ -255,7 +255,7 @@ def test_nothing_else_is_written_or_read(finished, objects):
     allowed = [layout.card, layout.spec, layout.plan / "plan-00000.parquet"]
     for shard in range(SHARDS):
         name = layout.part_name(shard)
-        allowed += [layout.embeddings / name, layout.failures / name, layout.checksum(shard)]
+        allowed += [layout.embeddings / name, layout.failures / name, layout.note(shard)]
     names = {str(each).removeprefix("s3://finished/") for each in allowed}
     (report,) = set(of_content(bucket)) - names
     assert report.startswith("out/_resfeat/runs/")

@@ -49,7 +49,7 @@ def rewrite(layout, change, *, noted=False):
 
 
 def note(layout):
-    place = layout.checksum(SHARD)
+    place = layout.note(SHARD)
     content = json.loads(place.read_text())
     content["digests"]["embeddings"] = hashlib.sha256(part(layout).read_bytes()).hexdigest()
     place.write_text(json.dumps(content))
@@ -157,7 +157,7 @@ def written_anew_with_pandas(layout):
 
 
 def checksum_deleted(layout):
-    layout.checksum(SHARD).unlink()
+    layout.note(SHARD).unlink()
     said = {("checksum", part(layout))}
     if (layout.failures / layout.part_name(SHARD)).exists():
         said.add(("checksum", layout.failures / layout.part_name(SHARD)))
@@ -211,7 +211,7 @@ def plan_truncated(layout):
 
 def never_done(layout):
     part(layout).unlink()
-    layout.checksum(SHARD).unlink()
+    layout.note(SHARD).unlink()
     (layout.failures / layout.part_name(SHARD)).unlink(missing_ok=True)
     return {("unfinished", part(layout))}
 
@@ -318,7 +318,7 @@ def test_damage_in_several_shards_is_mended_by_repair_and_the_same_command(
     bad = sorted({SHARD, failing(Layout(inline))})
     last = max(layout.committed())
     assert last not in bad
-    layout.checksum(last).write_text(layout.checksum(last).read_text().replace("digests", "digest"))
+    layout.note(last).write_text(layout.note(last).read_text().replace("digests", "digest"))
     bad.append(last)
     good = {path: path.stat().st_mtime_ns for path in layout.embeddings.iterdir()}
     for shard in bad:

@@ -1,4 +1,4 @@
-"""Which shard is listed where."""
+"""`Plan`: which shard is listed in which row group of which file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

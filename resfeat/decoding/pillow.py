@@ -125,7 +125,7 @@ class Stored:
         return grey
 
 
-def load(image: Image.Image) -> Stored:
+def stored_of(image: Image.Image) -> Stored:
     """Have Pillow decode it, whole. Bands of it are turned and made RGB later, one at a time."""
     image.load()
     if 0 in image.size:
