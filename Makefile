@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Processes share the tests; all that uses Ray runs in one of them (tests/conftest.py). Three, since
+# Processes share the tests; all that uses Ray runs in one of them (tests/conftest.py). Four, since
 # with two the cores wait a third of the time, for faults to be noticed.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-more lint slow soak bench scale parity clean
 

@@ -39,7 +39,7 @@ def close(given, expected):
     return np.abs(given - expected.numpy()).max() <= 1e-4 * expected.abs().max()
 
 
-LARGE = ("vgg11_bn", "vit_b_32", "convnext_tiny")
+LARGE = ("vgg11_bn", "vit_b_32", "convnext_tiny", "densenet121", "googlenet", "swin_t")
 # The classifier of each, and how torchvision builds it for its published weights.
 CLASSIFIERS = {
     "alexnet": ("classifier.6", {}),

@@ -22,7 +22,7 @@ import torch
 from hostile import Outcomes, write_hostile
 from PIL import Image
 
-from resfeat.decoding import decode, stored
+from resfeat.decoding import decode, pillow
 from resfeat.errors import REASONS, Failure
 from resfeat.sources.directory import Directories, read
 from resfeat.spec import Preprocessing
@@ -136,7 +136,7 @@ def test_what_is_converted_in_bands_has_the_same_pixels(way, turn, mode, size, m
     exif[0x0112] = turn
     picture.convert(mode).save(buffer, "PNG", exif=exif)
     whole = decode(buffer.getvalue(), PREPROCESSING, way)
-    monkeypatch.setattr(stored, "BAND", 9_999)
+    monkeypatch.setattr(pillow, "BAND", 9_999)
     banded = decode(buffer.getvalue(), PREPROCESSING, way)
     assert np.array_equal(banded.pixels, whole.pixels)
     upright = size[::-1] if turn > 4 else size

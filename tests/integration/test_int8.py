@@ -60,7 +60,8 @@ def test_a_resume_takes_the_network_that_is_there(workers, half, whole, photos, 
     assert parts(half) == parts(whole)
 
 
-@pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.more), "changed"])
+@pytest.mark.more
+@pytest.mark.parametrize("damage", ["gone", "changed"])
 def test_a_network_that_is_lost_is_made_again_the_same(damage, half, whole, photos, command):
     network = half / "_resfeat" / "int8" / "network.bin"
     if damage == "gone":

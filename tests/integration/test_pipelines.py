@@ -51,6 +51,7 @@ def test_demo(tmp_path):
         assert sheet.size == (8 + 7 * 168, 8 + 4 * 200)
 
 
+@pytest.mark.more
 def test_nightly(some, tmp_path):
     command = [sys.executable, PIPELINES / "nightly.py", some, tmp_path / "nights", *QUICK,
                "--workers", 0]  # fmt: skip

@@ -121,6 +121,7 @@ def test_what_the_machine_cannot_hold_is_refused(cluster, options):
         placement.place(RuntimeOptions(**options), IDENTITY, shards=100)
 
 
+@pytest.mark.more
 def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_path, monkeypatch):
     """Real actors, each killed as soon as it is given work."""
     spec = resfeat.ExtractSpec(
@@ -146,6 +147,7 @@ def test_a_worker_that_dies_every_time_ends_the_run(cluster, collection, tmp_pat
     assert json.loads(report.read_text())["status"] == "failed"
 
 
+@pytest.mark.more
 def test_an_idle_worker_that_died_is_ready_when_work_comes(cluster, photos, tmp_path, monkeypatch):
     """Three shards for two workers. The idle one is killed, which is noticed though it has no work
     and costs no shard; when it is back, the busy one is killed."""
