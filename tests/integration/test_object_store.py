@@ -309,6 +309,7 @@ def test_what_reads_a_dataset_reads_one_in_a_store(
     assert Counter(reasons) == REASONS
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_from_disk_to_store_and_from_store_to_disk_by_ray(
     tree, source, bucket, options, undisturbed, proxy, command, tmp_path

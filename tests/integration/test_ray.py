@@ -39,6 +39,7 @@ def workers_of(process):
     return [child for child in below if title(child).startswith("ray::RayWorker")]
 
 
+@pytest.mark.more
 def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, unhurried, tmp_path):
     output = tmp_path / "out"
     process = start("extract", collection, "-o", output, *choices, "--workers", 2,

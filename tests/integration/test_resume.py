@@ -87,9 +87,10 @@ def test_sigkill_half_way(workers, copied, choices, inline, unhurried, resfeat, 
     ("workers", "number", "code"),
     [
         (0, signal.SIGINT, 130),
-        (1, signal.SIGTERM, 143),
-        pytest.param(0, signal.SIGTERM, 143, marks=MORE),
-        pytest.param(1, signal.SIGINT, 130, marks=MORE),
+        *(
+            pytest.param(workers, number, 128 + number, marks=MORE)
+            for workers, number in ((0, signal.SIGTERM), (1, signal.SIGINT), (1, signal.SIGTERM))
+        ),
     ],
 )
 def test_a_signal_stops_the_run_in_order(
