@@ -23,7 +23,7 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 PHOTOS = 500
 
-# Ray's workers give way to whatever else runs here, which is the other half of the tests.
+# Ray's workers give way to whatever else runs here, and would starve beside the other tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 # How long an example takes depends on what runs beside it.

@@ -18,18 +18,8 @@ from resfeat.downstream.search import Neighbour
 from resfeat.errors import ResfeatError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec
 
-QUICK = [
-    "--model",
-    "resnet18",
-    "--weights",
-    "random:0",
-    "--workers",
-    0,
-    "--crop",
-    64,
-    "--resize",
-    72,
-]
+QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0,
+         "--resize", 72, "--crop", 64]  # fmt: skip
 
 
 @settings(max_examples=30, deadline=None)

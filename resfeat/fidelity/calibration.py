@@ -27,10 +27,10 @@ def calibrate(
     Returns the record with the network's digest in it. Raises ChoiceError if no image can be
     used, ResfeatError if a lost network cannot be made again as it was.
     """
-    from resfeat.runtimes.openvino import quantise
-
     if is_intact(layout, record):
         return record
+    from resfeat.runtimes.openvino import quantise  # seconds that a resume need not spend
+
     started = time.monotonic()
     items, identity = for_calibration(layout, record), record.identity
     chosen = pictures(items, identity.preprocessing, identity.decode, CALIBRATION)
