@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # with two the cores wait a third of the time, for faults to be noticed.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-more lint slow soak bench scale parity clean
+.PHONY: demo test test-more lint slow soak bench scale parity gpu clean
 
 demo: $(VENV)/demo.done ## extract a few hundred real photographs and show the nearest neighbours
 	$(BIN)/python pipelines/demo.py demo
@@ -38,6 +38,9 @@ scale: $(VENV)/dev.done ## one driver and millions of invented images
 
 parity: $(VENV)/dev.done ## compare with torchvision and with fp32 on torch; writes tests/benchmarks/PARITY.md
 	$(BIN)/python tests/benchmarks/parity.py
+
+gpu: $(VENV)/dev.done ## all that is to be known of a machine with one GPU
+	$(BIN)/python tests/benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

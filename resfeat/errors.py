@@ -48,6 +48,10 @@ class StoreError(ResfeatError):
     """An object store is out of reach, or refuses."""
 
 
+class DeviceLostError(ResfeatError):
+    """A GPU failed under a worker, whose process can use none any more. Another may."""
+
+
 class Stopped(ResfeatError):  # noqa: N818 (it is no error of anybody's)
     """The run was asked to stop and did; the same command resumes it."""
 

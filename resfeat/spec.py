@@ -29,10 +29,39 @@ Decode = Literal["turbo", "pillow"]
 RuntimeName = Literal["torch", "openvino"]
 
 
+# How many workers one GPU may be divided among, and what may be left over of it: with 0.33 each, a
+# hundredth is.
+MOST_ON_A_GPU = 100
+LEFT_OVER = 0.01
+
+
 def _check_range(name: str, value: float | None, least: float, most: float, hint: str) -> None:
     """Raise UsageError where an option was given and lies outside of least to most."""
     if value is not None and not least <= value <= most:
         raise UsageError(f"--{name} {value:.15g}: give {hint}")
+
+
+def workers_on_a_gpu(share: float) -> int:
+    """How many workers with such a share of a GPU, above 0, one GPU has room for."""
+    return int(min(1 / share + 1e-9, MOST_ON_A_GPU))
+
+
+def share_of_a_gpu(workers: int) -> float:
+    """The share that so many workers on one GPU have. Ray counts in ten-thousandths, and rounds: of
+    1/6, six would be more than it has."""
+    return (10_000 // workers) / 10_000
+
+
+def _check_share(share: float) -> None:
+    """Raise UsageError for a share that leaves part of each GPU to nobody."""
+    workers = workers_on_a_gpu(share)
+    unused = 1 - workers * share
+    if unused > LEFT_OVER + 1e-9:
+        smaller, larger = share_of_a_gpu(workers + 1), share_of_a_gpu(workers)
+        raise UsageError(
+            f"--gpus-per-worker {share:g} leaves {unused:.0%} of each GPU unused: give {smaller:g} "
+            f"({workers + 1} workers to a GPU) or {larger:g} ({workers})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +172,13 @@ class RuntimeOptions:
     """How to run. None means "choose for me".
 
     workers: Ray workers; 0 runs in the calling process.
-    gpus_per_worker: share of a GPU that each worker gets, 0 to 1; 0 keeps to the CPU.
+    gpus_per_worker: share of a GPU that each worker gets, 0 to 1; 0 keeps to the CPU. None has
+        several workers share each GPU, about two CPU cores to a worker.
     cpus_per_worker: CPU cores that each worker gets.
     address: a running Ray cluster ("auto", "HOST:PORT", "ray://..."); None starts a local one.
     runtime: what runs the network, "torch" or "openvino".
-    batch_size: images in one forward pass.
+    batch_size: images in one forward pass; on a GPU that is `runtimes.GPU_BATCH`, and this is
+        rounded up to a multiple of it.
     """
 
     workers: int | None = None
@@ -175,6 +206,8 @@ class RuntimeOptions:
                 "--workers 0 runs in this process, which cannot take a share of a GPU: "
                 "give --gpus-per-worker 0 or 1, or at least one worker"
             )
+        if self.gpus_per_worker:
+            _check_share(self.gpus_per_worker)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -290,23 +290,3 @@ def test_a_batch_that_the_device_does_not_hold_is_halved_and_stays_so(runtime, p
     worker.runtime = SmallDevice(runtime, 0)
     with pytest.raises(torch.OutOfMemoryError):
         forward(worker, pixels)
-
-
-@pytest.mark.gpu
-def test_cuda_agrees_with_the_cpu(runtime, weights, pixels):
-    cuda = TorchRuntime(weights.identity, weights.tensors, "cuda")
-    expected, given = runtime.embed(pixels), cuda.embed(pixels)
-    assert cosine(given, expected).min() > 0.9999
-    assert np.array_equal(given, cuda.embed(pixels))
-
-
-@pytest.mark.gpu
-def test_two_streams_give_the_bits_of_one(weights, pixels):
-    cuda = TorchRuntime(weights.identity, weights.tensors, "cuda")
-    expected = cuda.embed(pixels)
-    batch = cuda.empty(pixels.shape)
-    assert torch.from_numpy(batch).is_pinned()
-    batch[:] = pixels
-    with ThreadPoolExecutor(2) as pool:
-        for given in pool.map(cuda.embed, [batch] * 20):
-            assert np.array_equal(given, expected)

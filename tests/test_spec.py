@@ -6,7 +6,13 @@ import pytest
 
 from resfeat import ExtractSpec, RuntimeOptions
 from resfeat.errors import UsageError
-from resfeat.spec import FeatureSpec, Identity, Preprocessing
+from resfeat.spec import (
+    FeatureSpec,
+    Identity,
+    Preprocessing,
+    share_of_a_gpu,
+    workers_on_a_gpu,
+)
 
 PREPROCESSING = Preprocessing(
     resize=232, crop=224, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
@@ -59,6 +65,10 @@ def test_an_identity_survives_json():
         ({"workers": 0, "gpus_per_worker": 0.5}, "--gpus-per-worker 0 or 1"),
         ({"gpus_per_worker": 2}, "--gpus-per-worker 2"),
         ({"gpus_per_worker": -0.1}, "--gpus-per-worker -0.1"),
+        ({"gpus_per_worker": 0.3}, r"0.3 leaves 10% .* unused: give 0.25 \(4 .* or 0.3333 \(3\)"),
+        ({"gpus_per_worker": 0.6}, r"0.6 leaves 40% .* unused: give 0.5 \(2 .* or 1 \(1\)"),
+        ({"gpus_per_worker": 0.167}, r"0.167 leaves 16% .* give 0.1666 \(6 .* or 0.2 \(5\)"),
+        ({"gpus_per_worker": 1e-9}, r"1e-09 leaves 100% .* give 0.0099 .* or 0.01 \(100\)"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
         ({"batch_size": 0}, "--batch-size 0"),
     ],
@@ -66,6 +76,20 @@ def test_an_identity_survives_json():
 def test_runtime_options_that_cannot_be(options, told):
     with pytest.raises(UsageError, match=told):
         RuntimeOptions(**options)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.125, 0.1428, 0.2, 0.25, 0.33, 1 / 3, 0.5, 1])
+def test_shares_that_use_up_a_gpu(share):
+    assert RuntimeOptions(gpus_per_worker=share).gpus_per_worker == share
+
+
+def test_what_is_offered_in_the_place_of_a_share_is_taken_and_fits_by_rays_count():
+    """Ray rounds to ten-thousandths."""
+    for workers in range(1, 101):
+        share = share_of_a_gpu(workers)
+        RuntimeOptions(gpus_per_worker=share)
+        assert workers_on_a_gpu(share) == workers
+        assert workers * round(share * 10_000) <= 10_000
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """What is named as the limit, from made-up busy seconds."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from resfeat.reporting import Report, limits
+from resfeat.reporting import Report, Tally, Watch, limits
+from resfeat.worker import ShardResult
 
 
 @pytest.mark.parametrize(
@@ -29,20 +32,82 @@ def test_the_share_that_the_model_waited():
     assert limits.waited({"wait": 1.0, "embed": 3.0}) == 0.25
 
 
-def verdict(stages, device, precision):
+def verdict(stages, device, precision, seconds=1.0, **engine):
+    known = {"device": device, "cpus": 8, "reads_ahead": 4, "workers": 1, "gpus": 0.0, **engine}
     return Report(
         run_id="", status="finished", output="", precision=precision, items=0, embedded=0, failed=0,
-        reasons={}, stages=stages, engine={"device": device, "cpus": 8, "reads_ahead": 4},
+        reasons={}, stages=stages, engine=known, seconds=seconds,
     ).verdict  # fmt: skip
 
 
 def test_the_sentence_names_the_limit_and_what_helps():
-    told = verdict({"embed": 10.0, "wait": 30.0, "decode": 60.0}, "cuda", "bf16")
+    told = verdict({"embed": 10.0, "wait": 30.0, "decode": 60.0}, "cuda", "bf16", cpus=2)
     assert told.startswith("limited by: decode (the model waited 75% of its time)")
-    assert "more CPU cores" in told
+    assert told.endswith("faster with more CPU cores for each GPU")
     busy = {"embed": 10.0, "wait": 0.0}
     assert "a GPU" in verdict(busy, "cpu", "fp32")
     assert "int8" in verdict(busy, "cpu", "fp32")
     assert "int8" not in verdict(busy, "cpu", "int8")
     assert "bf16" in verdict(busy, "cuda", "fp32")
     assert verdict({}, "cpu", "fp32") is None
+
+
+def test_a_gpu_that_one_process_does_not_feed_wants_more_workers_and_not_more_cores():
+    told = verdict({"embed": 10.0, "wait": 30.0, "decode": 60.0}, "cuda", "bf16", cpus=16, gpus=1.0)
+    assert told.endswith("more workers to a GPU, since one decodes on hardly more than 2 cores")
+
+
+# Eight workers of 2 cores on one GPU, for 100 s: their 16 forward threads can be busy for 1600 s.
+EIGHT = {"workers": 8, "gpus": 0.125, "cpus": 2, "reads_ahead": 4}
+BUSY = {"embed": 1500.0, "wait": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("stages", "engine", "enough"),
+    [
+        # 300 s of decoding are 1.5 workers' cores; at four fifths of their time, those of 1.9.
+        (BUSY | {"decode": 300.0}, EIGHT, 2),
+        # 320 s are just the 2 x 2 cores' 400 s at four fifths, and one second more is too much.
+        (BUSY | {"decode": 320.0}, EIGHT, 2),
+        (BUSY | {"decode": 321.0}, EIGHT, 3),
+        (BUSY | {"decode": 1.0}, EIGHT, 1),
+        # Seven workers decode for at most 1120 s, so 1121 takes all eight.
+        (BUSY | {"decode": 1120.0}, EIGHT, 7),
+        (BUSY | {"decode": 1121.0}, EIGHT, None),
+        # Six threads read: 1441 s are more than the 480 s each of three workers.
+        (BUSY | {"decode": 1.0, "read": 1441.0}, EIGHT, 4),
+        # Two threads write.
+        (BUSY | {"decode": 1.0, "write": 161.0}, EIGHT, 2),
+        # Each of four GPUs needs one.
+        (BUSY | {"decode": 1.0}, EIGHT | {"gpus": 0.5}, 4),
+        # The model waited: more than a fifth of 1000 s.
+        ({"embed": 799.0, "wait": 201.0, "decode": 300.0}, EIGHT, None),
+        # Nobody shared a GPU, or had one.
+        (BUSY | {"decode": 300.0}, EIGHT | {"gpus": 1.0}, None),
+        (BUSY | {"decode": 300.0}, EIGHT | {"gpus": 0.0}, None),
+        ({}, EIGHT, None),
+    ],
+)
+def test_how_many_workers_would_have_kept_the_gpus_as_busy(stages, engine, enough):
+    assert limits.enough(stages, engine, 100.0) == enough
+
+
+def test_the_sentence_says_that_fewer_workers_would_do():
+    told = verdict(BUSY | {"decode": 300.0}, "cuda", "bf16", 100.0, **EIGHT)
+    waited = "the model waited 6% of its time, and 2 of 8 workers would do"
+    assert told == f"limited by: embed ({waited}); faster with more GPUs"
+    assert "would do" not in verdict(BUSY | {"decode": 1121.0}, "cuda", "bf16", 100.0, **EIGHT)
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("cpu", "--batch-size 32 saves finding that out"), ("cuda", "fewer workers to a GPU, or")],
+)
+def test_what_is_said_of_memory_that_was_short(device, says):
+    notes = []
+    tally = Tally(SimpleNamespace(items=1), [], Watch(note=notes.append), 0.0)
+    tally.engine = {"device": device, "batch_size": 128}
+    for fits in (128, 32, 32):
+        tally.add(ShardResult(0, 1, 0, 0, 0, fits, {}))
+    (note,) = notes
+    assert "held 32 images at once and not the 128 of a batch" in note and says in note

@@ -85,11 +85,15 @@ placement = _all(
         callback=lambda context, param, value: None if value == "auto" else value,
         help="What runs the network. auto: OpenVINO for our own networks on x86 CPUs, else torch.",
     ),
-    count("--batch-size", help="Images in one forward pass."),
+    count(
+        "--batch-size",
+        help="Images in one forward pass. On a GPU that is 128, and this a multiple of it.",
+    ),
     option(
         "--gpus-per-worker",
         type=float,
-        help="Share of a GPU for each worker, 0 to 1.  [default: 1 if there is a GPU]",
+        help="Share of a GPU for each worker, 0 to 1.  [default: about two cores to a worker, and "
+        "at most eight workers to a GPU]",
     ),
     option("--cpus-per-worker", type=int, help="Cores for each.  [default: a fair share]"),
 )

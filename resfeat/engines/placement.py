@@ -1,47 +1,63 @@
 """How many workers a Ray has room for, and what each asks of it."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import ray
 
 from resfeat.errors import ResfeatError
 from resfeat.runtimes import keeps_to_the_cpu
-from resfeat.spec import Identity, RuntimeOptions
-from resfeat.worker import Placement
+from resfeat.spec import Identity, RuntimeOptions, share_of_a_gpu, workers_on_a_gpu
+from resfeat.worker import CORES_FED, Placement
 
 # One CPU worker gets no more cores than this by default; larger machines get more workers.
 CPUS_PER_WORKER = 8
+# By default. Each has the network in the GPU's memory, and a context there.
+MOST_SHARE_A_GPU = 8
+
+Machine = Mapping[str, float]  # its resources, as Ray names them
 
 
 def place(
     options: RuntimeOptions, identity: Identity, shards: int
 ) -> tuple[int, dict[str, float], Placement]:
-    """How many workers, what each asks of Ray, and what it uses there."""
-    total = ray.cluster_resources()
-    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
-    node_cpus = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    if not cpus:
+    """How many workers, what each asks of Ray, and what it uses there.
+
+    Workers for GPUs go by the machines that have some. By default several share each, since one
+    process does not decode fast enough for it.
+    """
+    machines: Sequence[Machine] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not _sum(machines, "CPU"):
         raise ResfeatError("this Ray has no CPU yet: wait until its first machine has joined")
     share = options.gpus_per_worker
+    with_gpu = [machine for machine in machines if machine.get("GPU", 0.0) >= 1]
     if keeps_to_the_cpu(options, identity.precision):
-        share = 0.0
-    elif share is None:
-        share = 1.0 if gpus else 0.0
-    if share and not gpus:
+        with_gpu = []
+    if share and not with_gpu:
         raise ResfeatError(
             f"a GPU was asked for (--gpus-per-worker {share:g}) and Ray sees none: check the "
             "driver and CUDA_VISIBLE_DEVICES, or give --gpus-per-worker 0 to run on CPUs"
         )
+    machines = with_gpu or machines
+    cpus, gpus = _sum(machines, "CPU"), int(_sum(with_gpu, "GPU"))
+    most = max(machine.get("CPU", 0.0) for machine in machines)
     cores = options.cpus_per_worker
-    if cores and cores > node_cpus:
+    if cores and cores > most:
         raise ResfeatError(
-            f"--cpus-per-worker {cores} is more than any machine has ({node_cpus:g}): give less"
+            f"--cpus-per-worker {cores} is more than any machine has ({most:g}): give less"
         )
     workers = options.workers
-    most = node_cpus if share else min(node_cpus, CPUS_PER_WORKER)
-    if workers is None:
-        workers = max(1, int(gpus / share if share else cpus // (cores or most)))
-    workers = min(workers, shards)
+    if workers is None and gpus:
+        workers = gpus * (workers_on_a_gpu(share) if share else _to_a_gpu(machines, cores))
+    elif workers is None:
+        workers = int(cpus // (cores or min(most, CPUS_PER_WORKER)))
+    workers = min(max(1, workers), shards)
+    if gpus:
+        share = float(share or share_of_a_gpu(min(math.ceil(workers / gpus), MOST_SHARE_A_GPU)))
+        per_worker = cores or min(_cores_each(machine, workers, share) for machine in machines)
+    else:
+        share = 0.0
+        per_worker = cores or min(cpus / workers, most, CPUS_PER_WORKER)
     if not options.address and workers * (cores or 0) > cpus:
         raise ResfeatError(
             f"{workers} workers of {cores} CPU cores are more than the {cpus:g} here: give fewer"
@@ -51,9 +67,24 @@ def place(
             f"{workers} workers of {share:g} GPU are more than the {gpus:g} here: give fewer, or a "
             "smaller --gpus-per-worker"
         )
-    per_worker = cores or min(cpus / workers, most)
-    device = "cuda" if share else "cpu"
-    placement = Placement.of(options, identity, device, max(1, int(per_worker)))
+    placement = Placement.of(options, identity, share, max(1, int(per_worker)))
     # More workers than cores share them; Ray takes fractions.
     asked = {"num_cpus": math.floor(min(per_worker, placement.cpus) * 100) / 100}
-    return workers, asked | {"num_gpus": float(share)}, placement
+    return workers, asked | {"num_gpus": share}, placement
+
+
+def _sum(machines: Sequence[Machine], resource: str) -> float:
+    return sum(machine.get(resource, 0.0) for machine in machines)
+
+
+def _to_a_gpu(machines: Sequence[Machine], cores: int | None) -> int:
+    """Workers to a GPU, so many that each has about the cores that it can use. All ask for the
+    same, so the machine that has the fewest cores to a GPU decides."""
+    fewest = min(machine.get("CPU", 0.0) / machine["GPU"] for machine in machines)
+    return min(max(1, int(fewest // (cores or CORES_FED))), MOST_SHARE_A_GPU)
+
+
+def _cores_each(machine: Machine, workers: int, share: float) -> float:
+    """Cores for each worker on this machine, if as many come to it as its GPUs have room for."""
+    room = int(machine["GPU"]) * workers_on_a_gpu(share)
+    return machine.get("CPU", 0.0) / min(workers, room)

@@ -28,8 +28,9 @@ from resfeat.engines import OnProgress
 from resfeat.engines.cluster import POLL_SECONDS, Cluster, last_line
 from resfeat.engines.placement import place
 from resfeat.engines.pool import ATTEMPTS, Member, Pool
-from resfeat.errors import DecoderHungError, ResfeatError, Stopped
+from resfeat.errors import DecoderHungError, DeviceLostError, ResfeatError, Stopped
 from resfeat.plan import Shard
+from resfeat.runtimes.cuda import why_no_gpu
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
 from resfeat.worker.shard import process_shard
@@ -50,6 +51,7 @@ class RayWorker:
         self._placement = placement
         self._worker: Worker | None = None
         self._building = threading.Lock()
+        self._lost = False  # whether the GPU has failed under this process
         self._quiet = quiet()  # for as long as this process lives
         self._quiet.__enter__()
 
@@ -65,6 +67,9 @@ class RayWorker:
             return process_shard(self._ready_worker(network), task)
         except DecoderHungError:
             os._exit(1)  # a thread that hangs can be ended in no other way
+        except DeviceLostError:
+            self._lost = True
+            raise
 
     @ray.method(concurrency_group="control")
     def embed(
@@ -78,12 +83,14 @@ class RayWorker:
 
     def _ready_worker(self, network: list[ray.ObjectRef[Any]]) -> Worker:
         """The worker, built on first use: Ray restarts an actor without telling us."""
+        if self._lost:
+            os._exit(1)  # and Ray calls again in the process that it starts in place of this one
         with self._building:
             if self._worker is None:
                 if self._placement.device == "cuda" and not torch.cuda.is_available():
                     raise ResfeatError(
-                        "Ray gave this worker a GPU and torch cannot use it: install a CUDA build "
-                        f"of torch on {platform.node()}, or give --gpus-per-worker 0"
+                        f"Ray gave a worker a GPU of {platform.node()}, and {why_no_gpu()} there, "
+                        "and give the same command again, it resumes; or give --gpus-per-worker 0"
                     )
                 self._worker = Worker(self._job, self._placement, ray.get(network[0]))
             return self._worker
@@ -193,7 +200,11 @@ class RayEngine:
             try:
                 answer = ray.get(call)
             except RayTaskError as error:
-                raise _as_resfeat(error) from error
+                failed = _as_resfeat(error)
+                if not (member.live and isinstance(failed, DeviceLostError)):
+                    raise failed from error
+                self._died(member, error, str(failed))  # it ends itself when it is started again
+                continue
             except RayError as error:  # of the actor, its node or its memory
                 self._died(member, error)
                 continue
@@ -223,14 +234,16 @@ class RayEngine:
                 if not member.in_hand:  # else a shard's call says so too
                     self._died(member, error)
 
-    def _died(self, member: Member, error: RayError) -> None:
-        """Take an actor's shards back, and wait for the one that Ray starts in its place."""
+    def _died(self, member: Member, error: RayError, reason: str | None = None) -> None:
+        """Take an actor's shards back, and wait for the one that Ray starts in its place. reason:
+        with what can be done about it, where that is known."""
         preempted = getattr(error, "preempted", False)
         if not (member.live or preempted or isinstance(error, ActorUnavailableError)):
             raise _cannot_start(error) from error
         self._calls = {call: owner for call, owner in self._calls.items() if owner[0] is not member}
         self._asked = {call: owner for call, owner in self._asked.items() if owner is not member}
-        reason = f"{last_line(error)}; {MEMORY}, or look at that shard in _resfeat/plan"
+        look = f"{MEMORY}, or look at that shard in _resfeat/plan"
+        reason = reason or f"{last_line(error)}; {look}"
         self._pool.died(member, reason, preempted=preempted)
         self._start(member)
 

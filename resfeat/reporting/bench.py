@@ -217,5 +217,5 @@ def _sentence(rates: dict[str, float], whole: float, placement: Placement, preci
     return (
         f"The limit is {names[slowest]}: {rates[slowest]:,.0f} images/s {where[slowest]}, and "
         f"{names[second]} could do {rates[second]:,.0f}; all together reach {whole:,.0f}. "
-        f"Faster with {limits.helps(slowest, placement.device, precision)}."
+        f"Faster with {limits.helps(slowest, placement.device, precision, placement.cpus)}."
     )

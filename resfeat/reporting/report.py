@@ -82,8 +82,11 @@ class Report:
         """A sentence on what limited the run. None if nothing ran."""
         if (stage := self.bottleneck) is None:
             return None
-        more = limits.helps(stage, self.engine["device"], self.precision)
+        engine = self.engine
+        more = limits.helps(stage, engine["device"], self.precision, engine["cpus"])
         waited = f"the model waited {self.waited:.0%} of its time"
+        if enough := limits.enough(self.stages, engine, self.seconds):
+            waited += f", and {enough} of {engine['workers']} workers would do"
         return f"limited by: {stage} ({waited}); faster with {more}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -76,9 +76,12 @@ class Tally:
         batch_size = self.engine["batch_size"]
         if result.fits < (self._fits or batch_size):
             self._fits = result.fits
+            more = f"--batch-size {result.fits} saves finding that out"
+            if self.engine["device"] == "cuda":
+                more = "fewer workers to a GPU, or nothing else on it, leave room for more"
             self.note(
                 f"the device's memory held {result.fits} images at once and not the {batch_size} "
-                f"of a batch: --batch-size {result.fits} saves finding that out"
+                f"of a batch: {more}"
             )
 
     def show(self, done: int, failed: int, workers: int) -> None:

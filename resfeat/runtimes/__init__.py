@@ -36,8 +36,11 @@ OFFERED: Mapping[RuntimeName, tuple[Precision, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
 }
 
-# Images in one forward pass. A CPU's core is fastest while feature maps stay in its cache.
-BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): 256}
+# Images in one forward pass on a GPU, whatever the batch size: with another number cuDNN may take
+# other kernels, which give other bits.
+GPU_BATCH = 128
+# Images in a batch. A CPU's core is fastest while feature maps stay in its cache.
+BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): GPU_BATCH}
 X86 = ("x86_64", "AMD64")
 
 
@@ -121,16 +124,20 @@ def prepare(
 
 
 def start(
-    network: Network, *, device: str, threads: int, batch_size: int
+    network: Network, *, device: str, threads: int, batch_size: int, share: float = 1.0
 ) -> TorchRuntime | OpenVINORuntime:
-    """Build the model. threads: how many will call it."""
+    """Build the model. threads: how many will call it. share: of a GPU's memory, up to 1."""
     if network.runtime == "torch":
         import torch
 
-        from resfeat.runtimes.torch import TorchRuntime
-
         # Copies, since arrays from Ray's object store are read-only and shared.
         tensors = {key: torch.from_numpy(array.copy()) for key, array in network.arrays.items()}
+        if device == "cuda":
+            from resfeat.runtimes.cuda import CudaRuntime
+
+            return CudaRuntime(network.identity, tensors, share)
+        from resfeat.runtimes.torch import TorchRuntime
+
         return TorchRuntime(network.identity, tensors, device)
     from resfeat.runtimes.openvino import OpenVINORuntime
 

@@ -1,5 +1,6 @@
 """What a worker is told, what it may use, and what it answers. All of it is small and travels."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -8,7 +9,7 @@ import pyarrow as pa
 
 from resfeat.dataset import Layout, Record
 from resfeat.plan import Shard, carried_columns
-from resfeat.runtimes import BATCH_SIZE, choose
+from resfeat.runtimes import BATCH_SIZE, GPU_BATCH, choose
 from resfeat.spec import Identity, RuntimeName, RuntimeOptions
 from resfeat.storage import is_remote
 
@@ -18,6 +19,8 @@ READ_AHEAD = 4
 READ_AHEAD_IN_STORE = 32
 # Shards that a worker has in hand: it decodes and embeds one while the other drains and commits.
 SHARDS_IN_HAND = 2
+# Cores that one worker's decoding keeps busy: Python's lock lets it use hardly more.
+CORES_FED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +55,24 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a worker runs and what it may use: "cpu" or "cuda", CPU cores, images in a batch."""
+    """Where a worker runs and what it may use: "cpu" or "cuda", CPU cores, images in a batch, and
+    its share of a GPU, 0 to 1."""
 
     runtime: RuntimeName
     device: str
     cpus: int
     batch_size: int
+    gpus: float = 0.0
 
     @classmethod
-    def of(cls, options: RuntimeOptions, identity: Identity, device: str, cpus: int) -> Self:
+    def of(cls, options: RuntimeOptions, identity: Identity, gpus: float, cpus: int) -> Self:
         """Raises UsageError if no runtime on this device does what is asked."""
+        device = "cuda" if gpus else "cpu"
         runtime = choose(options.runtime, identity.model, identity.precision, device)
         batch_size = options.batch_size or BATCH_SIZE[runtime, device]
-        return cls(runtime=runtime, device=device, cpus=cpus, batch_size=batch_size)
+        if gpus:
+            batch_size = math.ceil(batch_size / GPU_BATCH) * GPU_BATCH
+        return cls(runtime=runtime, device=device, cpus=cpus, batch_size=batch_size, gpus=gpus)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """A worker: one model on one device, and the threads that its shards share."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import BoundedSemaphore, Event, Lock, get_ident
 
 import numpy as np
@@ -17,6 +18,7 @@ from resfeat.decoding import Picture, decode
 from resfeat.errors import DecoderHungError, Failure, ResfeatError, first_line
 from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
+from resfeat.runtimes.cuda import why_no_gpu
 from resfeat.runtimes.hardware import cpu_count
 from resfeat.runtimes.torch import use_one_core
 from resfeat.spec import Decode, Identity, Preprocessing, RuntimeOptions
@@ -30,16 +32,16 @@ HUNG_SECONDS = 60.0
 
 def place_here(options: RuntimeOptions, identity: Identity) -> Placement:
     """Where the only worker of this process runs. Raises ResfeatError without the GPU asked for."""
-    device = "cpu"
+    gpus = 0.0
     if not keeps_to_the_cpu(options, identity.precision):
         if torch.cuda.is_available():
-            device = "cuda"
+            gpus = 1.0
         elif options.gpus_per_worker:
             raise ResfeatError(
-                "a GPU was asked for and torch sees none here: install a CUDA build of torch and "
-                "its driver, or give --gpus-per-worker 0 to run on the CPU"
+                f"a GPU was asked for, and {why_no_gpu()}, or give --gpus-per-worker 0 to run on "
+                "the CPU"
             )
-    return Placement.of(options, identity, device, options.cpus_per_worker or cpu_count())
+    return Placement.of(options, identity, gpus, options.cpus_per_worker or cpu_count())
 
 
 def network_for(job: Job, placement: Placement, tensors: Mapping[str, Tensor]) -> Network:
@@ -62,9 +64,14 @@ class Worker:
         self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
         size = placement.batch_size
         self.fits = size  # images that the device's memory is thought to hold at once
-        self.runtime = runtimes.start(
-            network, device=placement.device, threads=self.forward_threads, batch_size=size
-        )
+        with _memory_told(placement):
+            self.runtime = runtimes.start(
+                network,
+                device=placement.device,
+                threads=self.forward_threads,
+                batch_size=size,
+                share=placement.gpus,
+            )
         self.progress: dict[Shard, tuple[int, int]] = {}  # images done and failed, by shard in hand
         self.stopping = Event()  # set it to have shards in hand raise Stopped soon
         self.decoding_since: dict[int, float] = {}  # by thread
@@ -94,13 +101,8 @@ class Worker:
             batch = self.runtime.empty((size, *some[0].shape))
             batch[: len(some)] = some
             batches.append(self.forwards.submit(forward, self, batch))
-        try:
+        with _memory_told(self.placement):
             return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
-        except torch.OutOfMemoryError as error:
-            raise ResfeatError(
-                "the device's memory does not hold the network and one image: see what else is on "
-                f"it, or give a smaller --model ({first_line(error)})"
-            ) from error
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         """As `decode.decode`, watched by `check_decoders`."""
@@ -122,6 +124,22 @@ class Worker:
         self.loaders.shutdown(wait=False, cancel_futures=True)
 
 
+@contextmanager
+def _memory_told(placement: Placement) -> Iterator[None]:
+    """Say what can be done where the device's memory does not hold a single image."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory, next_step = "the device's memory", "see what else is on it"
+        if 0 < placement.gpus < 1:
+            memory = f"a worker's share ({placement.gpus:g}) of the GPU's memory"
+            next_step = "give a larger --gpus-per-worker"
+        raise ResfeatError(
+            f"{memory} does not hold the network and one image: {next_step}, or give a smaller "
+            f"--model ({first_line(error)})"
+        ) from error
+
+
 def _threads(name: str, count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, name, initializer=use_one_core)
 
@@ -139,4 +157,3 @@ def forward(worker: Worker, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
                 raise
         # Another thread may have halved it meanwhile.
         worker.fits = min(worker.fits, fits // 2)
-        torch.cuda.empty_cache()

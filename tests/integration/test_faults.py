@@ -594,6 +594,62 @@ def start(*args, **options):
 """
 
 
+FAILING_GPU = """
+# A GPU that fails in the first process that has embedded three batches, for good; the next process
+# can use it, unless FAILS says "always". What CUDA says is turned into an error of ours as there.
+import os
+from pathlib import Path
+
+build = start
+
+def start(*args, **options):
+    runtime, batches = build(*args, **options), []
+    embed, place = runtime.embed, Path(os.environ["FAILED"])
+
+    def failing(pixels):
+        import torch
+
+        from resfeat.runtimes.cuda import device_errors
+
+        batches.append(len(pixels))
+        own = str(os.getpid())
+        if len(batches) > 3 and (not place.exists() or os.environ["FAILS"] == "always"):
+            place.write_text(own)
+        if len(batches) > 3 and place.read_text() == own:
+            with device_errors():
+                raise torch.AcceleratorError("CUDA error: unspecified launch failure\\nmore of it")
+        return embed(pixels)
+
+    runtime.embed = failing
+    return runtime
+"""
+
+
+@pytest.mark.ray
+def test_a_worker_whose_gpu_fails_is_replaced_or_the_run_says_that_it_resumes(
+    few, undisturbed, choices, command, tmp_path
+):
+    def run(fails):
+        hook = after_import({"resfeat.runtimes": FAILING_GPU}, tmp_path / "hook")
+        env = hook | {"FAILS": fails, "FAILED": str(tmp_path / fails)}
+        output = tmp_path / f"out-{fails}"
+        options = ["--batch-size", 8, "--log-json"]
+        return command(*extract(few, output, choices, *options, workers=1), env=env), output
+
+    once, output = run("once")
+    assert once.returncode == 0, once.stderr
+    assert json.loads(once.stdout.splitlines()[-1])["engine"]["worker_deaths"] == 1
+    assert_same(output, undisturbed)
+
+    always, output = run("always")
+    line = the_error(always)
+    assert "3 workers died while doing shard 0: the GPU of" in line
+    assert "unspecified launch failure" in line and "it resumes" in line
+    again = command(*extract(few, output, choices, "--batch-size", 8))
+    assert again.returncode == 0, again.stderr
+    assert_same(output, undisturbed)
+
+
 @pytest.mark.parametrize("workers", BY_ONE_PROCESS)
 def test_a_device_without_memory_gets_smaller_batches_and_the_report_says_so(
     workers, few, undisturbed, choices, command, tmp_path

@@ -100,7 +100,7 @@ def test_placement(cluster, options, workers, cpus, asked, device):
     assert given[:2] == (workers, asked)
     assert (given[2].cpus, given[2].device) == (cpus, device)
     runtime = {"cpu": "openvino", "cuda": "torch"}[device]
-    assert (given[2].runtime, given[2].batch_size) == (runtime, {"cpu": 2, "cuda": 256}[device])
+    assert (given[2].runtime, given[2].batch_size) == (runtime, {"cpu": 2, "cuda": 128}[device])
 
 
 def test_int8_keeps_to_the_cpu_where_nothing_is_said_of_gpus(cluster):
@@ -115,7 +115,7 @@ def test_no_more_workers_than_shards(cluster):
 
 
 @pytest.mark.parametrize(
-    "options", [{"cpus_per_worker": 5}, {"workers": 3}, {"workers": 3, "cpus_per_worker": 2}]
+    "options", [{"cpus_per_worker": 5}, {"workers": 17}, {"workers": 3, "cpus_per_worker": 2}]
 )
 def test_what_the_machine_cannot_hold_is_refused(cluster, options):
     with pytest.raises(ResfeatError, match="give"):
