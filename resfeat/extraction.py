@@ -1,8 +1,13 @@
 """Images to embeddings, the whole story: list → plan → shards → workers → report."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from resfeat import engines, runtimes, sources
 from resfeat.backbones import check_name
@@ -13,6 +18,10 @@ from resfeat.reporting import Progress, Report, Watch
 from resfeat.run import Request, Run, begin, writable
 from resfeat.spec import ExtractSpec
 from resfeat.worker import Job
+
+if TYPE_CHECKING:
+    from resfeat.engines import Engine
+    from resfeat.fidelity import Reference
 
 
 def extract(
@@ -61,43 +70,55 @@ def extract(
 
 def _embed(run: Run, cluster: Cluster | None) -> None:
     """Do the shards that are to be done, by workers that were first held against the reference."""
-    from resfeat.fidelity import calibrate, compare, differs, may_differ, reference
+    from resfeat.fidelity import calibrate, may_differ, reference
 
     spec, layout, tally, watch = run.request.spec, run.layout, run.tally, run.request.watch
     if run.record.identity.precision == "int8":
         watch.step("calibrating int8")
-        run.record = calibrate(layout, run.record, run.weights, tally.note)
-    identity = run.record.identity
-    expected = None
-    if may_differ(identity, spec.runtime):
-        watch.step("embedding a sample in fp32, to compare with")
-        expected = reference(layout, run.record, run.weights.tensors)
-    if cluster:
-        cluster.ready(watch.stopping)
+        run.record = calibrate(
+            layout, run.record, run.weights, tally.note, partial(_calibrating, watch)
+        )
+    with ThreadPoolExecutor(1, "reference") as aside:
+        expected = None
+        if may_differ(run.record.identity, spec.runtime):  # and meanwhile the workers start
+            expected = aside.submit(reference, layout, run.record, run.weights.tensors)
+        if cluster:
+            cluster.ready(watch.stopping)
+        if watch.stopping():
+            raise Stopped("stopped before the first worker was started")
+        watch.step("starting the workers")
+        job = Job.of(layout, run.record, run.weights.dims)
+        with engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine:
+            tally.engine = engine.description
+            if expected:
+                _prove(run, engine, expected)
+
+            def show(done: int, failed: int, workers: int) -> None:
+                run.lock.check()
+                tally.show(done, failed, workers)
+
+            for result in engine.run(run.tasks(), show, watch.stopping):
+                tally.add(result)
+
+
+def _calibrating(watch: Watch, used: int, wanted: int) -> None:
     if watch.stopping():
-        raise Stopped("stopped before the first worker was started")
-    watch.step("starting the workers")
-    job = Job.of(layout, run.record, run.weights.dims)
-    with engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine:
-        tally.engine = engine.description
-        if expected and differs(identity, engine.placement):
-            given = engine.embed(expected.pictures, watch.stopping)
-            tally.parity = compare(given, expected, identity, run.weights.dims)
-            _prove(run)
-
-        def show(done: int, failed: int, workers: int) -> None:
-            run.lock.check()
-            tally.show(done, failed, workers)
-
-        for result in engine.run(run.tasks(), show, watch.stopping):
-            tally.add(result)
+        raise Stopped("stopped while int8 was calibrated")
+    watch.progress(Progress(wanted, used, doing="calibrating"))
 
 
-def _prove(run: Run) -> None:
-    """Check that the run is near enough to the reference, and write down how near."""
-    from resfeat.fidelity import check
+def _prove(run: Run, engine: Engine, expecting: Future[Reference | None]) -> None:
+    """Check that the workers are near enough to the reference, and write down how near."""
+    from resfeat.fidelity import check, compare, differs
 
-    parity, identity = run.tally.parity, run.record.identity
+    identity, watch = run.record.identity, run.request.watch
+    if not differs(identity, engine.placement):
+        return
+    watch.step("comparing a sample with fp32")
+    if (expected := expecting.result()) is None:
+        return
+    given = engine.embed(expected.pictures, watch.stopping)
+    run.tally.parity = parity = compare(given, expected, identity, run.weights.dims)
     if parity is None:
         return
     check(parity, identity, run.request.spec.min_parity)

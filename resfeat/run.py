@@ -240,7 +240,7 @@ def _written(request: Request, weights: Weights, plan: Plan, created: str) -> Re
 def _watched(request: Request) -> Iterator[Item]:
     for number, item in enumerate(request.listing, start=1):
         if number % LISTED_BETWEEN_CALLS == 0:
-            request.watch.progress(Progress(None, number, 0, 0))
+            request.watch.progress(Progress(None, number, doing="listing"))
             if request.watch.stopping():
                 raise Stopped("stopped while listing: nothing was written")
         yield item

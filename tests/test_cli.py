@@ -97,6 +97,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(one_photo, tmp_path, resfeat):
     assert sorted(os.listdir(tmp_path / "full")) == ["thesis.tex"]
 
 
+def test_what_comes_before_the_images_is_told_too(monkeypatch):
+    said = []
+    lines = progress.Lines()
+    monkeypatch.setattr(lines, "say", said.append)
+    for told in (
+        Progress(None, 10_000, doing="listing"),
+        Progress(128, 0, doing="calibrating"),
+        Progress(128, 1, doing="calibrating"),  # so soon after the last line
+        Progress(128, 0, 0, 2),
+    ):
+        lines.show(told)
+    assert said == [
+        "listing: 10,000 images so far",
+        "calibrating: 0 images of 128",
+        "0 of 128 images (0%), 0 failed, 2 workers",
+    ]
+
+
 def test_the_time_that_is_left_is_that_of_what_is_left(monkeypatch):
     now, said = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -150,7 +168,7 @@ def test_what_is_printed(one_photo, tmp_path, command, resfeat):
     assert events[0] == {"event": "step", "text": "starting"}
     first = next(event for event in events if event["event"] == "progress")
     assert first == {"event": "progress", "total": 1, "done": 0, "failed": 0, "workers": 1,
-                         "images_per_second": None}  # fmt: skip
+                     "doing": "embedding", "images_per_second": None}  # fmt: skip
     assert (events[-1]["event"], events[-1]["embedded"]) == ("report", 1)
 
 

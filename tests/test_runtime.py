@@ -146,7 +146,9 @@ def test_int8_is_near_to_fp32_and_the_same_when_it_is_made_again(
     given = []
     for name in "first", "second":
         network = tmp_path / f"{name}.xml"
-        quantise(weights.identity, weights.tensors, list(pixels), network)
+        used = []
+        quantise(weights.identity, weights.tensors, list(pixels), network, used.append)
+        assert used == list(range(len(pixels)))
         given.append(embed(openvino(weights, "int8", quantised=network), pixels))
     assert np.array_equal(*given)
     cosines = cosine(given[0], runtime.embed(pixels))
@@ -218,6 +220,8 @@ def test_a_network_that_openvino_cannot_run_is_refused_with_the_way_out(weights,
         raise RuntimeError("no such operation")
 
     monkeypatch.setattr("resfeat.runtimes.openvino.openvino.convert_model", fails)
+    # As with a network of another library, whose operations are not known here.
+    monkeypatch.setattr("resfeat.runtimes.openvino.ResNet", type("Another", (), {}))
     with pytest.raises(ResfeatError, match=r"no such operation.*--runtime torch"):
         openvino(weights)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset, sources
 from resfeat.dataset import Row
 from resfeat.engines import inline
 from resfeat.sources import Item
-from resfeat.worker import shard
+from resfeat.worker import batches, shard
 from resfeat.worker.shard import keeps
 from resfeat.worker.worker import Worker, forward
 
@@ -144,3 +145,37 @@ def test_an_image_in_a_container_is_embedded_like_a_file_and_keeps_its_columns(
     again, _ = run(tmp_path / "container")
     assert again == packed
     assert json.loads((tmp_path / "of container" / "_resfeat" / "spec.json").read_text())
+
+
+def test_an_image_that_takes_long_holds_nobody_up(tmp_path, monkeypatch):
+    """The first of many is decoded until all others but those of its run are embedded."""
+    (tmp_path / "in").mkdir()
+    names = [f"{number:03}.png" for number in range(200)]
+    for number, name in enumerate(names):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "in" / name)
+    first = (tmp_path / "in" / names[0]).read_bytes()
+    embedded, others = [], threading.Event()
+    decode, embed = Worker.decode, batches.forward
+
+    def slowly(worker, data, *options):
+        assert data != first or others.wait(20)
+        return decode(worker, data, *options)
+
+    def noted(worker, pixels):
+        embedded.extend(pixels[:, 0, 0, 0])
+        if set(range(batches.RUN_IMAGES, len(names))) <= set(embedded):
+            others.set()
+        return embed(worker, pixels)
+
+    monkeypatch.setattr(Worker, "decode", slowly)
+    monkeypatch.setattr(batches, "forward", noted)
+    spec = ExtractSpec(
+        sources=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        model="cifar_resnet20",
+        weights="random:0",
+        runtime=RuntimeOptions(workers=0, batch_size=8),
+    )
+    assert extract(spec).embedded == len(names)
+    # In the order of the plan all the same.
+    assert open_dataset(spec.output).embeddings.to_table(["id"])["id"].to_pylist() == names

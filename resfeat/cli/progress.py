@@ -26,8 +26,9 @@ class Lines(AbstractContextManager["Lines"]):
 
     def __init__(self) -> None:
         self._step: threading.Timer | None = None
+        self._doing = ""
         self._last = -math.inf
-        self._first: tuple[float, int] | None = None
+        self._first = 0.0, 0
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -45,18 +46,18 @@ class Lines(AbstractContextManager["Lines"]):
     def show(self, progress: Progress) -> None:
         self._over()
         now = time.monotonic()
-        if progress.total is not None and self._first is None:
-            self._first = now, progress.done
+        if progress.doing != self._doing:
+            self._doing, self._last, self._first = progress.doing, -math.inf, (now, progress.done)
         if now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            since, before = self._first or (now, 0)
+            since, before = self._first
             self.line(progress, (progress.done - before) / (now - since) if now > since + 1 else 0)
 
     def line(self, progress: Progress, speed: float) -> None:
         """Print one line. speed: images per second since the first; 0 if it is too early to say."""
         done, total = progress.done, progress.total
-        if total is None:
-            self.say(f"listing: {done:,} images so far")
+        if total is None or progress.doing != "embedding":
+            self.say(f"{progress.doing}: {done:,} images{f' of {total:,}' if total else ' so far'}")
             return
         text = f"{done:,} of {total:,} images ({done / total:.0%})"
         if speed:
@@ -101,14 +102,19 @@ class Bar(Lines):
         from tqdm import tqdm
 
         self._over()
-        if self._bar is None or self._bar.total != progress.total:
+        if self._bar is None or self._doing != progress.doing:
             self._close()
-            what = "listing" if progress.total is None else "embedding"
+            self._doing = progress.doing
             # `initial` keeps what earlier runs did out of the speed.
             self._bar = tqdm(
-                desc=what, total=progress.total, initial=progress.done, unit="img", smoothing=0.1
+                desc=progress.doing,
+                total=progress.total,
+                initial=progress.done,
+                unit="img",
+                smoothing=0.1,
             )
-        self._bar.set_postfix(failed=progress.failed, workers=progress.workers, refresh=False)
+        if progress.doing == "embedding":
+            self._bar.set_postfix(failed=progress.failed, workers=progress.workers, refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
     def note(self, text: str) -> None:

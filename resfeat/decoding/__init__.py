@@ -2,6 +2,19 @@
 
 from resfeat.decoding.careful import CarefulDecoder
 from resfeat.decoding.decode import Picture, decode, quiet
-from resfeat.decoding.load import Decoder, Loaded, load
+from resfeat.decoding.load import Decoder, Loaded, load, loaded
+from resfeat.decoding.pillow import MAX_PIXELS
+from resfeat.decoding.room import Room
 
-__all__ = ["CarefulDecoder", "Decoder", "Loaded", "Picture", "decode", "load", "quiet"]
+__all__ = [
+    "MAX_PIXELS",
+    "CarefulDecoder",
+    "Decoder",
+    "Loaded",
+    "Picture",
+    "Room",
+    "decode",
+    "load",
+    "loaded",
+    "quiet",
+]

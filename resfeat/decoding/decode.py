@@ -12,8 +12,8 @@ scaled down, and torch resizes 8-bit pixels. What either of these does not take,
 import io
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,16 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from resfeat.decoding.pillow import MAX_PIXELS, RefusedError, foreign, stored_of, turn_of, turned
+from resfeat.decoding.jpeg import head_of
+from resfeat.decoding.pillow import (
+    MAX_PIXELS,
+    RefusedError,
+    Turn,
+    foreign,
+    stored_of,
+    turn_of,
+    turned,
+)
 from resfeat.decoding.resize import narrowed, resize_with_pillow, resize_with_torch, takes_torch
 from resfeat.errors import Failure, ResfeatError, first_line
 from resfeat.spec import Decode, Preprocessing
@@ -36,6 +45,8 @@ SCALES = (8, 4, 2)
 
 # Of JPEG: any marker but those within a scan, and the two that matter.
 _MARKER, _SCAN, _END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]"), b"\xff\xda", b"\xff\xd9"
+# What is entered around the decoding of so many pixels, which takes memory.
+RoomFor = Callable[[int], AbstractContextManager[object]]
 Image.init()  # all signatures are known from here on, in every thread
 
 
@@ -58,11 +69,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
+def decode(
+    data: bytes, preprocessing: Preprocessing, way: Decode, room: RoomFor = nullcontext
+) -> Picture | Failure:
     """The pixels that the model is to see, or why there are none. Raises ResfeatError where our own
     code fails, never for bad data."""
     try:
-        return _decode(data, preprocessing, way)
+        return _decode(data, preprocessing, way, room)
     except RefusedError as refused:
         return Failure("decode", refused.reason, str(refused))
     except MemoryError:
@@ -76,7 +89,9 @@ def decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | 
         ) from error
 
 
-def _decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture:
+def _decode(data: bytes, preprocessing: Preprocessing, way: Decode, room: RoomFor) -> Picture:
+    if way == "turbo" and (picture := _decode_plain(data, preprocessing, room)):
+        return picture
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a host program may have set it: no invented pixels
     with foreign(data):
         image = _open(data)
@@ -89,28 +104,38 @@ def _decode(data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture:
             )
         if image.info.get("progressive") and (scans := _scans(data)) > MAX_SCANS:
             raise RefusedError("too_large", f"a JPEG of {scans:,} scans; {MAX_SCANS} at most")
-        if way == "turbo" and (picture := _decode_jpeg(data, image, preprocessing)):
-            return picture
-        with foreign(data):
-            stored = stored_of(image)
-        width, height = stored.size
-        if way == "turbo" and takes_torch(width, height, preprocessing):
-            pixels = resize_with_torch(narrowed(stored, preprocessing), *stored.size, preprocessing)
-        else:
-            pixels = np.asarray(resize_with_pillow(stored, preprocessing))
-    return Picture(pixels, width, height)
+        # Of three colours in an odd file; a plain one did not come as far as this.
+        if way == "turbo" and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+            with foreign(data):
+                turn = turn_of(image)
+            with room(image.width * image.height):
+                picture = _by_turbo(data, image.size, turn, preprocessing)
+            if picture:
+                return picture
+        with room(image.width * image.height):
+            return _by_pillow(data, image, preprocessing, way)
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, preprocessing: Preprocessing) -> Picture | None:
-    """A plain JPEG by libjpeg-turbo. None for one with anything wrong in it: Pillow is to judge."""
-    width, height = image.size
-    is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    if not is_plain or not takes_torch(width, height, preprocessing):
+def _decode_plain(data: bytes, preprocessing: Preprocessing, room: RoomFor) -> Picture | None:
+    """A plain JPEG, without Pillow. None for any other, and for one that may be refused."""
+    head = head_of(data)
+    if head is None or not 0 < head.width * head.height <= MAX_PIXELS:
+        return None
+    if head.progressive and data.count(_SCAN) > MAX_SCANS:
+        return None
+    with room(head.width * head.height):
+        return _by_turbo(data, head[:2], head.turn, preprocessing)
+
+
+def _by_turbo(
+    data: bytes, size: tuple[int, int], turn: Turn, preprocessing: Preprocessing
+) -> Picture | None:
+    """A JPEG by libjpeg-turbo. None for one with anything wrong in it: Pillow is to judge."""
+    width, height = size
+    if not takes_torch(width, height, preprocessing):
         return None
     least = LEAST_SCALED * preprocessing.resize
     scale = next((each for each in SCALES if min(width, height) >= each * least), 1)
-    with foreign(data):
-        turn = turn_of(image)
     try:
         stored = simplejpeg.decode_jpeg(
             data, "RGB", min_height=-(-height // scale), min_width=-(-width // scale)
@@ -121,6 +146,19 @@ def _decode_jpeg(data: bytes, image: Image.Image, preprocessing: Preprocessing) 
         width, height = height, width
     upright = turned(stored, turn)
     return Picture(resize_with_torch(upright, width, height, preprocessing), width, height)
+
+
+def _by_pillow(
+    data: bytes, image: Image.Image, preprocessing: Preprocessing, way: Decode
+) -> Picture:
+    with foreign(data):
+        stored = stored_of(image)
+    width, height = stored.size
+    if way == "turbo" and takes_torch(width, height, preprocessing):
+        pixels = resize_with_torch(narrowed(stored, preprocessing), width, height, preprocessing)
+    else:
+        pixels = np.asarray(resize_with_pillow(stored, preprocessing))
+    return Picture(pixels, width, height)
 
 
 def _open(data: bytes) -> Image.Image:

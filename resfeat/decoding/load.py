@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 from resfeat.decoding.decode import Picture, decode
@@ -11,7 +10,7 @@ from resfeat.errors import Failure
 from resfeat.spec import Decode, Preprocessing
 
 if TYPE_CHECKING:
-    from resfeat.sources import Item
+    from resfeat.sources import Content, Item
 
 Decoder = Callable[[bytes, Preprocessing, Decode], Picture | Failure]
 
@@ -25,21 +24,24 @@ class Loaded(NamedTuple):
 
 
 def load(
-    item: Item,
+    item: Item, preprocessing: Preprocessing, way: Decode, decoder: Decoder = decode
+) -> Loaded | Failure:
+    """Read an image and decode it. Raises ResfeatError where neither the image nor its file is to
+    blame."""
+    from resfeat.sources import read  # brings Arrow, which a child that only decodes need not load
+
+    return loaded(read(item), preprocessing, way, decoder)
+
+
+def loaded(
+    content: Content | Failure,
     preprocessing: Preprocessing,
     way: Decode,
     decoder: Decoder = decode,
-    stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Loaded | Failure:
-    """Read an image and decode it, each within what `stage` gives for "read" and "decode". Raises
-    ResfeatError where neither the image nor its file is to blame."""
-    from resfeat.sources import read  # brings Arrow, which a child that only decodes need not load
-
-    with stage("read"):
-        content = read(item)
+    """The same of what `sources.read` gave."""
     if isinstance(content, Failure):
         return content
     data, size, mtime = content
-    with stage("decode"):
-        picture = decoder(data, preprocessing, way)
+    picture = decoder(data, preprocessing, way)
     return picture if isinstance(picture, Failure) else Loaded(picture, size, mtime)

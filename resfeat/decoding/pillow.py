@@ -23,7 +23,7 @@ _ORIENTATION = 0x0112
 
 # How to show what EXIF says is stored otherwise: axes swapped first, then rows, columns reversed.
 Turn = tuple[bool, int, int]
-_UPRIGHT: Turn = (False, 1, 1)
+UPRIGHT: Turn = (False, 1, 1)
 _TURNS: Mapping[Any, Turn] = {
     2: (False, 1, -1),
     3: (False, -1, -1),
@@ -97,7 +97,7 @@ class Stored:
         box = (top, left, bottom, right) if swapped else (left, top, right, bottom)
         part = self.image if box == (0, 0, *self.image.size) else self.image.crop(box)
         rgb = self._rgb(part)
-        return rgb if self.turn == _UPRIGHT else Image.fromarray(turned(np.asarray(rgb), self.turn))
+        return rgb if self.turn == UPRIGHT else Image.fromarray(turned(np.asarray(rgb), self.turn))
 
     def _rgb(self, part: Image.Image) -> Image.Image:
         if part.mode == "RGB" and "transparency" not in part.info:
@@ -137,7 +137,12 @@ def stored_of(image: Image.Image) -> Stored:
 
 
 def turn_of(image: Image.Image) -> Turn:
-    return _TURNS.get(image.getexif().get(_ORIENTATION), _UPRIGHT)
+    return turn_for(image.getexif().get(_ORIENTATION))
+
+
+def turn_for(orientation: Any) -> Turn:
+    """For a value of EXIF; those that mean nothing leave the picture as it is."""
+    return _TURNS.get(orientation, UPRIGHT)
 
 
 def turned(pixels: NDArray[np.uint8], turn: Turn) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from resfeat.engines.cluster import Cluster
 from resfeat.spec import RuntimeOptions
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
     from resfeat.engines.inline import InlineEngine
     from resfeat.engines.ray import RayEngine
+
+    Engine: TypeAlias = InlineEngine | RayEngine
 
 # How long shards in hand may take to finish once the run is asked to stop.
 DRAIN_SECONDS = 20.0
@@ -41,7 +43,7 @@ def prepare(
 
 def start(
     options: RuntimeOptions, job: Job, weights: Weights, shards: int, cluster: Cluster | None
-) -> AbstractContextManager[InlineEngine | RayEngine]:
+) -> AbstractContextManager[Engine]:
     """The engine that the options ask for, to do so many shards; on Ray, if there is one."""
     if cluster is None:
         from resfeat.engines.inline import InlineEngine

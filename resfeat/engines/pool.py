@@ -71,11 +71,15 @@ class Pool:
                     yield member, self._tasks[shard]
 
     def _has_room(self, member: Member, others: int) -> bool:
-        """Whether a worker may have the next shard beside at most `others`. A shard whose next
-        death ends the run is done alone, so that the right one is blamed."""
+        """Whether a worker may have the next shard beside at most `others`."""
         every = [*member.in_hand, self._waiting[0]]
+        # A shard whose next death ends the run is done alone, so that the right one is blamed.
         if any(self._blamed[shard] == ATTEMPTS - 1 for shard in every):
             return not member.in_hand
+        # The last shards wait for whoever is free first: no slow worker sits on one.
+        live = len(self.live)
+        if member.in_hand and 1 < live >= len(self._waiting):
+            return False
         return len(member.in_hand) <= others
 
     def done(self, member: Member, shard: Shard) -> None:

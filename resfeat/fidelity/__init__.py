@@ -2,7 +2,15 @@
 dataset's own images."""
 
 from resfeat.fidelity.calibration import calibrate, is_intact
-from resfeat.fidelity.parity import Parity, check, compare, differs, may_differ, reference
+from resfeat.fidelity.parity import (
+    Parity,
+    Reference,
+    check,
+    compare,
+    differs,
+    may_differ,
+    reference,
+)
 
-__all__ = ["Parity", "calibrate", "check", "compare", "differs", "is_intact", "may_differ",
-           "reference"]  # fmt: skip
+__all__ = ["Parity", "Reference", "calibrate", "check", "compare", "differs", "is_intact",
+           "may_differ", "reference"]  # fmt: skip

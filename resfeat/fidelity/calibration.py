@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    layout: Layout, record: Record, weights: Weights, on_note: Callable[[str], None]
+    layout: Layout,
+    record: Record,
+    weights: Weights,
+    on_note: Callable[[str], None],
+    on_picture: Callable[[int, int], None] = lambda used, wanted: None,
 ) -> Record:
     """Make the dataset's int8 network, unless it is there and intact.
 
+    on_picture: is told how many pictures have been used, and how many will be; it may raise.
     Returns the record with the network's digest in it. Raises ChoiceError if no image can be
     used, ResfeatError if a lost network cannot be made again as it was.
     """
@@ -42,7 +47,9 @@ def calibrate(
     layout.quantised.parent.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix="resfeat-") as folder:
         made = Path(folder, "network.xml")
-        quantise(identity, weights.tensors, chosen, made)
+        quantise(
+            identity, weights.tensors, chosen, made, lambda used: on_picture(used, len(chosen))
+        )
         for suffix in (".bin", ".xml"):
             content = made.with_suffix(suffix).read_bytes()
             write_whole(layout.tmp, layout.quantised.with_suffix(suffix), content)

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: images of the whole dataset, done and failed so far, live workers. While
-    the sources are listed, total is None and done counts the images found."""
+    """Where a run stands: images of the whole dataset, done and failed so far, live workers. Before
+    that the sources are listed, where total is None and done counts the images found, and int8 may
+    be calibrated, where both count the images that are used for it."""
 
     total: int | None
     done: int
-    failed: int
-    workers: int
+    failed: int = 0
+    workers: int = 0
+    doing: Literal["listing", "calibrating", "embedding"] = "embedding"
 
 
 @dataclass(frozen=True)

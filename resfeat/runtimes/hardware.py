@@ -17,6 +17,14 @@ def cpu_count() -> int:
     return allowed
 
 
+def memory_bytes() -> int:
+    """Memory that this process may use, within its container's limit."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
+        there = min(there, int(file.read()))  # "max" is no number: no limit
+    return there
+
+
 def hardware() -> dict[str, Any]:
     """This machine, as a run report names it."""
     return {
@@ -24,7 +32,7 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu_model(),
         "cpus": cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
     }
 
 

@@ -6,7 +6,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +22,10 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino
 
+from resfeat.backbones.resnet import ResNet
 from resfeat.errors import ResfeatError, first_line
 from resfeat.runtimes.embedder import Embedder
+from resfeat.runtimes.graph import graph_of
 from resfeat.spec import Identity
 from resfeat.storage import Location
 
@@ -74,7 +76,13 @@ def convert(identity: Identity, tensors: Mapping[str, Tensor]) -> Arrays:
     """The network in OpenVINO's form. Raises ResfeatError if OpenVINO cannot convert it."""
     with TemporaryDirectory(prefix="resfeat-") as folder:
         path = Path(folder, "network.xml")
-        openvino.save_model(_traced(identity, tensors), path, compress_to_fp16=False)
+        embedder = Embedder(identity, tensors).eval()
+        if isinstance(embedder.network, ResNet):
+            with torch.inference_mode():
+                model = graph_of(embedder)
+        else:
+            model = _traced(embedder)
+        openvino.save_model(model, path, compress_to_fp16=False)
         return load(path)
 
 
@@ -91,27 +99,34 @@ def quantise(
     tensors: Mapping[str, Tensor],
     pictures: Sequence[NDArray[np.uint8]],
     network: Path,
+    on_picture: Callable[[int], None] = lambda used: None,
 ) -> None:
     """Write an int8 network to `network` (.xml, and .bin beside it). Its ranges are calibrated on
-    these pictures, uint8 [H, W, 3]."""
+    these pictures, uint8 [H, W, 3]. on_picture: is told before each how many have been used, and
+    may raise."""
+
+    def batches() -> Iterator[NDArray[np.uint8]]:
+        for used, picture in enumerate(pictures):
+            on_picture(used)
+            yield picture[None]
+
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     import nncf
 
     nncf.set_log_level(logging.ERROR)
     with redirect_stdout(io.StringIO()):  # NNCF draws bars
         quantised = nncf.quantize(
-            _traced(identity, tensors),
-            nncf.Dataset([picture[None] for picture in pictures]),
+            _traced(Embedder(identity, tensors).eval()),
+            nncf.Dataset(batches()),
             subset_size=len(pictures),
             preset=nncf.QuantizationPreset.MIXED,
         )
     openvino.save_model(quantised, network, compress_to_fp16=False)
 
 
-def _traced(identity: Identity, tensors: Mapping[str, Tensor]) -> Any:
-    crop = identity.preprocessing.crop
+def _traced(embedder: Embedder) -> openvino.Model:
+    crop = embedder.identity.preprocessing.crop
     example = torch.zeros(1, crop, crop, 3, dtype=torch.uint8)
-    embedder = Embedder(identity, tensors).eval()
     try:
         # OpenVINO prints more if our own command line has a --verbose.
         with torch.inference_mode(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
@@ -121,5 +136,6 @@ def _traced(identity: Identity, tensors: Mapping[str, Tensor]) -> Any:
     # Tracing and conversion fail in many ways, none of which the user can mend.
     except Exception as error:
         raise ResfeatError(
-            f"OpenVINO cannot run {identity.model} ({first_line(error)}): give --runtime torch"
+            f"OpenVINO cannot run {embedder.identity.model} ({first_line(error)}): "
+            "give --runtime torch"
         ) from error

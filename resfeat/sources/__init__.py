@@ -11,13 +11,15 @@ from resfeat.sources.item import Item
 from resfeat.sources.rules import printable
 from resfeat.storage import is_remote, locate
 
-__all__ = ["Item", "Listing", "gone", "item_of", "listing", "printable", "read"]
+__all__ = ["Content", "Item", "Listing", "gone", "item_of", "listing", "printable", "read"]
 
 # The items of some sources, in a fixed order. Of either kind:
 #   roots: the sources, in the order in which they are listed.
 #   skipped: what the last iteration passed over, counted by kind.
 #   carried: the columns of `Item.carried`.
 Listing = directory.Directories | prefix.Prefixes
+# An image's bytes, with the size (bytes) and the mtime (microseconds) that they had when read.
+Content = tuple[bytes, int, int]
 
 
 def listing(sources: Sequence[str], label_from: str | None = None) -> Listing:
@@ -37,8 +39,8 @@ def listing(sources: Sequence[str], label_from: str | None = None) -> Listing:
     return directory.Directories(sources, label_from)
 
 
-def read(item: Item) -> tuple[bytes, int, int] | Failure:
-    """An image's bytes with the size (bytes) and mtime (microseconds) that they have now.
+def read(item: Item) -> Content | Failure:
+    """An image's bytes, and what they are now.
 
     Of a file that holds several images, its own bytes and the mtime of the file. Raises
     ResfeatError where the store that holds it is out of reach.

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import BoundedSemaphore, Event, Lock, get_ident
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from queue import SimpleQueue
+from threading import BoundedSemaphore, Event, Lock, Semaphore, get_ident
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from resfeat import runtimes
 from resfeat.dataset import Layout, embeddings_schema
-from resfeat.decoding import Picture, decode
+from resfeat.decoding import MAX_PIXELS, Picture, Room, decode
 from resfeat.errors import DecoderHungError, Failure, ResfeatError, first_line
 from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
 from resfeat.runtimes.cuda import why_no_gpu
-from resfeat.runtimes.hardware import cpu_count
+from resfeat.runtimes.hardware import cpu_count, memory_bytes
 from resfeat.runtimes.torch import use_one_core
 from resfeat.spec import Decode, Identity, Preprocessing, RuntimeOptions
 from resfeat.worker.messages import Job, Placement
@@ -28,6 +29,9 @@ from resfeat.worker.messages import Job, Placement
 PASSES_ON_GPU = 2
 # An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
 HUNG_SECONDS = 60.0
+# Pictures of fewer pixels are decoded without a look at memory; larger ones take up to so many
+# bytes a pixel (WebP the most), and a worker without any takes about so much.
+SMALL_PIXELS, PIXEL_BYTES, WORKER_BYTES = 8_000_000, 16, 2 * 1024**3
 
 
 def place_here(options: RuntimeOptions, identity: Identity) -> Placement:
@@ -75,10 +79,18 @@ class Worker:
         self.progress: dict[Shard, tuple[int, int]] = {}  # images done and failed, by shard in hand
         self.stopping = Event()  # set it to have shards in hand raise Stopped soon
         self.decoding_since: dict[int, float] = {}  # by thread
+        self.idle_since: dict[int, float] = {}  # by forward thread
         self.loaders = _threads("load", placement.cpus + job.reads_ahead)
         self.forwards = _threads("forward", self.forward_threads)
+        self.buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()  # free ones, of one shape
+        # Threads beyond the cores only take the interpreter's lock from each other, unless files
+        # come slowly: then some read while others decode.
+        self.loading = Semaphore(placement.cpus)
+        self._readers = job.reads_ahead  # that may still join them
         self.decoding = BoundedSemaphore(placement.cpus)
         self.feeding = Lock()
+        self._lock = Lock()
+        self._room = Room(pixels_at_once(placement.cpus))
 
     def schema(self, parity: Mapping[str, float] | None) -> pa.Schema:
         """Of the rows. parity: what they say of how near they are to the reference."""
@@ -104,13 +116,30 @@ class Worker:
         with _memory_told(self.placement):
             return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
 
+    def add_reader(self) -> None:
+        """Let one more thread load images, if there is one."""
+        with self._lock:
+            if self._readers:
+                self._readers -= 1
+                self.loading.release()
+
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         """As `decode.decode`, watched by `check_decoders`."""
         self.decoding_since[get_ident()] = time.monotonic()
         try:
-            return decode(data, preprocessing, way)
+            return decode(data, preprocessing, way, self._room_for)
         finally:
-            del self.decoding_since[get_ident()]
+            self.decoding_since.pop(get_ident(), None)
+
+    def _room_for(self, pixels: int) -> AbstractContextManager[object]:
+        return nullcontext() if pixels < SMALL_PIXELS else self._waiting_for_room(pixels)
+
+    @contextmanager
+    def _waiting_for_room(self, pixels: int) -> Iterator[None]:
+        del self.decoding_since[get_ident()]  # while it waits nothing hangs
+        with self._room.of(pixels):
+            self.decoding_since[get_ident()] = time.monotonic()
+            yield
 
     def check_decoders(self) -> None:
         """Raise DecoderHungError where an image has been decoded for too long."""
@@ -122,6 +151,13 @@ class Worker:
         """Let the threads go; whatever has not begun is dropped."""
         self.forwards.shutdown(wait=False, cancel_futures=True)
         self.loaders.shutdown(wait=False, cancel_futures=True)
+
+
+def pixels_at_once(cpus: int) -> int:
+    """Pixels of large pictures that a worker of so many cores may decode at a time: as many as fit
+    into its share of the memory, which is that of the cores."""
+    memory = memory_bytes() * cpus // max(cpus, cpu_count())
+    return max(MAX_PIXELS, (memory - WORKER_BYTES) // PIXEL_BYTES)
 
 
 @contextmanager

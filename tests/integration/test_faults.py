@@ -625,6 +625,7 @@ def start(*args, **options):
 """
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_a_worker_whose_gpu_fails_is_replaced_or_the_run_says_that_it_resumes(
     few, undisturbed, choices, command, tmp_path

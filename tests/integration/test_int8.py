@@ -6,6 +6,10 @@ import shutil
 import pytest
 from tables import rows
 
+from resfeat import ExtractSpec, RuntimeOptions, extract
+from resfeat.fidelity.sample import CALIBRATION
+from resfeat.reporting import Progress
+
 CHOICES = (
     "--model", "resnet18", "--weights", "random:0", "--precision", "int8",
     "--resize", "72", "--crop", "64",
@@ -107,3 +111,27 @@ def test_queries_are_not_embedded_by_another_network(half, photos, resfeat):
         (line,) = done.stderr.splitlines()
         assert "network.xml is gone or changed" in line and "bring it back" in line
         network.unlink(missing_ok=True)
+
+
+def test_calibration_is_shown_and_can_be_stopped(photos, tmp_path, monkeypatch):
+    told = []
+
+    def quantise(identity, tensors, pictures, network, on_picture):
+        for used in range(len(pictures)):
+            on_picture(used)
+
+    monkeypatch.setattr("resfeat.runtimes.openvino.quantise", quantise)
+    spec = ExtractSpec(
+        sources=(str(photos),),
+        output=str(tmp_path / "out"),
+        model="resnet18",
+        weights="random:0",
+        resize=72,
+        crop=64,
+        precision="int8",
+        runtime=RuntimeOptions(workers=0),
+    )
+    report = extract(spec, on_progress=told.append, stopping=lambda: len(told) == 20)
+    assert (report.status, report.embedded) == ("interrupted", 0)
+    assert told == [Progress(CALIBRATION, used, doing="calibrating") for used in range(20)]
+    assert not (tmp_path / "out" / "_resfeat" / "int8" / "network.xml").exists()

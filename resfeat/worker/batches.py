@@ -1,0 +1,251 @@
+"""The images of a shard as finished batches.
+
+    loader threads: read, decode a run ─→ batches of fixed shape ─→ forward threads: embed
+
+Loaders take runs of images, so that Python has little to do for each. A batch is embedded as soon
+as its images are there, whatever those before it do: one that takes seconds to decode holds nobody
+up. What is under way is bounded: memory grows with neither the shard nor the dataset.
+"""
+
+import itertools
+import queue
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from threading import Lock, get_ident
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from resfeat.dataset import FailedItem, Row
+from resfeat.decoding import Decoder, loaded
+from resfeat.errors import Failure, Stopped, first_line
+from resfeat.sources import Content, Item, read
+from resfeat.storage import is_remote
+from resfeat.worker.worker import Worker, forward
+
+# Prefetch per shard, beyond the batches that are being embedded, to even out reading and decoding.
+IMAGES_AHEAD = 128
+BATCHES_AHEAD = 2
+CHECK_SECONDS = 1.0
+# A loader reads so many images, of so many bytes, and then decodes them. In a store each request
+# takes long, and each image is a run of its own.
+RUN_IMAGES, RUN_BYTES = 32, 8 * 1024**2
+# Reading that takes longer than this, for an image, waits for a disk or a store.
+SLOW_SECONDS = 0.002
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A finished batch. first: the place of its first image in the shard."""
+
+    first: int
+    rows: list[Row]
+    vectors: NDArray[np.floating]  # [len(rows), D], in the type that is stored
+    failures: list[FailedItem]
+    changed: int  # images that are not what was listed
+
+
+@dataclass
+class _Group:
+    """Images that share a buffer: some runs, and some batches. first: as of a batch."""
+
+    first: int
+    items: Sequence[Item]
+    pixels: NDArray[np.uint8]  # [at least whole batches, crop, crop, 3]
+    outcomes: list[Row | Failure | None]  # None for an image whose row is kept
+    missing: int  # runs that are not loaded yet
+    left: int  # batches that are not embedded yet
+    started: float
+
+
+@dataclass
+class Batches:
+    """What becomes of the items of one shard.
+
+    kept: the rows, by id, that are not to be done again, with their vectors. seconds: busy seconds
+    by stage, added up over threads.
+    """
+
+    worker: Worker
+    kept: Mapping[str, tuple[Row, NDArray[np.floating]]]
+    decode: Decoder
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _lock: Lock = field(default_factory=Lock)
+    _done: queue.SimpleQueue[Batch | Exception] = field(default_factory=queue.SimpleQueue)
+    _under_way: int = 0
+    _early: dict[int, Batch] = field(default_factory=dict)  # that wait for those before them
+    _next: int = 0  # the place of the next image to give
+    _together: int = 0  # images in a group
+    _is_dropped: bool = False
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; no more runs are decoded at a time than there are cores."""
+        with self.worker.decoding if name == "decode" else nullcontext():
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._add(name, time.perf_counter() - started)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self.seconds[stage] += seconds
+
+    def of(self, items: Sequence[Item]) -> Iterator[Batch]:
+        """Finished batches in plan order. Raises Stopped soon after the worker is told to stop,
+        DecoderHungError where it cannot go on, and what loading and embedding raise."""
+        worker, size = self.worker, self.worker.placement.batch_size
+        most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
+        self._together = together = -(-RUN_IMAGES // size) * size
+        try:
+            with worker.feeding:  # the next shard is fed while this one drains, not before
+                for start in range(0, len(items), together):
+                    self._start(start, items[start : start + together])
+                    yield from self._finished(most)
+            yield from self._finished(1)
+        finally:
+            self._is_dropped = True
+
+    def _finished(self, most: int) -> Iterator[Batch]:
+        """Finished batches in their order, until fewer than `most` are under way."""
+        while self._under_way >= most:
+            if batch := self._await():
+                self._under_way -= 1
+                self._early[batch.first] = batch
+            while batch := self._early.pop(self._next, None):
+                self._next += self.worker.placement.batch_size
+                yield batch
+
+    def _await(self) -> Batch | None:
+        """Any batch that is finished; None if none was for a while."""
+        try:
+            batch = self._done.get(timeout=CHECK_SECONDS)
+        except queue.Empty:
+            self.worker.check_decoders()
+            batch = None
+        if self.worker.stopping.is_set():
+            raise Stopped("left unfinished")
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    def _start(self, first: int, items: Sequence[Item]) -> None:
+        """Have some images loaded, and then embedded."""
+        # Always the full shape, and each image at its own place whatever becomes of the others: the
+        # same image gives the same bits in every run.
+        worker, size = self.worker, self.worker.placement.batch_size
+        batches, runs = -(-len(items) // size), list(_runs(items))
+        try:
+            pixels = worker.buffers.get_nowait()
+        except queue.Empty:
+            crop = worker.job.identity.preprocessing.crop
+            pixels = worker.runtime.empty((self._together, crop, crop, 3))
+        group = _Group(
+            first, items, pixels, [None] * len(items), len(runs), batches, time.perf_counter()
+        )
+        for run in runs:
+            worker.loaders.submit(self._load, group, run)
+        self._under_way += batches
+
+    def _load(self, group: _Group, run: range) -> None:
+        """Read a run of images, then decode each into its place."""
+        if self._is_dropped:
+            return
+        try:
+            with self.worker.loading:
+                self._load_now(group, run)
+        except Exception as error:  # for the thread that has the shard
+            self._done.put(error)
+            return
+        with self._lock:
+            group.missing -= 1
+            is_whole = not group.missing
+        if is_whole:
+            for start in range(0, len(group.items), self.worker.placement.batch_size):
+                self.worker.forwards.submit(self._embed, group, start)
+
+    def _load_now(self, group: _Group, run: range) -> None:
+        items, started = group.items[run.start : run.stop], time.perf_counter()
+        with self.stage("read"):
+            contents = [None if item.id in self.kept else read(item) for item in items]
+        if time.perf_counter() - started > SLOW_SECONDS * len(items):
+            self.worker.add_reader()
+        with self.stage("decode"):
+            group.outcomes[run.start : run.stop] = [
+                content and self._decoded(item, content, group.pixels[place])
+                for place, item, content in zip(run, items, contents, strict=True)
+            ]
+
+    def _decoded(
+        self, item: Item, content: Content | Failure, place: NDArray[np.uint8]
+    ) -> Row | Failure:
+        identity = self.worker.job.identity
+        image = loaded(content, identity.preprocessing, identity.decode, self.decode)
+        if isinstance(image, Failure):
+            return image
+        picture, size, mtime = image
+        place[:] = picture.pixels
+        return Row(item.id, picture.width, picture.height, size, mtime, item.label, item.carried)
+
+    def _embed(self, group: _Group, start: int) -> None:
+        """Embed the batch that begins at this place of the group."""
+        if self._is_dropped:
+            return
+        idle = self.worker.idle_since
+        since = max(group.started, idle.get(get_ident(), 0.0))
+        self._add("wait", time.perf_counter() - since)
+        try:
+            self._done.put(self._embedded(group, start))
+        except Exception as error:
+            self._done.put(error)
+        with self._lock:
+            group.left -= 1
+            if not group.left:
+                self.worker.buffers.put(group.pixels)
+        idle[get_ident()] = time.perf_counter()
+
+    def _embedded(self, group: _Group, start: int) -> Batch:
+        worker, end = self.worker, start + self.worker.placement.batch_size
+        items, outcomes = group.items[start:end], group.outcomes[start:end]
+        problem = Failure("embed", "non_finite", "the model gave a value that is not finite")
+        job = worker.job
+        vectors = np.zeros((len(items), sum(job.dims.values())), job.identity.dtype)
+        if any(isinstance(outcome, Row) for outcome in outcomes):
+            with self.stage("embed"):
+                try:
+                    given = forward(worker, group.pixels[start:end])[: len(items)]
+                except torch.OutOfMemoryError as error:
+                    problem = Failure("embed", "out_of_memory", first_line(error))
+                    given = np.full(vectors.shape, np.nan, np.float32)
+                with np.errstate(over="ignore"):  # too much for float16 is infinite: a failure
+                    vectors = given.astype(job.identity.dtype)
+        finite = np.asarray(np.isfinite(vectors).all(axis=1))
+        rows, failures, places, changed = list[Row](), list[FailedItem](), list[int](), 0
+        for place, (item, outcome) in enumerate(zip(items, outcomes, strict=True)):
+            if outcome is None:
+                outcome, vectors[place] = self.kept[item.id]
+            elif isinstance(outcome, Row):
+                changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
+                outcome = outcome if finite[place] else problem
+            if isinstance(outcome, Failure):
+                failures.append(FailedItem(item.id, item.uri, outcome, item.carried))
+            else:
+                places.append(place)
+                rows.append(outcome)
+        return Batch(group.first + start, rows, vectors[places], failures, changed)
+
+
+def _runs(items: Sequence[Item]) -> Iterator[range]:
+    """The places of the images that a loader takes together."""
+    start = 0
+    while start < len(items):
+        most = 1 if is_remote(items[start].uri) else RUN_IMAGES
+        sizes = itertools.accumulate(item.size for item in items[start : start + most])
+        count = max(1, sum(size <= RUN_BYTES for size in sizes))
+        yield range(start, start + count)
+        start += count

@@ -1,0 +1,150 @@
+"""The data path by itself: a model that costs nothing, against decoding alone on the same threads.
+
+    python tests/benchmarks/path.py [--count 2000] [--rounds 5]
+
+First a whole shard, from the plan to the commit, with a network that gives zeros, in turns with
+decoding the same JPEGs of 500 x 375 from memory. Then the same shard with decoders and a resize
+that return at once: the processor time of what is left is what Python costs for an image, and more
+than it holds the interpreter's lock. From both follows what one process can reach on many cores, by
+the asymptotic bounds of operational analysis (Denning and Buzen, "The Operational Analysis of
+Queueing Network Models", 1978): N threads that hold one lock for D and do without it for Z make
+between N / (Z + N D) and min(N / (Z + D), 1 / D). Prints the middle of the rounds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import click
+import numpy as np
+import torch
+
+from resfeat import RuntimeOptions, runtimes
+from resfeat.backbones.weights import resolve
+from resfeat.plan import Shard
+from resfeat.reporting import bench as reporting
+from resfeat.runtimes.hardware import cpu_count, hardware
+from resfeat.runtimes.torch import use_one_core
+from resfeat.sources import listing
+from resfeat.spec import FeatureSpec
+from resfeat.worker import Job, Task
+from resfeat.worker.shard import process_shard
+from resfeat.worker.worker import Worker, network_for, place_here
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "pipelines")]
+
+from bench import USUAL, prepare
+
+decoding = importlib.import_module("resfeat.decoding.decode")  # its function has the same name
+CORES = (2, 4, 8, 16)
+
+
+class Nothing:
+    """A runtime that gives zeros [N, 512]."""
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.empty(shape, np.uint8)
+
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        return np.zeros((len(pixels), 512), np.float32)
+
+
+@contextmanager
+def started(folder: Path, threads: int, batch: int) -> Iterator[tuple[Worker, Shard]]:
+    """A worker without a model, and all images below the folder as one shard."""
+    weights, items = resolve(FeatureSpec(model="resnet18", weights="random:0")), listing([folder])
+    options = RuntimeOptions(
+        workers=0, runtime="torch", cpus_per_worker=threads, batch_size=batch, gpus_per_worker=0
+    )
+    nothing = mock.patch.object(runtimes, "start", lambda *_, **__: Nothing())
+    with (
+        mock.patch.object(reporting, "SHARD", 1_000_000),
+        reporting._dataset([str(folder)], list(items), weights, print) as (layout, record),
+    ):
+        job = Job.of(layout, record, weights.dims)
+        placement = place_here(options, job.identity)
+        network = network_for(job, placement, weights.tensors)
+        with nothing, closing(Worker(job, placement, network)) as worker:
+            yield worker, record.plan.shards[0]
+
+
+def whole(worker: Worker, shard: Shard) -> tuple[float, float]:
+    """Seconds of the clock, and of all processors, for an image of the shard."""
+    with mock.patch("resfeat.worker.shard.kept_rows", lambda *_: {}):  # all of it, every time
+        clock, spent = time.perf_counter(), time.process_time()
+        result = process_shard(worker, Task(shard))
+    assert result.failed == 0
+    images = result.embedded
+    return (time.perf_counter() - clock) / images, (time.process_time() - spent) / images
+
+
+def alone(worker: Worker, contents: list[bytes], threads: int) -> float:
+    """Seconds of the clock for an image that is decoded from memory."""
+    identity = worker.job.identity
+
+    def some(part: list[bytes]) -> None:
+        for data in part:
+            decoding.decode(data, identity.preprocessing, identity.decode)
+
+    with ThreadPoolExecutor(threads, initializer=use_one_core) as pool:
+        clock = time.perf_counter()
+        list(pool.map(some, [contents[i::threads] for i in range(threads)]))
+        return (time.perf_counter() - clock) / len(contents)
+
+
+@contextmanager
+def at_once(data: bytes) -> Iterator[None]:
+    """Decoding and the resize's kernel give what they were asked before."""
+    stored = decoding.simplejpeg.decode_jpeg(data, "RGB")
+    shown = torch.zeros(1, 400, 400, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    with (
+        mock.patch.object(decoding.simplejpeg, "decode_jpeg", lambda *_, **__: stored),
+        mock.patch.object(torch._C._nn, "_upsample_bilinear2d_aa", lambda *_, **__: shown),
+    ):
+        yield
+
+
+@click.command()
+@click.option("--count", default=2000, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--batch", default=16, show_default=True)
+def main(count: int, rounds: int, batch: int) -> None:
+    cores, machine = cpu_count(), hardware()
+    print(f"{machine['cpu']}, {cores} cores; {count} JPEGs of {USUAL[0]} x {USUAL[1]}")
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), count, USUAL, "resnet18")
+        folder = Path(name, "in")
+        contents = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
+        with started(folder, cores, batch) as (worker, shard):
+            whole(worker, shard)  # the first time is another
+            pairs = [
+                (whole(worker, shard)[0], alone(worker, contents, cores)) for _ in range(rounds)
+            ]
+            with at_once(contents[0]):
+                held = statistics.median(whole(worker, shard)[1] for _ in range(rounds))
+    ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
+    share = statistics.median(bare / ours for ours, bare in pairs)
+    print(
+        f"decoding alone {1 / bare:,.0f}/s, with a model that costs nothing {1 / ours:,.0f}/s: "
+        f"{share:.2f}"
+    )
+    free = max(ours * cores - held, 0.0)
+    print(
+        f"of an image's {ours * cores * 1e6:,.0f} us on a core, at most {held * 1e6:.0f} Python's"
+    )
+    for n in CORES:
+        least, most = n / (free + n * held), min(n / (free + held), 1 / held)
+        print(f"  one process on {n} such cores: {least:,.0f} to {most:,.0f} images/s")
+
+
+if __name__ == "__main__":
+    main()
