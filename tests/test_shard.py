@@ -147,22 +147,27 @@ def test_an_image_in_a_container_is_embedded_like_a_file_and_keeps_its_columns(
     assert json.loads((tmp_path / "of container" / "_resfeat" / "spec.json").read_text())
 
 
-def test_an_image_that_takes_long_holds_nobody_up(tmp_path, monkeypatch):
-    """The first of many is decoded until all others but those of its run are embedded."""
+@pytest.mark.parametrize("early", [batches.EARLY_IMAGES, 40])
+def test_an_image_that_takes_long_holds_nobody_up(early, tmp_path, monkeypatch):
+    """The first of many is decoded until all others but those of its run are embedded, or as many
+    as may be kept in memory meanwhile."""
+    monkeypatch.setattr(batches, "EARLY_IMAGES", early)
     (tmp_path / "in").mkdir()
-    names = [f"{number:03}.png" for number in range(200)]
+    names = [f"{number:03}.png" for number in range(400)]
     for number, name in enumerate(names):
-        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "in" / name)
+        Image.new("RGB", (32, 32), (number % 256, number // 256, 0)).save(tmp_path / "in" / name)
     first = (tmp_path / "in" / names[0]).read_bytes()
     embedded, others = [], threading.Event()
     decode, embed = Worker.decode, batches.forward
 
     def slowly(worker, data, *options):
-        assert data != first or others.wait(20)
+        if data == first:
+            assert others.wait(20) if early > len(names) else not others.wait(2)
+            assert len(embedded) > early or early > len(names)
         return decode(worker, data, *options)
 
     def noted(worker, pixels):
-        embedded.extend(pixels[:, 0, 0, 0])
+        embedded.extend(int(low) + 256 * int(high) for low, high, _ in pixels[:, 0, 0])
         if set(range(batches.RUN_IMAGES, len(names))) <= set(embedded):
             others.set()
         return embed(worker, pixels)
@@ -174,6 +179,7 @@ def test_an_image_that_takes_long_holds_nobody_up(tmp_path, monkeypatch):
         output=str(tmp_path / "out"),
         model="cifar_resnet20",
         weights="random:0",
+        shard_size=len(names),
         runtime=RuntimeOptions(workers=0, batch_size=8),
     )
     assert extract(spec).embedded == len(names)

@@ -30,6 +30,8 @@ from resfeat.worker.worker import Worker, forward
 # Prefetch per shard, beyond the batches that are being embedded, to even out reading and decoding.
 IMAGES_AHEAD = 128
 BATCHES_AHEAD = 2
+# Embedded images that wait for one before them. They are small, but a shard may be large.
+EARLY_IMAGES = 4096
 CHECK_SECONDS = 1.0
 # A loader reads so many images, of so many bytes, and then decodes them. In a store each request
 # takes long, and each image is a run of its own.
@@ -113,12 +115,13 @@ class Batches:
 
     def _finished(self, most: int) -> Iterator[Batch]:
         """Finished batches in their order, until fewer than `most` are under way."""
-        while self._under_way >= most:
+        size = self.worker.placement.batch_size
+        while self._under_way >= most or len(self._early) * size > EARLY_IMAGES:
             if batch := self._await():
                 self._under_way -= 1
                 self._early[batch.first] = batch
             while batch := self._early.pop(self._next, None):
-                self._next += self.worker.placement.batch_size
+                self._next += size
                 yield batch
 
     def _await(self) -> Batch | None:
