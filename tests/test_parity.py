@@ -160,8 +160,9 @@ def test_the_reference_is_only_computed_where_workers_may_differ_from_it(
     ],
 )
 def test_all_but_torch_in_fp32_on_a_cpu_is_held_against_it(precision, runtime, device, given):
+    gpus = 1.0 if device == "cuda" else 0.0
     placement = replace(
-        Placement.of(RuntimeOptions(), identity(precision), device, 1), runtime=runtime
+        Placement.of(RuntimeOptions(), identity(precision), gpus, 1), runtime=runtime
     )
     assert differs(identity(precision), placement) == given
 

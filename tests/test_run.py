@@ -226,7 +226,7 @@ def test_every_step_is_told_before_it_is_done(source, tmp_path):
     told = []
     extract(spec(source, tmp_path / "out"), on_step=told.append)
     assert [text.split()[0] for text in told] == [
-        "looking", "loading", "listing", "embedding", "starting",
+        "looking", "loading", "listing", "starting", "comparing",
     ]  # fmt: skip
     assert str(source) in told[0] and "cifar_resnet20" in told[1]
 
