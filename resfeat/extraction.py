@@ -79,9 +79,9 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
             layout, run.record, run.weights, tally.note, partial(_calibrating, watch)
         )
     with ThreadPoolExecutor(1, "reference") as aside:
-        expected = None
+        expecting = None
         if may_differ(run.record.identity, spec.runtime):  # and meanwhile the workers start
-            expected = aside.submit(reference, layout, run.record, run.weights.tensors)
+            expecting = aside.submit(reference, layout, run.record, run.weights.tensors)
         if cluster:
             cluster.ready(watch.stopping)
         if watch.stopping():
@@ -90,8 +90,8 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
         job = Job.of(layout, run.record, run.weights.dims)
         with engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine:
             tally.engine = engine.description
-            if expected:
-                _prove(run, engine, expected)
+            if expecting:
+                _prove(run, engine, expecting)
 
             def show(done: int, failed: int, workers: int) -> None:
                 run.lock.check()

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,3 +186,50 @@ def test_an_image_that_takes_long_holds_nobody_up(early, tmp_path, monkeypatch):
     assert extract(spec).embedded == len(names)
     # In the order of the plan all the same.
     assert open_dataset(spec.output).embeddings.to_table(["id"])["id"].to_pylist() == names
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_more_threads_than_cores_load_images_only_where_reading_is_slow(
+    slow, tmp_path, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    for number in range(400):
+        Image.new("RGB", (8, 8), (number % 256, 0, 0)).save(tmp_path / "in" / f"{number:03}.png")
+    reading, most, lock, read = 0, 0, threading.Lock(), batches.read
+
+    def counted(item):
+        nonlocal reading, most
+        with lock:
+            reading += 1
+            most = max(most, reading)
+        time.sleep(0.004)
+        with lock:
+            reading -= 1
+        return read(item)
+
+    monkeypatch.setattr(batches, "read", counted)
+    monkeypatch.setattr(batches, "SLOW_SECONDS", 0.002 if slow else 60)
+    spec = ExtractSpec(
+        sources=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        model="cifar_resnet20",
+        weights="random:0",
+        shard_size=400,
+        runtime=RuntimeOptions(workers=0, cpus_per_worker=2),
+    )
+    assert extract(spec).embedded == 400
+    assert most > 2 if slow else most == 2
+
+
+def test_a_run_is_of_so_many_images_and_bytes():
+    def lengths(place, *sizes):
+        items = [Item(str(n), f"{place}/{n}.jpg", size, 0) for n, size in enumerate(sizes)]
+        runs = list(batches._runs(items))
+        assert [place for run in runs for place in run] == list(range(len(items)))
+        return [len(run) for run in runs]
+
+    megabyte = 1024**2
+    assert lengths("file:///a", *[1000] * 70) == [32, 32, 6]
+    assert lengths("file:///a", *[3 * megabyte] * 5) == [2, 2, 1]
+    assert lengths("file:///a", 1, 20 * megabyte, 1, 1) == [1, 1, 2]
+    assert lengths("s3://bucket", 1, 1, 1) == [1, 1, 1]

@@ -59,15 +59,13 @@ def _interpolate(
 ) -> NDArray[np.uint8]:
     import torch  # takes seconds, which a child that decodes by Pillow alone need not spend
 
-    # What `interpolate` calls with antialias=True, in half of its time for a small picture.
-    kernels = {
-        "bilinear": torch._C._nn._upsample_bilinear2d_aa,
-        "bicubic": torch._C._nn._upsample_bicubic2d_aa,
-    }
+    # What `torch.nn.functional.interpolate` calls with antialias=True, after checks that hold
+    # Python's lock for 10 us.
+    kernel = getattr(torch._C._nn, f"_upsample_{preprocessing.interpolation}2d_aa")
     # Of 8 bits, and channels last. torch sees the latter by the strides alone, also by that of the
     # one picture: as `pixels[None]` has it, it would take the colours apart and resize each.
     stored = torch.from_numpy(pixels.reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
-    shown = kernels[preprocessing.interpolation](stored, (height, width), False, None)
+    shown = kernel(stored, (height, width), False, None)
     resized: NDArray[np.uint8] = shown.numpy()[0].transpose(1, 2, 0)
     return resized
 

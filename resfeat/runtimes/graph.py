@@ -1,5 +1,8 @@
 """Our own networks in OpenVINO's operations, without the seconds that it takes to trace a torch
-module and have OpenVINO convert it. What comes out is the same, to the last bit."""
+module and have OpenVINO convert it. What comes out is the same, to the last bit.
+
+To be imported by `openvino.py` alone, which sees to it that OpenVINO reports its use to nobody.
+"""
 
 from typing import Any, TypeAlias
 
@@ -22,8 +25,8 @@ def graph_of(embedder: Embedder) -> openvino.Model:
     """`embedder`, whose network is a ResNet, as a model of any batch size."""
     pixels = ops.parameter([-1, -1, -1, -1], np.uint8)
     pictures = ops.transpose(ops.convert(pixels, "f32"), np.array([0, 3, 1, 2]))
-    x = ops.divide(ops.add(ops.divide(pictures, _all(255.0)), -embedder.mean.numpy()),
-                   embedder.std.numpy())  # fmt: skip
+    centred = ops.add(ops.divide(pictures, _number(255.0)), -embedder.mean.numpy())
+    x = ops.divide(centred, embedder.std.numpy())
     network, layers = embedder.network, embedder.identity.layers
     assert isinstance(network, ResNet)
     x = _module(_module(_convolved(x, network.conv1), network.relu), network.maxpool)
@@ -48,7 +51,7 @@ def _block(x: Node, block: Block) -> Node:
         return ops.relu(inner)
     if block.kind == "highway":
         gate = ops.sigmoid(_convolved(x, block.gate))
-        carried = ops.multiply(x, ops.subtract(_all(1.0), gate))
+        carried = ops.multiply(x, ops.subtract(_number(1.0), gate))
         return ops.add(ops.multiply(ops.relu(inner), gate), carried)
     for module in block.downsample:
         x = _module(x, module)
@@ -84,21 +87,21 @@ def _pooled(features: Node, how: str) -> Node:
     if how == "max":
         return ops.reduce_max(features, _HEIGHT_AND_WIDTH)
     if how == "gem":
-        powers = ops.power(ops.maximum(features, _all(GEM_FLOOR)), _all(GEM_POWER))
-        return ops.power(ops.reduce_mean(powers, _HEIGHT_AND_WIDTH), _all(1 / GEM_POWER))
+        powers = ops.power(ops.maximum(features, _number(GEM_FLOOR)), _number(GEM_POWER))
+        return ops.power(ops.reduce_mean(powers, _HEIGHT_AND_WIDTH), _number(1 / GEM_POWER))
     return ops.reduce_mean(features, _HEIGHT_AND_WIDTH)
 
 
 def _normalised(vector: Node) -> Node:
     length = ops.reduce_l2(vector, np.array([1]), keep_dims=True)
-    return ops.divide(vector, ops.maximum(length, _all(_LEAST_LENGTH)))
+    return ops.divide(vector, ops.maximum(length, _number(_LEAST_LENGTH)))
 
 
 def _constant(array: NDArray[Any]) -> Node:
     return openvino.op.Constant(array, shared_memory=True).output(0)
 
 
-def _all(value: float) -> np.float32:
+def _number(value: float) -> np.float32:
     return np.float32(value)
 
 

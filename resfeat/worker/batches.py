@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock, get_ident
 
 import numpy as np
@@ -64,30 +64,34 @@ class _Group:
     started: float
 
 
-@dataclass
 class Batches:
-    """What becomes of the items of one shard.
+    """What becomes of the items of one shard. seconds: busy seconds by stage, added up over
+    threads."""
 
-    kept: the rows, by id, that are not to be done again, with their vectors. seconds: busy seconds
-    by stage, added up over threads.
-    """
-
-    worker: Worker
-    kept: Mapping[str, tuple[Row, NDArray[np.floating]]]
-    decode: Decoder
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _lock: Lock = field(default_factory=Lock)
-    _done: queue.SimpleQueue[Batch | Exception] = field(default_factory=queue.SimpleQueue)
-    _under_way: int = 0
-    _early: dict[int, Batch] = field(default_factory=dict)  # that wait for those before them
-    _next: int = 0  # the place of the next image to give
-    _together: int = 0  # images in a group
-    _is_dropped: bool = False
+    def __init__(
+        self,
+        worker: Worker,
+        kept: Mapping[str, tuple[Row, NDArray[np.floating]]],
+        decode: Decoder,
+    ) -> None:
+        """kept: the rows, by id, that are not to be done again, with their vectors."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._worker = worker
+        self._kept = kept
+        self._decode = decode
+        self._size = worker.placement.batch_size
+        self._together = -(-RUN_IMAGES // self._size) * self._size  # images in a group
+        self._lock = Lock()
+        self._done: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+        self._under_way = 0
+        self._early: dict[int, Batch] = {}  # that wait for those before them
+        self._next = 0  # the place of the next image to give
+        self._is_dropped = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage; no more runs are decoded at a time than there are cores."""
-        with self.worker.decoding if name == "decode" else nullcontext():
+        with self._worker.decoding if name == "decode" else nullcontext():
             started = time.perf_counter()
             try:
                 yield
@@ -101,9 +105,9 @@ class Batches:
     def of(self, items: Sequence[Item]) -> Iterator[Batch]:
         """Finished batches in plan order. Raises Stopped soon after the worker is told to stop,
         DecoderHungError where it cannot go on, and what loading and embedding raise."""
-        worker, size = self.worker, self.worker.placement.batch_size
+        worker, size = self._worker, self._size
         most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
-        self._together = together = -(-RUN_IMAGES // size) * size
+        together = self._together
         try:
             with worker.feeding:  # the next shard is fed while this one drains, not before
                 for start in range(0, len(items), together):
@@ -115,13 +119,12 @@ class Batches:
 
     def _finished(self, most: int) -> Iterator[Batch]:
         """Finished batches in their order, until fewer than `most` are under way."""
-        size = self.worker.placement.batch_size
-        while self._under_way >= most or len(self._early) * size > EARLY_IMAGES:
+        while self._under_way >= most or len(self._early) * self._size > EARLY_IMAGES:
             if batch := self._await():
                 self._under_way -= 1
                 self._early[batch.first] = batch
             while batch := self._early.pop(self._next, None):
-                self._next += size
+                self._next += self._size
                 yield batch
 
     def _await(self) -> Batch | None:
@@ -129,9 +132,9 @@ class Batches:
         try:
             batch = self._done.get(timeout=CHECK_SECONDS)
         except queue.Empty:
-            self.worker.check_decoders()
+            self._worker.check_decoders()
             batch = None
-        if self.worker.stopping.is_set():
+        if self._worker.stopping.is_set():
             raise Stopped("left unfinished")
         if isinstance(batch, Exception):
             raise batch
@@ -141,7 +144,7 @@ class Batches:
         """Have some images loaded, and then embedded."""
         # Always the full shape, and each image at its own place whatever becomes of the others: the
         # same image gives the same bits in every run.
-        worker, size = self.worker, self.worker.placement.batch_size
+        worker, size = self._worker, self._size
         batches, runs = -(-len(items) // size), list(_runs(items))
         try:
             pixels = worker.buffers.get_nowait()
@@ -156,12 +159,12 @@ class Batches:
         self._under_way += batches
 
     def _load(self, group: _Group, run: range) -> None:
-        """Read a run of images, then decode each into its place."""
+        """Load a run of images; whoever loads a group's last has its batches embedded."""
         if self._is_dropped:
             return
         try:
-            with self.worker.loading:
-                self._load_now(group, run)
+            with self._worker.loading:
+                self._read_and_decode(group, run)
         except Exception as error:  # for the thread that has the shard
             self._done.put(error)
             return
@@ -169,15 +172,16 @@ class Batches:
             group.missing -= 1
             is_whole = not group.missing
         if is_whole:
-            for start in range(0, len(group.items), self.worker.placement.batch_size):
-                self.worker.forwards.submit(self._embed, group, start)
+            for start in range(0, len(group.items), self._size):
+                self._worker.forwards.submit(self._embed, group, start)
 
-    def _load_now(self, group: _Group, run: range) -> None:
+    def _read_and_decode(self, group: _Group, run: range) -> None:
+        """Read all of a run, then decode each image into its place."""
         items, started = group.items[run.start : run.stop], time.perf_counter()
         with self.stage("read"):
-            contents = [None if item.id in self.kept else read(item) for item in items]
+            contents = [None if item.id in self._kept else read(item) for item in items]
         if time.perf_counter() - started > SLOW_SECONDS * len(items):
-            self.worker.add_reader()
+            self._worker.add_reader()
         with self.stage("decode"):
             group.outcomes[run.start : run.stop] = [
                 content and self._decoded(item, content, group.pixels[place])
@@ -187,8 +191,8 @@ class Batches:
     def _decoded(
         self, item: Item, content: Content | Failure, place: NDArray[np.uint8]
     ) -> Row | Failure:
-        identity = self.worker.job.identity
-        image = loaded(content, identity.preprocessing, identity.decode, self.decode)
+        identity = self._worker.job.identity
+        image = loaded(content, identity.preprocessing, identity.decode, self._decode)
         if isinstance(image, Failure):
             return image
         picture, size, mtime = image
@@ -199,7 +203,7 @@ class Batches:
         """Embed the batch that begins at this place of the group."""
         if self._is_dropped:
             return
-        idle = self.worker.idle_since
+        idle = self._worker.idle_since
         since = max(group.started, idle.get(get_ident(), 0.0))
         self._add("wait", time.perf_counter() - since)
         try:
@@ -209,11 +213,11 @@ class Batches:
         with self._lock:
             group.left -= 1
             if not group.left:
-                self.worker.buffers.put(group.pixels)
+                self._worker.buffers.put(group.pixels)
         idle[get_ident()] = time.perf_counter()
 
     def _embedded(self, group: _Group, start: int) -> Batch:
-        worker, end = self.worker, start + self.worker.placement.batch_size
+        worker, end = self._worker, start + self._size
         items, outcomes = group.items[start:end], group.outcomes[start:end]
         problem = Failure("embed", "non_finite", "the model gave a value that is not finite")
         job = worker.job
@@ -231,7 +235,7 @@ class Batches:
         rows, failures, places, changed = list[Row](), list[FailedItem](), list[int](), 0
         for place, (item, outcome) in enumerate(zip(items, outcomes, strict=True)):
             if outcome is None:
-                outcome, vectors[place] = self.kept[item.id]
+                outcome, vectors[place] = self._kept[item.id]
             elif isinstance(outcome, Row):
                 changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
                 outcome = outcome if finite[place] else problem
