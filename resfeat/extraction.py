@@ -46,7 +46,7 @@ def extract(
     started = time.monotonic()
     watch = Watch(on_note, on_step, on_progress, stopping)
     watch.step(f"looking at {', '.join(spec.sources)}")
-    listing = sources.listing(spec.sources, spec.label_from)
+    listing = sources.listing(spec.sources, spec.source_options)
     request = Request(spec, Layout(spec.output), listing, watch, started)
     with writable(request.layout):
         request.check_free()

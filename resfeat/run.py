@@ -13,12 +13,14 @@ from resfeat.dataset import Commits, Dataset, Layout, Lock, Record, run_lock, wr
 from resfeat.errors import ChoiceError, ResfeatError, Stopped, StoreError, UsageError
 from resfeat.plan import Plan, Shard, write_plan
 from resfeat.reporting import Progress, Report, Tally, Watch, versions
-from resfeat.sources import Item, Listing, printable
+from resfeat.sources import Listing, printable
 from resfeat.spec import ExtractSpec, Identity
 from resfeat.storage import Location, is_remote, remove_all, write_json
 from resfeat.worker import SHARDS_IN_HAND, Task
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from resfeat.backbones.weights import Weights
 
 LISTED_BETWEEN_CALLS = 10_000
@@ -213,8 +215,8 @@ def _taken_over(request: Request, weights: Weights, record: Record) -> Record | 
     """The listing of a run that committed nothing, with the choices of this one: nothing binds it
     to those of the last. None if this run would list something else."""
     spec, plan = request.spec, record.plan
-    listed = (record.sources, record.label_from, spec.shard_size or plan.shard_size)
-    if listed != (tuple(request.listing.roots), spec.label_from, plan.shard_size):
+    listed = (record.sources, record.source_options, spec.shard_size or plan.shard_size)
+    if listed != (tuple(request.listing.roots), spec.source_options, plan.shard_size):
         return None
     if record.identity == weights.identity:
         return record
@@ -227,7 +229,7 @@ def _written(request: Request, weights: Weights, plan: Plan, created: str) -> Re
         identity=weights.identity,
         weights=weights.origin,
         sources=tuple(request.listing.roots),
-        label_from=request.spec.label_from,
+        source_options=request.spec.source_options,
         plan=plan,
         created=created,
         versions=versions(),
@@ -237,22 +239,26 @@ def _written(request: Request, weights: Weights, plan: Plan, created: str) -> Re
     return record
 
 
-def _watched(request: Request) -> Iterator[Item]:
-    for number, item in enumerate(request.listing, start=1):
-        if number % LISTED_BETWEEN_CALLS == 0:
-            request.watch.progress(Progress(None, number, doing="listing"))
+def _watched(request: Request) -> Iterator[pa.Table]:
+    listed = told = 0
+    for table in request.listing.tables():
+        listed += table.num_rows
+        if listed - told >= LISTED_BETWEEN_CALLS:
+            told = listed
+            request.watch.progress(Progress(None, listed, doing="listing"))
             if request.watch.stopping():
                 raise Stopped("stopped while listing: nothing was written")
-        yield item
+        yield table
 
 
 def _check_same(request: Request, record: Record, weights: Weights) -> None:
     """Refuse to mix two kinds of embeddings, or two listings, in one dataset."""
     spec, size = request.spec, record.plan.shard_size
     there, asked = _choices(record.identity), _choices(weights.identity)
-    choices = {name: (there[name], asked[name]) for name in there} | {
+    choices = {name: (there[name], asked[name]) for name in there}
+    there, asked = vars(record.source_options), vars(spec.source_options)
+    choices |= {name: (there[name], asked[name]) for name in there} | {
         "sources": (record.sources, tuple(request.listing.roots)),
-        "label_from": (record.label_from, spec.label_from),
         "shard_size": (size, spec.shard_size or size),
     }
     for name, (then, now) in choices.items():

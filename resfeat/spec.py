@@ -18,6 +18,9 @@ from resfeat.errors import UsageError
 # Bumped whenever decode.py would give other pixels for the same file.
 PIXEL_POLICY = "2"
 
+# The columns of a dataset that nothing carried may be called; nor may it begin like an embedding.
+OWN_COLUMNS = ("id", "width", "height", "size", "mtime", "uri", "stage", "reason", "message")
+
 # Of a side that a network is given: far beyond any, and still no way to exhaust the memory.
 MOST_PIXELS = 4096
 
@@ -211,13 +214,50 @@ class RuntimeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractSpec(FeatureSpec):
+class SourceOptions:
+    """What is made of the sources, beside their images.
+
+    label_from: "parent" stores the name of each image's folder in a `label` column.
+    keep: columns of tables, and files beside an image in a tar ("json", "txt", "cls"), that are
+        stored with the embeddings, unchanged.
+    uri_column: of tables, the column that says where the images are.
+    image_column: of Parquet and Arrow files, the column that holds the images themselves.
+    id_column: of either, the column that becomes the `id`.
+    """
+
+    label_from: Literal["parent"] | None = None
+    keep: tuple[str, ...] = ()
+    uri_column: str | None = None
+    image_column: str | None = None
+    id_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.label_from not in (None, "parent"):
+            raise UsageError(f"--label-from {self.label_from}: only 'parent' is known")
+        if not all(self.keep):
+            raise UsageError("--keep has an empty name: give some, as in caption,source")
+        if len(set(self.keep)) < len(self.keep):
+            raise UsageError("--keep names a column twice: give each once")
+        taken = [name for name in self.keep if name in OWN_COLUMNS or name.startswith("embedding")]
+        if self.label_from and "label" in self.keep:
+            taken = ["label"]
+        if taken:
+            raise UsageError(
+                f"--keep {taken[0]}: resfeat writes a column of that name: leave it out"
+            )
+        if self.uri_column and self.image_column:
+            raise UsageError(
+                "--uri-column says where images are and --image-column what holds them: give one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSpec(FeatureSpec, SourceOptions):
     """One extraction, as a user asks for it: the features, and what follows.
 
-    sources: directories (or single files) that hold the images.
+    sources: directories, prefixes, tars, tables, or single images.
     output: folder of the dataset; made if it is not there, resumed if it is.
     shard_size: items in one shard; None takes 4,096, or less for a small collection.
-    label_from: "parent" stores the name of each image's folder in a `label` column.
     max_error_rate: share of failed images (0 to 1) above which a finished run counts as bad; to be
         compared with `Report.error_rate`, as the command does.
     retry_failed: do the images that failed once more, beside what is not done.
@@ -228,20 +268,25 @@ class ExtractSpec(FeatureSpec):
     sources: tuple[str, ...]
     output: str
     shard_size: int | None = None
-    label_from: Literal["parent"] | None = None
     max_error_rate: float = 0.05
     retry_failed: bool = False
     min_parity: float | None = None
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
+    @property
+    def source_options(self) -> SourceOptions:
+        """Those of its fields, by themselves."""
+        return SourceOptions(
+            **{each.name: getattr(self, each.name) for each in fields(SourceOptions)}
+        )
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        FeatureSpec.__post_init__(self)
+        SourceOptions.__post_init__(self)
         if not self.sources:
             raise UsageError("no source given: name a directory of images")
         if not all(self.sources) or not self.output:
             raise UsageError("an empty path was given as source or output: is a variable not set?")
         _check_range("shard-size", self.shard_size, 1, inf, "at least 1")
-        if self.label_from not in (None, "parent"):
-            raise UsageError(f"--label-from {self.label_from}: only 'parent' is known")
         _check_range("max-error-rate", self.max_error_rate, 0, 1, "a share from 0 to 1")
         _check_range("min-parity", self.min_parity, -1, 1, "a cosine, at most 1")

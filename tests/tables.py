@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,14 @@ from numpy.typing import NDArray
 
 from resfeat.dataset import Layout, Record
 from resfeat.plan import read_shard
-from resfeat.sources import Item
+from resfeat.sources import Item, table_of
+
+
+def listed(items: Iterable[Item], carried: Sequence[pa.Field] = ()) -> Iterator[pa.Table]:
+    """Items as a listing gives them, some at a time."""
+    iterator = iter(items)
+    while some := list(itertools.islice(iterator, 100)):
+        yield table_of(some, carried)
 
 
 def rows(output: Path, kind: str = "embeddings") -> pa.Table:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from resfeat.cli import main
 from resfeat.reporting import bench as module
+from resfeat.sources import reading
 from resfeat.sources.item import Item
 
 MODEL = ("--model", "cifar_resnet20", "--images", "40")
@@ -50,13 +51,14 @@ class SlowPart(module.Part):
 )
 def test_the_stage_that_is_slow_is_named(stage, seconds, named, photos, monkeypatch):
     """Each is made slow in turn, to a few images a second."""
-    truly = getattr(module, stage)
+    place = reading if stage == "read" else module
+    truly = getattr(place, stage)
 
     def slow(*args):
         time.sleep(seconds)
         return truly(*args)
 
-    monkeypatch.setattr(module, stage, SlowPart if stage == "Part" else slow)
+    monkeypatch.setattr(place, stage, SlowPart if stage == "Part" else slow)
     done = CliRunner().invoke(main, ["bench", str(photos / "coffee"), *MODEL])
     assert done.exit_code == 0, done.output
     assert f"The limit is {named}: " in done.stdout

@@ -7,8 +7,9 @@ import subprocess
 import pytest
 
 from resfeat.errors import Failure, ResfeatError, UsageError
-from resfeat.sources import directory, gone, item_of, read
-from resfeat.sources.directory import Directories, path_of
+from resfeat.sources import directory, gone, item_of, listing, read
+from resfeat.sources.directory import path_of
+from resfeat.spec import SourceOptions
 
 
 def make(folder, *names):
@@ -20,7 +21,7 @@ def make(folder, *names):
 
 
 def ids(*sources):
-    return [item.id for item in Directories([str(source) for source in sources])]
+    return [item.id for item in listing([str(source) for source in sources])]
 
 
 def test_the_order_is_fixed_and_nested(tmp_path):
@@ -31,9 +32,9 @@ def test_the_order_is_fixed_and_nested(tmp_path):
 def test_what_is_no_image_by_its_name_is_passed_over_and_counted(tmp_path):
     make(tmp_path, "1.jpg", "1.json", "2.JSON", ".DS_Store", ".cache/3.jpg", "noname", "odd.xyz")
     make(tmp_path, "out/_resfeat/spec.json", "out/embeddings/part-00000.parquet")
-    listing = Directories([str(tmp_path)])
-    assert [item.id for item in listing] == ["1.jpg", "noname", "odd.xyz"]
-    assert listing.skipped == {".json": 2, "hidden": 2, "resfeat output": 1}
+    there = listing([str(tmp_path)])
+    assert [item.id for item in there] == ["1.jpg", "noname", "odd.xyz"]
+    assert there.skipped == {".json": 2, "hidden": 2, "resfeat output": 1}
 
 
 def test_several_sources_count_from_their_common_parent(tmp_path):
@@ -65,7 +66,7 @@ def test_odd_names_survive(tmp_path):
     for name in names:
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
             file.write(name)
-    items = list(Directories([str(tmp_path)]))
+    items = list(listing([str(tmp_path)]))
     assert len({item.id for item in items}) == len(names)
     assert r"bad\xff\xfe.jpg" in {item.id for item in items}
     for item in items:
@@ -87,13 +88,14 @@ def test_a_name_that_looks_like_an_escaped_one_has_its_own_id(tmp_path):
 def test_files_that_vanish_during_the_listing_are_counted(tmp_path, monkeypatch):
     make(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     monkeypatch.setattr(directory, "TOGETHER", 1)
-    listing = Directories([str(tmp_path)])
+    monkeypatch.setattr(directory, "TABLE", 1)
+    there = listing([str(tmp_path)])
     given = []
-    for item in listing:
+    for item in there:
         given.append(item.id)
         (tmp_path / "2.jpg").unlink(missing_ok=True)
     assert given == ["1.jpg", "3.jpg"]
-    assert listing.skipped == {"vanished while listing": 1}
+    assert there.skipped == {"vanished while listing": 1}
 
 
 def test_a_dataset_is_no_source(tmp_path):
@@ -117,10 +119,10 @@ def test_a_link_to_a_folder_further_up_is_a_loop(tmp_path):
     make(tmp_path, "a/1.jpg", "a/b/c/2.jpg")
     (tmp_path / "a" / "b" / "c" / "up").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "b" / "top").symlink_to(tmp_path)
-    listing = Directories([str(tmp_path)])
-    assert [item.id for item in listing] == ["a/1.jpg", "a/b/c/2.jpg"]
-    assert listing.skipped == {"link loop": 2}
-    within = Directories([str(tmp_path / "a" / "b")])  # a link leads out of it, and so back in
+    there = listing([str(tmp_path)])
+    assert [item.id for item in there] == ["a/1.jpg", "a/b/c/2.jpg"]
+    assert there.skipped == {"link loop": 2}
+    within = listing([str(tmp_path / "a" / "b")])  # a link leads out of it, and so back in
     assert [item.id for item in within] == ["c/2.jpg", "c/up/1.jpg"]
     assert within.skipped == {"link loop": 1, "repeated folder": 1}
 
@@ -133,9 +135,9 @@ def test_a_folder_that_several_links_lead_to_is_listed_once(tmp_path):
             (tmp_path / f"floor{floor}" / link).symlink_to(tmp_path / f"floor{floor + 1}")
     make(tmp_path, "floor10/1.jpg", "zoo/2.jpg")
     (tmp_path / "zoo" / "linked").symlink_to(tmp_path / "floor10")
-    listing = Directories([str(tmp_path)])
-    assert [item.id for item in listing] == ["floor0/a/a/a/a/a/a/a/a/a/a/1.jpg", "zoo/2.jpg"]
-    assert listing.skipped == {"repeated folder": 10 + 10 + 1}
+    there = listing([str(tmp_path)])
+    assert [item.id for item in there] == ["floor0/a/a/a/a/a/a/a/a/a/a/1.jpg", "zoo/2.jpg"]
+    assert there.skipped == {"repeated folder": 10 + 10 + 1}
     assert ids(tmp_path / "floor9", tmp_path / "floor10") == ["floor10/1.jpg"]  # a source is itself
 
 
@@ -165,9 +167,9 @@ def test_a_listing_leaves_no_descriptor_open(tmp_path):
     before = os.listdir("/proc/self/fd")
     assert len(ids(tmp_path)) == 3
     assert os.listdir("/proc/self/fd") == before
-    listing = iter(Directories([str(tmp_path)]))
-    next(listing)
-    listing.close()  # as when a run is stopped
+    tables = listing([str(tmp_path)]).tables()
+    next(tables)
+    tables.close()  # as when a run is stopped
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -177,13 +179,15 @@ def test_names_in_any_script_are_sorted_by_their_bytes(tmp_path):
     for name in names:
         with open(os.path.join(os.fsencode(tmp_path), name), "wb"):
             pass
-    listed = [os.fsencode(path_of(item.uri)) for item in Directories([str(tmp_path)])]
+    listed = [os.fsencode(path_of(item.uri)) for item in listing([str(tmp_path)])]
     assert [os.path.basename(path) for path in listed] == sorted(names)
 
 
 def test_a_label_is_the_name_of_the_folder(tmp_path):
     make(tmp_path, "cats/1.jpg", "cats/x/2.jpg", "odd +%/3.jpg", "4.jpg")
-    given = {item.id: item.label for item in Directories([str(tmp_path)], "parent")}
+    given = {
+        item.id: item.label for item in listing([str(tmp_path)], SourceOptions(label_from="parent"))
+    }
     assert given == {"cats/1.jpg": "cats", "cats/x/2.jpg": "x", "odd +%/3.jpg": "odd +%",
                      "4.jpg": tmp_path.name}  # fmt: skip
 
@@ -208,7 +212,7 @@ def test_special_files_are_listed_and_never_waited_for(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     with open(tmp_path / "giant.jpg", "wb") as file:
         file.truncate(64 << 30)
-    reasons = {item.id: read(item).reason for item in Directories([str(tmp_path)])}
+    reasons = {item.id: read(item).reason for item in listing([str(tmp_path)])}
     assert reasons == {
         "fifo.jpg": "not_regular_file",
         "giant.jpg": "too_large",

@@ -24,7 +24,7 @@ from PIL import Image
 
 from resfeat.decoding import decode, pillow
 from resfeat.errors import REASONS, Failure
-from resfeat.sources.directory import Directories, read
+from resfeat.sources import listing, read
 from resfeat.spec import Preprocessing
 
 WAYS = ("turbo", "pillow")
@@ -54,7 +54,7 @@ def sweep(folder: str, order: int) -> list[Result]:
     torch.set_num_threads(1)
     results = []
     for way in WAYS:
-        for item in list(Directories([folder]))[::order]:
+        for item in list(listing([folder]))[::order]:
             before, began = _peak(), time.process_time()
             content = read(item)
             answer = content

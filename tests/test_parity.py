@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tables import rows, vectors
+from tables import listed, rows, vectors
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, fidelity, sources
 from resfeat.backbones.weights import resolve
@@ -24,7 +24,7 @@ from resfeat.fidelity.sample import (
 )
 from resfeat.plan import write_plan
 from resfeat.sources import Item
-from resfeat.spec import FeatureSpec, Identity, Preprocessing
+from resfeat.spec import FeatureSpec, Identity, Preprocessing, SourceOptions
 from resfeat.worker import Placement
 
 PREPROCESSING = Preprocessing(
@@ -85,12 +85,12 @@ def planned(folder, listing, shard_size):
     layout = Layout(folder)
     layout.plan.mkdir(parents=True)
     layout.tmp.mkdir(parents=True)
-    return layout, write_plan(layout.plan, layout.tmp, listing, shard_size)
+    return layout, write_plan(layout.plan, layout.tmp, listed(listing), shard_size)
 
 
 def record_of(plan, identity):
-    return Record(identity=identity, weights="", sources=(), label_from=None, plan=plan, created="",
-                  versions={})  # fmt: skip
+    return Record(identity=identity, weights="", sources=(), source_options=SourceOptions(),
+                  plan=plan, created="", versions={})  # fmt: skip
 
 
 def numbered(folder, items, shard_size):

@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import listed
 
 from resfeat.dataset import Layout
 from resfeat.errors import ResfeatError
-from resfeat.plan import Plan, PlanFile, Shard, files, read_shard, write_plan
+from resfeat.plan import Plan, PlanFile, Shard, carried_columns, files, read_shard, write_plan
 from resfeat.plan.files import shard_size_for
-from resfeat.sources.item import Item
+from resfeat.sources.item import Item, table_of, whole
 
 
 def items(count):
@@ -36,7 +37,7 @@ def test_every_item_is_in_exactly_one_shard(tmp_path_factory, count, size):
     layout = Layout(tmp_path_factory.mktemp("plan"))
     layout.plan.mkdir(parents=True)
     layout.tmp.mkdir(parents=True)
-    made = write_plan(layout.plan, layout.tmp, items(count), size)
+    made = write_plan(layout.plan, layout.tmp, listed(items(count)), size)
     shards = [read_shard(layout.plan, shard) for shard in made.shards.values()]
     assert list(itertools.chain(*shards)) == items(count)
     assert [len(shard) for shard in shards] == [shard.rows for shard in made.shards.values()]
@@ -54,7 +55,7 @@ def test_small_collections_are_cut_finer(count, size):
 
 def test_a_listing_longer_than_what_is_held_back(layout, monkeypatch):
     monkeypatch.setattr(files, "SHARD_SIZE", 256)  # holds back 32 x 256 rows
-    made = write_plan(layout.plan, layout.tmp, iter(items(8192 + 300)), None)
+    made = write_plan(layout.plan, layout.tmp, listed(items(8192 + 300)), None)
     assert (made.items, len(made.shards), made.shard_size) == (8492, 34, 256)
     assert [len(read_shard(layout.plan, made.shards[n])) for n in (0, 31, 32, 33)] == [
         256,
@@ -65,7 +66,7 @@ def test_a_listing_longer_than_what_is_held_back(layout, monkeypatch):
 
 
 def test_one_row_group_a_shard_and_many_shards_a_file(layout):
-    made = write_plan(layout.plan, layout.tmp, items(200), 1)
+    made = write_plan(layout.plan, layout.tmp, listed(items(200)), 1)
     files = [pq.ParquetFile(layout.plan / made.files[n].name) for n in range(4)]
     assert [file.num_row_groups for file in files] == [64, 64, 64, 8]
     assert len(made.shards) == 200
@@ -86,21 +87,32 @@ def test_a_later_generation_says_where_a_shard_is_listed():
 def test_what_an_item_knows_comes_back_as_it_was_listed(layout):
     """Its place in a file that holds several, its label, and columns that it carries."""
     carried = [pa.field("price", pa.int8()), pa.field("tags", pa.list_(pa.string()))]
-    listed = [
+    given = [
         Item("a", "file:///x.tar", 7, 1, offset=512, label="cats", carried=(3, ["new", "old"])),
         Item("b", "file:///x.tar", 9, 2, offset=1536, carried=(None, [])),
         Item("c", "file:///c.jpg", 9, 2, label="dogs", carried=(-1, None)),
     ]
-    made = write_plan(layout.plan, layout.tmp, listed, 2, carried)
+    made = write_plan(layout.plan, layout.tmp, listed(given, carried), 2, carried)
     assert [*read_shard(layout.plan, made.shards[0]), *read_shard(layout.plan, made.shards[1])] == (
-        listed
+        given
     )
+    assert carried_columns(layout.plan, made) == tuple(carried)
     fields = pq.read_schema(layout.plan / made.files[0].name)
-    assert [fields.field(field.name).type for field in carried] == [pa.int8(), carried[1].type]
+    assert [fields.field(f"carried.{field.name}").type for field in carried] == [
+        pa.int8(),
+        carried[1].type,
+    ]
+
+
+def test_what_is_read_from_its_beginning_is_one_shard(layout):
+    tables = [*listed(items(250)), whole(table_of(items(30))), *listed(items(7))]
+    made = write_plan(layout.plan, layout.tmp, tables, 20)
+    assert [shard.rows for shard in made.shards.values()] == [20] * 12 + [10, 30, 7]
+    assert read_shard(layout.plan, made.shards[13]) == items(30)
 
 
 def test_a_plan_of_other_rows_is_not_taken_for_what_was_listed(layout):
-    made = write_plan(layout.plan, layout.tmp, items(20), 10)
+    made = write_plan(layout.plan, layout.tmp, listed(items(20)), 10)
     path = layout.plan / made.files[0].name
     pq.write_table(pq.read_table(path).slice(1), path, row_group_size=10)
     with pytest.raises(ResfeatError, match=r"listing of shard 1, cannot be read .*not those that"):

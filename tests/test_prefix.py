@@ -12,6 +12,7 @@ from pyarrow.fs import FileInfo
 
 from resfeat.errors import Failure, StoreError, UsageError
 from resfeat.sources import item_of, listing, prefix, read, rules
+from resfeat.spec import SourceOptions
 from resfeat.storage import remote as stores
 
 ODD = ["a b.jpg", "100%.jpg", "%41.jpg", "a+b.jpg", "#1.jpg", "what?.jpg", "-rf.jpg", " lead.jpg",
@@ -130,7 +131,7 @@ def test_several_prefixes_and_single_objects_count_from_their_common_parent(put)
 
 def test_the_folder_of_an_image_is_what_it_is_called_in_the_key(put):
     root = put("in/a +%41/1.jpg")
-    (item,) = listing([f"{root}/in"], "parent")
+    (item,) = listing([f"{root}/in"], SourceOptions(label_from="parent"))
     assert item.label == "a +%41"
 
 

@@ -83,7 +83,7 @@ def test_a_finished_listing_is_kept_where_no_worker_comes_up(source, tmp_path, m
     (failed,) = open_dataset(output).runs()
     assert json.loads(failed.read_text())["status"] == "failed"
 
-    monkeypatch.setattr(Directories, "__iter__", None)  # not listed again
+    monkeypatch.setattr(Directories, "tables", None)  # not listed again
     assert run(source, output).embedded == IMAGES
     assert (layout.plan / "plan-00000.parquet").stat().st_mtime_ns == listed
 

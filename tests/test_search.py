@@ -16,7 +16,7 @@ from resfeat.dataset import Dataset, Layout, Record
 from resfeat.downstream import contact_sheet, embed_queries, search
 from resfeat.downstream.search import Neighbour
 from resfeat.errors import ResfeatError
-from resfeat.spec import PIXEL_POLICY, FeatureSpec
+from resfeat.spec import PIXEL_POLICY, FeatureSpec, SourceOptions
 
 QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0,
          "--resize", 72, "--crop", 64]  # fmt: skip
@@ -59,7 +59,7 @@ def test_pixels_that_are_made_otherwise_now_are_not_blamed_on_the_weights(photos
         identity=replace(identity, pixel_policy="0"),
         weights="random:0",
         sources=(),
-        label_from=None,
+        source_options=SourceOptions(),
         plan=None,
         created="",
         versions={"resfeat": "0.0.9"},

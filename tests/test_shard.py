@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from tables import listed
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset, sources
 from resfeat.dataset import Row
 from resfeat.engines import inline
-from resfeat.sources import Item
+from resfeat.sources import Item, reading
 from resfeat.worker import batches, shard
 from resfeat.worker.shard import keeps
 from resfeat.worker.worker import Worker, forward
@@ -94,8 +95,8 @@ class Container:
             offset += len(content)
         path.write_bytes(b"".join(contents))
 
-    def __iter__(self):
-        return iter(self._items)
+    def tables(self):
+        return listed(self._items, self.carried)
 
 
 @pytest.mark.parametrize("workers", [0])
@@ -189,25 +190,23 @@ def test_an_image_that_takes_long_holds_nobody_up(early, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_more_threads_than_cores_load_images_only_where_reading_is_slow(
-    slow, tmp_path, monkeypatch
-):
+def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for number in range(400):
         Image.new("RGB", (8, 8), (number % 256, 0, 0)).save(tmp_path / "in" / f"{number:03}.png")
-    reading, most, lock, read = 0, 0, threading.Lock(), batches.read
+    under_way, most, lock, read = 0, 0, threading.Lock(), reading.read
 
     def counted(item):
-        nonlocal reading, most
+        nonlocal under_way, most
         with lock:
-            reading += 1
-            most = max(most, reading)
+            under_way += 1
+            most = max(most, under_way)
         time.sleep(0.004)
         with lock:
-            reading -= 1
+            under_way -= 1
         return read(item)
 
-    monkeypatch.setattr(batches, "read", counted)
+    monkeypatch.setattr(reading, "read", counted)
     monkeypatch.setattr(batches, "SLOW_SECONDS", 0.002 if slow else 60)
     spec = ExtractSpec(
         sources=(str(tmp_path / "in"),),
@@ -224,7 +223,7 @@ def test_more_threads_than_cores_load_images_only_where_reading_is_slow(
 def test_a_run_is_of_so_many_images_and_bytes():
     def lengths(place, *sizes):
         items = [Item(str(n), f"{place}/{n}.jpg", size, 0) for n, size in enumerate(sizes)]
-        runs = list(batches._runs(items))
+        runs = [run.places for run in sources.runs(items, range(len(items)), 100)]
         assert [place for run in runs for place in run] == list(range(len(items)))
         return [len(run) for run in runs]
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tables import planned
+from tables import listed, planned
 
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import (
@@ -34,7 +34,7 @@ from resfeat.dataset.verify import repair, verify
 from resfeat.errors import Failure, ResfeatError, StoreError
 from resfeat.plan import write_plan
 from resfeat.sources.item import Item
-from resfeat.spec import FeatureSpec
+from resfeat.spec import FeatureSpec, SourceOptions
 
 SHARDS, SHARD, DIM = 4, 6, 8
 DIMS = {"layer3": DIM, "avgpool": DIM}
@@ -46,7 +46,8 @@ def record():
     features = FeatureSpec(model="resnet18", weights="random:0", layers=("layer3", "avgpool"))
     identity = resolve(features).identity
     return lambda plan: Record(
-        identity=identity, weights="random:0", sources=("/photos",), label_from=None, plan=plan,
+        identity=identity, weights="random:0", sources=("/photos",), plan=plan,
+        source_options=SourceOptions(),
         created="2026-01-01T00:00:00+00:00", versions={"resfeat": "0"},
     )  # fmt: skip
 
@@ -59,7 +60,7 @@ def whole(record, tmp_path_factory):
         folder.mkdir(parents=True)
     count = SHARDS * SHARD
     items = [Item(f"{n:02}.jpg", f"/photos/{n:02}.jpg", 1000 + n, n) for n in range(count)]
-    record(write_plan(layout.plan, layout.tmp, iter(items), SHARD)).save(layout)
+    record(write_plan(layout.plan, layout.tmp, listed(items), SHARD)).save(layout)
     for shard in range(SHARDS):
         do(layout, shard)
     return open_dataset(layout.root)

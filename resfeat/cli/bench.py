@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from resfeat.cli import options
-from resfeat.spec import FeatureSpec, RuntimeOptions
+from resfeat.spec import FeatureSpec, RuntimeOptions, SourceOptions
 
 EXAMPLES = """\b
 Examples:
@@ -25,6 +25,7 @@ Examples:
 @options.option(
     "--images", type=click.IntRange(1), default=256, help="Images in the sample, roughly."
 )
+@options.listing
 @options.features
 @options.placement
 @options.as_json
@@ -43,6 +44,7 @@ def bench(context: click.Context, /, images: int, as_json: bool, **choices: Any)
         choices["sources"],
         FeatureSpec(**options.pick(choices, FeatureSpec)),
         RuntimeOptions(**options.pick(choices, RuntimeOptions)),
+        SourceOptions(**options.pick(choices, SourceOptions)),
         images,
         on_step=lambda step: click.echo(f"{step} ...", err=True),
     )

@@ -59,6 +59,7 @@ Whatever ended a run, the same command resumes it.
     type=float,
     help="Stop if a sample's cosine to fp32 is lower.  [default: 0.999, with int8 0.99]",
 )
+@options.listing
 @options.features
 @options.placement
 @options.count("--workers", help="Ray workers; 0 runs in this process, without Ray.")
@@ -67,9 +68,6 @@ Whatever ended a run, the same command resumes it.
     "--shard-size",
     type=int,
     help="Images in a shard, the unit of retry and commit.  [default: 4096, less for few images]",
-)
-@option(
-    "--label-from", type=click.Choice(["parent"]), help="Label each image with its folder's name."
 )
 @option(
     "--max-error-rate", default=0.05, help="Share of failed images above which the exit code is 3."

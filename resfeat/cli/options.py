@@ -20,7 +20,7 @@ def _number(context: click.Context, param: click.Parameter, value: str) -> int |
 
 
 def _names(context: click.Context, param: click.Parameter, value: str | None) -> Any:
-    return value and tuple(name.strip() for name in value.split(","))
+    return tuple(name.strip() for name in value.split(",")) if value else value
 
 
 option = partial(click.option, show_default=True)
@@ -75,6 +75,37 @@ features = _all(
         default="turbo",
         help="turbo: several times faster (libjpeg-turbo, torch); pillow: torchvision's pixels to "
         "the last bit.",
+    ),
+)
+listing = _all(
+    option(
+        "--label-from",
+        type=click.Choice(["parent"]),
+        help="Label each image with its folder's name.",
+    ),
+    option(
+        "--keep",
+        metavar="NAME,...",
+        default=(),
+        show_default=False,
+        callback=_names,
+        help="Columns of tables, or files beside an image in a tar (json, txt, cls), to store with "
+        "the embeddings.",
+    ),
+    option(
+        "--uri-column",
+        metavar="NAME",
+        help="Of tables: the column of paths or addresses.  [default: uri, url, path, ...]",
+    ),
+    option(
+        "--image-column",
+        metavar="NAME",
+        help="Of Parquet and Arrow: the column of images.  [default: the one with bytes]",
+    ),
+    option(
+        "--id-column",
+        metavar="NAME",
+        help="Of either: the column that becomes the id.  [default: the address, or file#row]",
     ),
 )
 placement = _all(

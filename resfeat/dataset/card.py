@@ -56,7 +56,7 @@ def write_card(
     layout: Layout, record: Record, dims: Mapping[str, int], carried: Sequence[pa.Field]
 ) -> None:
     """Write the card of a dataset. dims, carried: as `embeddings_schema` has them."""
-    identity, with_label = record.identity, record.label_from is not None
+    identity, with_label = record.identity, record.source_options.label_from is not None
     columns = embeddings_schema(identity, dims, with_label=with_label, carried=carried)
     text = _CARD.format(
         record=record,

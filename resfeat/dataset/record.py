@@ -9,10 +9,10 @@ from resfeat import __version__
 from resfeat.dataset.layout import Layout
 from resfeat.errors import ResfeatError, first_line
 from resfeat.plan import Plan
-from resfeat.spec import Identity
+from resfeat.spec import Identity, SourceOptions
 from resfeat.storage import write_json
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Record:
     identity: Identity
     weights: str  # what to give as --weights to find the same weights again
     sources: tuple[str, ...]
-    label_from: str | None
+    source_options: SourceOptions
     plan: Plan
     created: str
     versions: Mapping[str, str]
@@ -57,6 +57,8 @@ class Record:
                 raise ValueError("its fingerprint is not that of its identity")
             content["plan"] = Plan.from_dict(content["plan"])
             content["sources"] = tuple(content["sources"])
+            asked = content["source_options"]
+            content["source_options"] = SourceOptions(**asked | {"keep": tuple(asked["keep"])})
             return cls(**content)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ResfeatError(f"{layout.spec} is damaged ({error}): restore it") from error

@@ -21,11 +21,13 @@ PLAIN = (
     pa.field("width", pa.int32(), nullable=False),
     pa.field("height", pa.int32(), nullable=False),
     pa.field("size", pa.int64(), nullable=False),
-    pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
+    pa.field("mtime", pa.timestamp("us", tz="UTC")),
     pa.field("label", pa.string()),
 )
 """The columns of `embeddings/` but the embeddings themselves, which stand behind the id. The label
-is only there where it was asked for, and what is carried follows it."""
+is only there where it was asked for, and what is carried follows it. mtime: null where a server
+does not tell."""
+_CARRIED = b"carried"  # the mark of a column that is carried, which may also be called "label"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Row:
     width: int
     height: int
     size: int
-    mtime: int
+    mtime: int | None
     label: str | None = None
     carried: tuple[Any, ...] = ()
 
@@ -72,21 +74,24 @@ def embeddings_schema(
     plain = PLAIN[1:] if with_label else PLAIN[1:-1]
     described = {"fingerprint": identity.fingerprint, **identity.as_dict(), **(measured or {})}
     return pa.schema(
-        [PLAIN[0], *vectors, *plain, *carried],
+        [PLAIN[0], *vectors, *plain, *(field.with_metadata({_CARRIED: ""}) for field in carried)],
         metadata={"resfeat": json.dumps(described, sort_keys=True)},
     )
 
 
 def carried_fields(schema: pa.Schema) -> list[pa.Field]:
     """The columns of `embeddings/` that are carried."""
-    own = {field.name for field in PLAIN}
-    is_vector = pa.types.is_fixed_size_list
-    return [field for field in schema if field.name not in own and not is_vector(field.type)]
+    return [field for field in schema if _CARRIED in (field.metadata or {})]
+
+
+def _own_names(schema: pa.Schema) -> list[str]:
+    carried = {field.name for field in carried_fields(schema)}
+    return [field.name for field in PLAIN if field.name in {*schema.names} - carried]
 
 
 def plain_columns(rows: Sequence[Row], schema: pa.Schema) -> dict[str, list[Any]]:
     """The columns of rows by name, without the embeddings."""
-    own = [field.name for field in PLAIN if field.name in schema.names]
+    own = _own_names(schema)
     columns = {name: [getattr(row, name) for row in rows] for name in own}
     for place, field in enumerate(carried_fields(schema)):
         columns[field.name] = [row.carried[place] for row in rows]
@@ -97,7 +102,7 @@ def plain_rows(table: pa.Table) -> list[Row]:
     """The inverse of `plain_columns`."""
     place = table.schema.get_field_index("mtime")
     table = table.set_column(place, "mtime", table["mtime"].cast(pa.int64()))
-    own = [field.name for field in PLAIN if field.name in table.schema.names]
+    own = _own_names(table.schema)
     names = [*own, *(field.name for field in carried_fields(table.schema))]
     rows = zip(*(table[name].to_pylist() for name in names), strict=True)
     return [

@@ -20,7 +20,7 @@ class Loaded(NamedTuple):
 
     picture: Picture
     size: int
-    mtime: int
+    mtime: int | None
 
 
 def load(

@@ -1,15 +1,15 @@
 """A sample of a dataset's own images, spread evenly over its plan."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.dataset import Layout, Record
-from resfeat.decoding import CarefulDecoder, Loaded, load
+from resfeat.decoding import CarefulDecoder, Loaded, loaded
 from resfeat.plan import Plan, read_shard
-from resfeat.sources import Item
+from resfeat.sources import Item, read_ahead
 from resfeat.spec import Decode, Preprocessing
 
 SAMPLE = 32  # images on which parity is measured
@@ -43,11 +43,12 @@ def sample(layout: Layout, plan: Plan, wanted: int) -> list[Item]:
 
 
 def pictures(
-    items: Iterable[Item], preprocessing: Preprocessing, way: Decode, wanted: int
+    items: Sequence[Item], preprocessing: Preprocessing, way: Decode, wanted: int
 ) -> list[NDArray[np.uint8]]:
     """The first `wanted` pictures, uint8 [crop, crop, 3]. A child process decodes them, so that
     none can end the run."""
     with CarefulDecoder(1) as decoder:
-        loaded = (load(item, preprocessing, way, decoder.decode) for item in items)
-        good = (each.picture.pixels for each in loaded if isinstance(each, Loaded))
+        contents = read_ahead(items, wanted)
+        images = (loaded(each, preprocessing, way, decoder.decode) for each in contents)
+        good = (each.picture.pixels for each in images if isinstance(each, Loaded))
         return list(itertools.islice(good, wanted))

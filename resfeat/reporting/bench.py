@@ -21,8 +21,8 @@ from resfeat.fidelity import calibrate
 from resfeat.plan import write_plan
 from resfeat.reporting import limits, versions
 from resfeat.runtimes import check
-from resfeat.sources import Item, listing, read
-from resfeat.spec import FeatureSpec, RuntimeOptions
+from resfeat.sources import Item, Listing, Run, listing, runs, table_of
+from resfeat.spec import FeatureSpec, RuntimeOptions, SourceOptions
 from resfeat.worker import SHARDS_IN_HAND, Job, Placement, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker, forward, network_for, place_here
@@ -56,17 +56,19 @@ def bench(
     sources: Sequence[str],
     features: FeatureSpec,
     options: RuntimeOptions,
+    source_options: SourceOptions,
     images: int,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Bench:
     """Measure on about so many of the images below the sources; one worker, in this process. Raises
     UsageError where none of them can be used, and whatever `extract` raises for the choices."""
     check(options, features.model, features.precision)
-    items = _spread(listing(sources), images)
+    there = listing(sources, source_options)
+    items = _spread(there, images)
     on_step("building the model")
     weights = resolve(features)
     rates = {}
-    with _dataset(sources, items, weights, on_step) as (layout, record):
+    with _dataset(there, items, source_options, weights, on_step) as (layout, record):
         job = Job.of(layout, record, weights.dims)
         placement = place_here(options, job.identity)
         network = network_for(job, placement, weights.tensors)
@@ -117,19 +119,24 @@ def _spread(listing: Iterable[Item], wanted: int) -> list[Item]:
 
 @contextmanager
 def _dataset(
-    sources: Sequence[str], items: Sequence[Item], weights: Weights, on_step: Callable[[str], None]
+    there: Listing,
+    items: Sequence[Item],
+    source_options: SourceOptions,
+    weights: Weights,
+    on_step: Callable[[str], None],
 ) -> Iterator[tuple[Layout, Record]]:
     """A dataset of these items that is about to be extracted, and is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="resfeat-bench-") as folder:
         layout = Layout(folder)
         for each in layout.folders:
             each.mkdir(parents=True)
+        carried = there.carried
         record = Record(
             identity=weights.identity,
             weights=weights.origin,
-            sources=tuple(sources),
-            label_from=None,
-            plan=write_plan(layout.plan, layout.tmp, items, SHARD),
+            sources=tuple(there.roots),
+            source_options=source_options,
+            plan=write_plan(layout.plan, layout.tmp, [table_of(items, carried)], SHARD, carried),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
         )
@@ -152,7 +159,8 @@ def _rate(count: int, once: Callable[[], object]) -> float:
 def _read(worker: Worker, items: Sequence[Item]) -> tuple[list[bytes], float]:
     """The bytes of the files that can be read, and how fast that was, once."""
     started = time.perf_counter()
-    contents = list(worker.loaders.map(read, items))
+    every = runs(items, range(len(items)), len(items))
+    contents = list(itertools.chain.from_iterable(worker.loaders.map(Run.read, every)))
     rate = len(items) / (time.perf_counter() - started)
     whole = [content[0] for content in contents if not isinstance(content, Failure)]
     if not whole:
@@ -189,7 +197,9 @@ def _forward(worker: Worker, pictures: Sequence[Picture]) -> float:
 def _write(worker: Worker, layout: Layout, items: Sequence[Item], planned: int) -> float:
     some = items[:SHARD]
     shards = itertools.count(planned)  # none of those that the whole job is to do
-    rows = [Row(item.id, 1, 1, item.size, item.mtime) for item in some]
+    rows = [
+        Row(item.id, 1, 1, item.size or 0, item.mtime, item.label, item.carried) for item in some
+    ]
     chance = np.random.default_rng(0)
     shape = len(some), sum(worker.job.dims.values())
     vectors = chance.random(shape, np.float32).astype(worker.job.identity.dtype)

@@ -15,18 +15,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from operator import attrgetter
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+import pyarrow as pa
+
 from resfeat.errors import Failure, Reason, ResfeatError, UsageError
 from resfeat.sources import rules
-from resfeat.sources.item import Item
+from resfeat.sources.item import Item, table_of
 from resfeat.sources.rules import printable
+from resfeat.spec import SourceOptions
 
 # Files at a time: a loop of system calls, then one that makes items, is a quarter faster than both
 # in turn.
 TOGETHER = 256
+TABLE = 8192
 NOT_A_FILE = "a pipe, socket, device or folder"
 # Opening a FIFO without a writer would wait for ever. No effect on files.
 _WITHOUT_WAITING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -60,28 +64,33 @@ class _Folder:
             os.close(self.descriptor)
 
 
+def check(root: str) -> None:
+    """Raise UsageError for a source that is not there, or is a dataset."""
+    if not os.path.exists(root):
+        raise UsageError(f"source {printable(root)} does not exist: check the path, or mount it")
+    if os.path.exists(os.path.join(root, "_resfeat")):
+        raise UsageError(f"source {root} is a resfeat dataset: name a folder of images")
+
+
 class Directories:
-    """A listing of one or more directories (or single files); see `sources.listing`."""
+    """One or more directories (or single files); see `listing.Part`."""
 
     carried = ()
 
-    def __init__(self, sources: Sequence[str], label_from: str | None = None) -> None:
-        self._labelled = label_from == "parent"
-        # By components: whatever lies within a folder sorts right behind it.
-        self.roots = sorted(map(os.path.abspath, sources), key=lambda root: root.split(os.sep))
-        self.skipped: Counter[str] = Counter()
-        for root in self.roots:
-            if not os.path.exists(root):
-                raise UsageError(
-                    f"source {printable(root)} does not exist: check the path, or mount it"
-                )
-            if os.path.exists(os.path.join(root, "_resfeat")):
-                raise UsageError(f"source {root} is a resfeat dataset: name a folder of images")
-        rules.check_apart(self.roots)
-        self._base = rules.base_of(self.roots, is_folder=os.path.isdir(self.roots[0]))
+    def __init__(self, roots: Sequence[str], base: str, options: SourceOptions) -> None:
+        """roots: absolute, sorted by their components. base: what the ids leave out."""
+        self._labelled, self._base = options.label_from == "parent", base
+        self.roots, self.skipped = roots, Counter[str]()
 
-    def __iter__(self) -> Iterator[Item]:
-        yield from chain.from_iterable(self._lists())
+    def tables(self) -> Iterator[pa.Table]:
+        items = list[Item]()
+        for some in self._lists():
+            items += some
+            if len(items) >= TABLE:
+                yield table_of(items)
+                items = []
+        if items:
+            yield table_of(items)
 
     def _lists(self) -> Iterator[list[Item]]:
         self.skipped.clear()
@@ -162,7 +171,7 @@ class Directories:
         uris = [place + part for part in parts]
         sizes = [status.st_size for status in statuses]
         mtimes = [status.st_mtime_ns // 1000 for status in statuses]
-        rest = map(repeat, (None, label, ()))
+        rest = map(repeat, (None, None, None, label, None, ()))
         return list(map(tuple.__new__, repeat(Item), zip(ids, uris, sizes, mtimes, *rest)))  # noqa: B905
 
 

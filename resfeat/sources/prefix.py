@@ -4,47 +4,56 @@ The same tree on a disk and in a store gives the same ids in the same order. Fol
 by one, so memory grows with the largest, not with the bucket.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from urllib.parse import quote, unquote
 
+import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileType, S3FileSystem
 
 from resfeat.errors import Failure, StoreError, UsageError, first_line
-from resfeat.sources.item import Item
-from resfeat.sources.rules import base_of, check_apart, extent, folder_of, passed_over, printable
+from resfeat.sources.item import Item, table_of
+from resfeat.sources.rules import extent, folder_of, passed_over, printable
+from resfeat.spec import SourceOptions
 from resfeat.storage import SCHEME, is_refused, patiently, store
 
 # Parts of a key that no path has (two slashes leave an empty one): the AWS library would read
 # another object in its place.
 UNUSABLE = ("", ".", "..")
+TABLE = 8192
+
+
+def check(root: str) -> None:
+    """Raise UsageError for a source that is not there, or is a dataset."""
+    path = root.removeprefix(SCHEME)
+    if not set(UNUSABLE).isdisjoint(path.split("/")):
+        raise UsageError(f"source {root} has an empty part, '.' or '..': leave it out")
+    kind = _info(path).type
+    if kind == FileType.NotFound:
+        raise UsageError(f"source {root} does not exist: check the address")
+    if kind == FileType.Directory and _is_dataset(_list(path)):
+        raise UsageError(f"source {root} is a resfeat dataset: name a prefix of images")
 
 
 class Prefixes:
-    """A listing of one or more prefixes (or single objects); see `sources.listing`."""
+    """One or more prefixes (or single objects); see `listing.Part`."""
 
     carried = ()
 
-    def __init__(self, sources: Sequence[str], label_from: str | None = None) -> None:
-        self._labelled = label_from == "parent"
-        paths = {source.removeprefix(SCHEME).rstrip("/") for source in sources}
-        self._paths = sorted(paths, key=lambda path: path.split("/"))
-        self.roots = [SCHEME + path for path in self._paths]
-        self.skipped: Counter[str] = Counter()
-        for path in self._paths:
-            source = f"source {SCHEME}{path}"
-            if not set(UNUSABLE).isdisjoint(path.split("/")):
-                raise UsageError(f"{source} has an empty part, '.' or '..': leave it out")
-            kind = _info(path).type
-            if kind == FileType.NotFound:
-                raise UsageError(f"{source} does not exist: check the address")
-            if kind == FileType.Directory and _is_dataset(_list(path)):
-                raise UsageError(f"{source} is a resfeat dataset: name a prefix of images")
-        check_apart(self._paths)
-        self._base = base_of(self._paths, is_folder=kind == FileType.Directory)
+    def __init__(self, roots: Sequence[str], base: str, options: SourceOptions) -> None:
+        """roots: URIs, sorted by their components. base: what the ids leave out of them."""
+        self._labelled, self._base = options.label_from == "parent", base
+        self._paths = [root.removeprefix(SCHEME) for root in roots]
+        self.skipped = Counter[str]()
 
-    def __iter__(self) -> Iterator[Item]:
+    def tables(self) -> Iterator[pa.Table]:
+        items = self._items()
+        while some := list(itertools.islice(items, TABLE)):
+            yield table_of(some)
+
+    def _items(self) -> Iterator[Item]:
         self.skipped.clear()
         for path in self._paths:
             info = _info(path)
@@ -71,7 +80,7 @@ class Prefixes:
 
     def _item(self, info: FileInfo) -> Item:
         return Item(
-            id=printable(info.path.removeprefix(self._base)),
+            id=printable((SCHEME + info.path).removeprefix(self._base)),
             uri=SCHEME + quote(info.path),
             size=info.size,
             # Whole seconds, as in the header of an object; some stores list milliseconds.

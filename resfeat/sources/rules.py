@@ -39,13 +39,6 @@ def check_apart(roots: Sequence[str]) -> None:
             raise UsageError(f"source {inner} lies within source {outer}: name only one of them")
 
 
-def base_of(roots: Sequence[str], *, is_folder: bool) -> str:
-    """What the ids leave out of the paths: a single folder, or else the sources' common parent, so
-    that no two images share an id."""
-    is_own = is_folder and len(roots) == 1
-    return os.path.join(roots[0] if is_own else os.path.commonpath(map(os.path.dirname, roots)), "")
-
-
 def printable(path: str) -> str:
     r"""The path as valid UTF-8, different for different paths.
 
@@ -65,7 +58,7 @@ def folder_of(path: str) -> str:
 def extent(item: Item, held: int) -> tuple[int, int] | Failure:
     """Where an item's bytes begin in the file that holds them, of `held` bytes, and how many there
     are; or why they are not read."""
-    start, size = (0, held) if item.offset is None else (item.offset, item.size)
+    start, size = (0, held) if item.offset is None else (item.offset, item.size or 0)
     if size > MAX_BYTES:
         return Failure("read", "too_large", f"{size:,} bytes; {MAX_BYTES:,} at most")
     if start + size > held:

@@ -7,9 +7,9 @@ as its images are there, whatever those before it do: one that takes seconds to 
 up. What is under way is bounded: memory grows with neither the shard nor the dataset.
 """
 
-import itertools
 import queue
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from resfeat.dataset import FailedItem, Row
 from resfeat.decoding import Decoder, loaded
 from resfeat.errors import Failure, Stopped, first_line
-from resfeat.sources import Content, Item, read
-from resfeat.storage import is_remote
+from resfeat.sources import RUN_IMAGES, Content, Item, Run, runs
 from resfeat.worker.worker import Worker, forward
 
 # Prefetch per shard, beyond the batches that are being embedded, to even out reading and decoding.
@@ -33,9 +32,6 @@ BATCHES_AHEAD = 2
 # Embedded images that wait for one before them. They are small, but a shard may be large.
 EARLY_IMAGES = 4096
 CHECK_SECONDS = 1.0
-# A loader reads so many images, of so many bytes, and then decodes them. In a store each request
-# takes long, and each image is a run of its own.
-RUN_IMAGES, RUN_BYTES = 32, 8 * 1024**2
 # Reading that takes longer than this, for an image, waits for a disk or a store.
 SLOW_SECONDS = 0.002
 
@@ -59,7 +55,7 @@ class _Group:
     items: Sequence[Item]
     pixels: NDArray[np.uint8]  # [at least whole batches, crop, crop, 3]
     outcomes: list[Row | Failure | None]  # None for an image whose row is kept
-    missing: int  # runs that are not loaded yet
+    missing: int  # images that are not loaded yet
     left: int  # batches that are not embedded yet
     started: float
 
@@ -105,17 +101,30 @@ class Batches:
     def of(self, items: Sequence[Item]) -> Iterator[Batch]:
         """Finished batches in plan order. Raises Stopped soon after the worker is told to stop,
         DecoderHungError where it cannot go on, and what loading and embedding raise."""
-        worker, size = self._worker, self._size
+        worker, size, kept = self._worker, self._size, self._kept
         most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
-        together = self._together
+        wanted = [n for n, item in enumerate(items) if item.problem or item.id not in kept]
+        coming = runs(items, wanted, self._together)
         try:
             with worker.feeding:  # the next shard is fed while this one drains, not before
-                for start in range(0, len(items), together):
-                    self._start(start, items[start : start + together])
+                run = self._following(coming)
+                for start in range(0, len(items), self._together):
+                    end = min(start + self._together, len(items))
+                    missing = bisect_left(wanted, end) - bisect_left(wanted, start)
+                    group = self._begun(start, items[start:end], missing)
+                    while run and run.places[0] < end:
+                        worker.loaders.submit(self._load, group, run)
+                        run = self._following(coming)
                     yield from self._finished(most)
             yield from self._finished(1)
         finally:
             self._is_dropped = True
+            coming.close()
+
+    def _following(self, coming: Iterator[Run]) -> Run | None:
+        """The next run. Where images can only be read one after the other, they are read here."""
+        with self.stage("read"):
+            return next(coming, None)
 
     def _finished(self, most: int) -> Iterator[Batch]:
         """Finished batches in their order, until fewer than `most` are under way."""
@@ -140,25 +149,28 @@ class Batches:
             raise batch
         return batch
 
-    def _start(self, first: int, items: Sequence[Item]) -> None:
-        """Have some images loaded, and then embedded."""
+    def _begun(self, first: int, items: Sequence[Item], missing: int) -> _Group:
+        """A group of which so many images are to be loaded, and which is then embedded."""
         # Always the full shape, and each image at its own place whatever becomes of the others: the
         # same image gives the same bits in every run.
-        worker, size = self._worker, self._size
-        batches, runs = -(-len(items) // size), list(_runs(items))
+        worker, batches = self._worker, -(-len(items) // self._size)
         try:
             pixels = worker.buffers.get_nowait()
         except queue.Empty:
             crop = worker.job.identity.preprocessing.crop
             pixels = worker.runtime.empty((self._together, crop, crop, 3))
-        group = _Group(
-            first, items, pixels, [None] * len(items), len(runs), batches, time.perf_counter()
-        )
-        for run in runs:
-            worker.loaders.submit(self._load, group, run)
+        outcomes: list[Row | Failure | None] = [None] * len(items)
+        group = _Group(first, items, pixels, outcomes, missing, batches, time.perf_counter())
         self._under_way += batches
+        if not missing:
+            self._submit(group)
+        return group
 
-    def _load(self, group: _Group, run: range) -> None:
+    def _submit(self, group: _Group) -> None:
+        for start in range(0, len(group.items), self._size):
+            self._worker.forwards.submit(self._embed, group, start)
+
+    def _load(self, group: _Group, run: Run) -> None:
         """Load a run of images; whoever loads a group's last has its batches embedded."""
         if self._is_dropped:
             return
@@ -169,24 +181,22 @@ class Batches:
             self._done.put(error)
             return
         with self._lock:
-            group.missing -= 1
+            group.missing -= len(run.places)
             is_whole = not group.missing
         if is_whole:
-            for start in range(0, len(group.items), self._size):
-                self._worker.forwards.submit(self._embed, group, start)
+            self._submit(group)
 
-    def _read_and_decode(self, group: _Group, run: range) -> None:
+    def _read_and_decode(self, group: _Group, run: Run) -> None:
         """Read all of a run, then decode each image into its place."""
-        items, started = group.items[run.start : run.stop], time.perf_counter()
+        started = time.perf_counter()
         with self.stage("read"):
-            contents = [None if item.id in self._kept else read(item) for item in items]
-        if time.perf_counter() - started > SLOW_SECONDS * len(items):
+            contents = run.read()
+        if time.perf_counter() - started > SLOW_SECONDS * len(contents):
             self._worker.add_reader()
         with self.stage("decode"):
-            group.outcomes[run.start : run.stop] = [
-                content and self._decoded(item, content, group.pixels[place])
-                for place, item, content in zip(run, items, contents, strict=True)
-            ]
+            for place, content in zip(run.places, contents, strict=True):
+                n = place - group.first
+                group.outcomes[n] = self._decoded(group.items[n], content, group.pixels[n])
 
     def _decoded(
         self, item: Item, content: Content | Failure, place: NDArray[np.uint8]
@@ -237,7 +247,9 @@ class Batches:
             if outcome is None:
                 outcome, vectors[place] = self._kept[item.id]
             elif isinstance(outcome, Row):
-                changed += (outcome.size, outcome.mtime) != (item.size, item.mtime)
+                changed += item.size is not None and (
+                    (outcome.size, outcome.mtime) != (item.size, item.mtime)
+                )
                 outcome = outcome if finite[place] else problem
             if isinstance(outcome, Failure):
                 failures.append(FailedItem(item.id, item.uri, outcome, item.carried))
@@ -245,14 +257,3 @@ class Batches:
                 places.append(place)
                 rows.append(outcome)
         return Batch(group.first + start, rows, vectors[places], failures, changed)
-
-
-def _runs(items: Sequence[Item]) -> Iterator[range]:
-    """The places of the images that a loader takes together."""
-    start = 0
-    while start < len(items):
-        most = 1 if is_remote(items[start].uri) else RUN_IMAGES
-        sizes = itertools.accumulate(item.size for item in items[start : start + most])
-        count = max(1, sum(size <= RUN_BYTES for size in sizes))
-        yield range(start, start + count)
-        start += count

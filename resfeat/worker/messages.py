@@ -47,7 +47,7 @@ class Job:
             reads_ahead=READ_AHEAD_IN_STORE if any(map(is_remote, record.sources)) else READ_AHEAD,
             identity=record.identity,
             dims=dims,
-            with_label=record.label_from is not None,
+            with_label=record.source_options.label_from is not None,
             carried=carried_columns(layout.plan, record.plan),
             quantised=record.quantised,
         )

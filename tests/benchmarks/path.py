@@ -35,7 +35,7 @@ from resfeat.reporting import bench as reporting
 from resfeat.runtimes.hardware import cpu_count, hardware
 from resfeat.runtimes.torch import use_one_core
 from resfeat.sources import listing
-from resfeat.spec import FeatureSpec
+from resfeat.spec import FeatureSpec, SourceOptions
 from resfeat.worker import Job, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker, network_for, place_here
@@ -61,14 +61,15 @@ class Nothing:
 @contextmanager
 def started(folder: Path, threads: int, batch: int) -> Iterator[tuple[Worker, Shard]]:
     """A worker without a model, and all images below the folder as one shard."""
-    weights, items = resolve(FeatureSpec(model="resnet18", weights="random:0")), listing([folder])
+    weights = resolve(FeatureSpec(model="resnet18", weights="random:0"))
+    there = listing([str(folder)])
     options = RuntimeOptions(
         workers=0, runtime="torch", cpus_per_worker=threads, batch_size=batch, gpus_per_worker=0
     )
     nothing = mock.patch.object(runtimes, "start", lambda *_, **__: Nothing())
     with (
         mock.patch.object(reporting, "SHARD", 1_000_000),
-        reporting._dataset([str(folder)], list(items), weights, print) as (layout, record),
+        reporting._dataset(there, list(there), SourceOptions(), weights, print) as (layout, record),
     ):
         job = Job.of(layout, record, weights.dims)
         placement = place_here(options, job.identity)

@@ -29,8 +29,9 @@ from resfeat.engines import prepare, start
 from resfeat.engines import ray as engine
 from resfeat.reporting import Tally, Watch, versions
 from resfeat.runtimes.hardware import hardware
-from resfeat.sources.item import Item
-from resfeat.spec import FeatureSpec, RuntimeOptions
+from resfeat.sources.directory import TABLE
+from resfeat.sources.item import Item, table_of
+from resfeat.spec import FeatureSpec, RuntimeOptions, SourceOptions
 from resfeat.worker import Job, ShardResult, Task
 
 HERE = Path(__file__).parent
@@ -59,9 +60,12 @@ class Idle(engine.RayWorker):
 
 def listing(count: int):
     """Invented items, with paths as long as real ones are."""
-    for number in range(count):
-        name = f"camera-{number // 10_000:05d}/2026-11-21/IMG_{number:09d}.jpg"
-        yield Item(name, f"file:///data/photos/{name}", 48_213, 1_795_000_000_000_000)
+    for first in range(0, count, TABLE):
+        items = []
+        for number in range(first, min(first + TABLE, count)):
+            name = f"camera-{number // 10_000:05d}/2026-11-21/IMG_{number:09d}.jpg"
+            items.append(Item(name, f"file:///data/photos/{name}", 48_213, 1_795_000_000_000_000))
+        yield table_of(items)
 
 
 def simulate(count: int, folder: Path) -> dict[str, float]:
@@ -77,7 +81,7 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
         identity=weights.identity,
         weights=weights.origin,
         sources=(),
-        label_from=None,
+        source_options=SourceOptions(),
         plan=planned,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),

@@ -1,0 +1,121 @@
+"""A listing of sources of any kind, mixed as one likes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Protocol
+
+import pyarrow as pa
+
+from resfeat.errors import UsageError
+from resfeat.sources import directory, prefix, rules
+from resfeat.sources.directory import Directories
+from resfeat.sources.item import CARRIED, COLUMNS, Item, items_of
+from resfeat.sources.prefix import Prefixes
+from resfeat.spec import SourceOptions
+from resfeat.storage import is_remote, locate
+
+_UNNEEDED = re.compile(r"(?<=[^/:])/+$")  # slashes at the end
+
+
+class Part(Protocol):
+    """The sources of one kind. carried: the columns of `Item.carried`. skipped: what the last
+    listing passed over, counted by kind."""
+
+    carried: tuple[pa.Field, ...]
+    skipped: Counter[str]
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Their items, in a fixed order, as `item.table_of` makes them."""
+
+
+class Listing:
+    """The items of some sources, in a fixed order. roots: the sources. carried, skipped: as of a
+    `Part`."""
+
+    def __init__(self, roots: Sequence[str], parts: Sequence[Part]) -> None:
+        self.roots, self._parts = roots, parts
+        self.carried = _together(parts)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return sum((part.skipped for part in self._parts), Counter[str]())
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The items as tables, as `item.table_of` makes them."""
+        for part in self._parts:
+            for table in part.tables():
+                yield table if part.carried == self.carried else _aligned(table, self.carried)
+
+    def __iter__(self) -> Iterator[Item]:
+        return chain.from_iterable(map(items_of, self.tables()))
+
+
+def listing(sources: Sequence[str], options: SourceOptions | None = None) -> Listing:
+    """A listing of directories, prefixes in a store, or single images.
+
+    Raises UsageError where a source is missing, is a dataset, or lies within another, StoreError
+    where the store is out of reach or does not let us look.
+    """
+    options = options or SourceOptions()
+    # Of an address of another kind `locate` raises UsageError.
+    local = _sorted(
+        os.path.abspath(str(locate(source))) for source in sources if not is_remote(source)
+    )
+    remote = _sorted(_UNNEEDED.sub("", source) for source in sources if is_remote(source))
+    for root in local:
+        directory.check(root)
+    for root in remote:
+        prefix.check(root)
+    rules.check_apart(local)
+    rules.check_apart(remote)
+    parts: list[Part] = []
+    if local:
+        parts.append(Directories(local, _base(local), options))
+    if remote:
+        # Beside others they keep their whole addresses, so that no two images share an id.
+        parts.append(Prefixes(remote, "" if local else _base(remote), options))
+    return Listing([*local, *remote], parts)
+
+
+def _sorted(roots: Iterable[str]) -> list[str]:
+    """By components: whatever lies within a folder sorts right behind it."""
+    return sorted(roots, key=lambda root: root.split("/"))
+
+
+def _base(roots: Sequence[str]) -> str:
+    """What the ids leave out of the paths or addresses: a single folder, or else the sources'
+    common parent, so that no two images share an id."""
+    if len(roots) == 1 and locate(roots[0]).is_dir():
+        return os.path.join(roots[0], "")
+    scheme = roots[0].partition("://")[0] + "://" if is_remote(roots[0]) else ""
+    if not all(root.startswith(scheme) for root in roots):
+        return ""  # of several stores
+    above = os.path.commonpath([os.path.dirname(root.removeprefix(scheme)) for root in roots])
+    return scheme + os.path.join(above, "")
+
+
+def _together(parts: Sequence[Part]) -> tuple[pa.Field, ...]:
+    """The columns that any of the parts carries. Raises UsageError where two differ in type."""
+    found: dict[str, pa.Field] = {}
+    for field in chain.from_iterable(part.carried for part in parts):
+        if (other := found.setdefault(field.name, field)).type != field.type:
+            raise UsageError(
+                f"--keep {field.name}: it is {other.type} in one source and {field.type} in "
+                "another: make two datasets, or give the column one type"
+            )
+    return tuple(found.values())
+
+
+def _aligned(table: pa.Table, carried: Sequence[pa.Field]) -> pa.Table:
+    """The same items, with nulls in the columns that only other sources have."""
+    columns = {field.name: table[field.name] for field in COLUMNS}
+    for field in carried:
+        name = CARRIED + field.name
+        there = name in table.column_names
+        columns[name] = table[name] if there else pa.nulls(table.num_rows, field.type)
+    return pa.table(columns, metadata=table.schema.metadata)
