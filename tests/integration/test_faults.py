@@ -335,7 +335,10 @@ def test_a_photograph_that_may_not_be_read(
     assert hidden.name not in failed(output)["id"].to_pylist()
 
 
-@pytest.mark.parametrize("where", ["the source itself", "a folder in it", "the folder around it"])
+@pytest.mark.parametrize(
+    "where",
+    ["the source itself", "a folder in it", pytest.param("the folder around it", marks=MORE)],
+)
 def test_a_source_that_may_not_be_read(where, few, choices, tmp_path, without_rights, resfeat):
     source = few.parent / "around" / "few"
     source.parent.mkdir()

@@ -254,6 +254,7 @@ def test_choices_that_cannot_be_are_one_line(choices, told, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_a_network_of_another_library_on_ray(folder, resfeat, tmp_path):
     choices = [*CHOICES, "--model", "torchvision:squeezenet1_1"]
