@@ -21,6 +21,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from resfeat.decoding.boxes import kind_of
+from resfeat.decoding.heif import open_heif
 from resfeat.decoding.jpeg import head_of
 from resfeat.decoding.pillow import (
     MAX_PIXELS,
@@ -35,7 +37,9 @@ from resfeat.decoding.resize import narrowed, resize_with_pillow, resize_with_to
 from resfeat.errors import Failure, ResfeatError, first_line
 from resfeat.spec import Decode, Preprocessing
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")  # and those of `heif`
+_READ = "only JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and HEIC are read"
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")  # bare, and in a container
 # Each scan of a progressive JPEG, of a few bytes, may go over all pixels. Encoders write about ten.
 MAX_SCANS = 100
 # libjpeg-turbo scales while it decodes, by those of its factors that are fast and exact enough, to
@@ -162,14 +166,17 @@ def _by_pillow(
 
 
 def _open(data: bytes) -> Image.Image:
+    if kind := kind_of(data):
+        return open_heif(data, kind)
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
+        if data.startswith(_JPEG_XL):
+            raise RefusedError("format_not_allowed", f"JPEG XL; {_READ}") from None
         for name, (_, accept) in Image.OPEN.items():
             # Only the signature is looked at: nothing of a format that is not allowed gets to run.
             if name not in FORMATS and accept and accept(data[:16]) is True:
-                message = f"{name}; only JPEG, PNG, WebP, GIF, BMP and TIFF are read"
-                raise RefusedError("format_not_allowed", message) from None
+                raise RefusedError("format_not_allowed", f"{name}; {_READ}") from None
         start = data[:24].decode("ascii", "backslashreplace")
         raise RefusedError("unidentified", f"not an image: starts with {start!r}") from None
 
