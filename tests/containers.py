@@ -12,10 +12,12 @@ from PIL import Image
 LOSSLESS = {"quality": -1, "chroma": 444, "matrix_coefficients": 0}
 
 
-def heic(picture: Image.Image, **options: Any) -> bytes:
+def heic(*pictures: Image.Image, **options: Any) -> bytes:
     """A HEIC; `tile_size` has it in tiles, as phones write it."""
-    buffer = io.BytesIO()
-    pillow_heif.from_pillow(picture).save(buffer, **options)
+    buffer, file = io.BytesIO(), pillow_heif.HeifFile()
+    for picture in pictures:
+        file.add_from_pillow(picture)
+    file.save(buffer, **options)
     return buffer.getvalue()
 
 

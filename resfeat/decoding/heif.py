@@ -20,20 +20,24 @@ from resfeat.decoding.boxes import Kind, is_cut, largest, unpacked
 from resfeat.decoding.pillow import MAX_PIXELS, RefusedError, foreign
 
 # What a file's items may take in memory beyond its own size. Photographs take far less than this.
-_MOST_ADDED = 64 * 1024**2
+_MOST_ADDED = 128 * 1024**2
 _setting = Lock()
 
 
 def open_heif(data: bytes, kind: Kind) -> Image.Image:
     """The primary image, or the first of a sequence, which is decoded when it is loaded."""
+    with foreign(data):
+        _check(data)
+    return _open_avif(data) if kind == "AVIF" else _open_heic(data)
+
+
+def _check(data: bytes) -> None:
     if is_cut(data):
         raise RefusedError("truncated", "the file ends before its data do")
-    width, height = largest(data)
-    if width * height > MAX_PIXELS:  # libavif calls such a file broken
-        raise RefusedError("too_many_pixels", f"{width} x {height}; {MAX_PIXELS:,} at most")
+    if (pixels := largest(data)) > MAX_PIXELS:  # libavif calls such a file broken
+        raise RefusedError("too_many_pixels", f"{pixels:,} pixels; {MAX_PIXELS:,} at most")
     if (size := unpacked(data)) > len(data) + _MOST_ADDED:
         raise RefusedError("too_large", f"{len(data):,} bytes that would become {size:,}")
-    return _open_avif(data) if kind == "AVIF" else _open_heic(data)
 
 
 def _open_avif(data: bytes) -> Image.Image:
