@@ -44,27 +44,50 @@ def declaring(data: bytes, width: int, height: int) -> bytes:
 
 def with_notes(data: bytes, count: int, size: int) -> bytes:
     """A HEIC of one picture, which so many items of EXIF describe: each of them the same bytes."""
-    shown = range(2, count + 2)
+    numbers = range(2, count + 2)
+    notes = [(number, b"Exif", size) for number in numbers]
+    references = [_box(b"cdsc", struct.pack(">HHH", number, 1, 1)) for number in numbers]
+    return _with_items(data, notes, references, bytes(size))
+
+
+def of_layers(data: bytes, count: int, width: int, height: int) -> bytes:
+    """A HEIC that shows a picture of this size so many times, each time above the last."""
+    overlay = struct.pack(">BB4HII", 0, 1, 0, 0, 0, 0, width, height) + bytes(8 * count)
+    reference = _box(b"dimg", struct.pack(f">{2 + count}H", 2, count, *[1] * count))
+    return _with_items(data, [(2, b"iovl", len(overlay))], [reference], overlay, primary=2)
+
+
+def _with_items(
+    data: bytes,
+    items: list[tuple[int, bytes, int]],
+    references: list[bytes],
+    added: bytes,
+    primary: int = 1,
+) -> bytes:
+    """A HEIC of one picture with further items, of a number, a kind and a size: the data of each
+    are what is added."""
     ftyp, properties, coded = (_box_in(data, kind) for kind in (b"ftyp", b"iprp", b"mdat"))
-    names = [_item(1, b"hvc1"), *(_item(number, b"Exif") for number in shown)]
-    described = [_box(b"cdsc", struct.pack(">HHH", number, 1, 1)) for number in shown]
+    names = [_item(1, b"hvc1"), *(_item(number, kind) for number, kind, _ in items)]
     start = 0
     for _ in range(2):  # at first to see how long it is
-        pieces = [(1, start, len(coded) - 8)]
-        pieces += [(number, start + len(coded) - 8, size) for number in shown]
+        behind = start + len(coded) - 8
+        pieces = [
+            (1, start, len(coded) - 8),
+            *((number, behind, size) for number, _, size in items),
+        ]
         places = [struct.pack(">HHHII", number, 0, 1, *place) for number, *place in pieces]
         meta = _box(
             b"meta",
             bytes(4),
             _box(b"hdlr", bytes(8), b"pict", bytes(13)),
-            _box(b"pitm", bytes(4), struct.pack(">H", 1)),
+            _box(b"pitm", bytes(4), struct.pack(">H", primary)),
             _box(b"iloc", bytes(4), b"\x44\0", struct.pack(">H", len(pieces)), *places),
             _box(b"iinf", bytes(4), struct.pack(">H", len(names)), *names),
-            _box(b"iref", bytes(4), *described),
+            _box(b"iref", bytes(4), *references),
             properties,
         )
         start = len(ftyp + meta) + 8
-    return ftyp + meta + _box(b"mdat", coded[8:], bytes(size))
+    return ftyp + meta + _box(b"mdat", coded[8:], added)
 
 
 def _item(number: int, kind: bytes) -> bytes:

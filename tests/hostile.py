@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from containers import avif, declaring, heic, with_notes
+from containers import avif, declaring, heic, of_layers, with_notes
 from PIL import Image
 
 Outcomes = frozenset[str | None]
@@ -137,6 +137,7 @@ def _pictures() -> Iterator[Case]:
         "exif garbage.heic": heic(picture, exif=b"Exif\0\0" + b"?" * 60_000),
         "notes.heic": with_notes(heic(picture), 20, 1000),
         "depth.heic": _with_depth(),
+        "layers.heic": of_layers(heic(picture), 3, *picture.size),
     }
     for name, data in odd.items():
         yield name, data, EMBEDDED
@@ -197,6 +198,8 @@ def _heif_bombs() -> Iterator[Case]:
         yield f"no side.{kind}", declaring(whole, 0, 0), CORRUPT
     # 4 MB that would be read 900 times.
     yield "notes bomb.heic", with_notes(heic(_picture()), 900, 4_000_000), TOO_LARGE
+    layer = declaring(heic(_picture()), 8_000, 8_000)
+    yield "layers bomb.heic", of_layers(layer, 900, 8_000, 8_000), TOO_MANY
     tiles = heic(_picture(), tile_size=64)
     yield "no data.heic", tiles[: tiles.index(b"mdat") - 4], TRUNCATED
     yield "notes alone.heic", heic(_picture()).replace(b"hvc1", b"Exif"), CORRUPT

@@ -1,8 +1,9 @@
 """Bytes to pixels of the model's size: the pixel policy.
 
-The first frame; EXIF orientation applied; alpha composited on white; palette and grey to RGB; CMYK
-as Pillow converts it; 16-bit grey scaled, not clipped. A truncated file is a failure, never half a
-picture. A change to any of this is a change of `spec.PIXEL_POLICY`.
+The first frame; EXIF orientation applied (of AVIF and HEIC, the container's); alpha composited on
+white; palette and grey to RGB; CMYK as Pillow converts it; more than 8 bits scaled, not clipped. A
+truncated file is a failure, never half a picture. A change to any of this is a change of
+`spec.PIXEL_POLICY`; another format, whose files were failures, is not.
 
 "pillow" gives the pixels of torchvision's transforms on a Pillow 13 image, to the last bit. "turbo"
 is several times faster and differs by a level or two: libjpeg-turbo decodes JPEGs, large ones
