@@ -56,7 +56,7 @@ def _open_heic(data: bytes) -> Image.Image:
     except ImportError:
         message = "HEIC; to have it read: pip install 'resfeat[heif]'"
         raise RefusedError("format_not_allowed", message) from None
-    settings = {"DECODE_THREADS": 0, "DISABLE_SECURITY_LIMITS": False}  # 0: in this very thread
+    settings = {"DECODE_THREADS": 0, "DISABLE_SECURITY_LIMITS": False}  # 0: none of its own
     others = dict.fromkeys(("THUMBNAILS", "DEPTH_IMAGES", "AUX_IMAGES"), False)
     with foreign(data), _set(options, **settings, **others):
         image = HeifImageFile(io.BytesIO(data))
