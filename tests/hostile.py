@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from containers import avif, declaring, heic, of_layers, with_notes
 from PIL import Image
 
 Outcomes = frozenset[str | None]
@@ -27,6 +28,7 @@ UNIDENTIFIED: Outcomes = frozenset({"unidentified"})
 TRUNCATED: Outcomes = frozenset({"truncated"})
 CORRUPT: Outcomes = frozenset({"corrupt"})
 TOO_MANY: Outcomes = frozenset({"too_many_pixels"})
+TOO_LARGE: Outcomes = frozenset({"too_large"})
 REFUSED: Outcomes = frozenset({"format_not_allowed"})
 NO_FILE: Outcomes = frozenset({"not_regular_file"})
 NOT_FOUND: Outcomes = frozenset({"not_found"})
@@ -81,7 +83,7 @@ def _write_nodes(folder: Path, plain: bytes) -> dict[str, Outcomes]:
         "dangling.jpg": NOT_FOUND,
         "self.jpg": NOT_FOUND,
         "link.jpg": EMBEDDED,
-        "sparse.jpg": frozenset({"too_large"}),
+        "sparse.jpg": TOO_LARGE,
         "secret.jpg": frozenset({"permission"}) if os.geteuid() else EMBEDDED,  # root reads all
         "folder.jpg/within": EMBEDDED,
     }
@@ -125,6 +127,17 @@ def _pictures() -> Iterator[Case]:
         "exif empty.jpg": _encode("JPEG", exif=b"Exif\0\0"),
         "large.png": _flat_png(7000, 7000),
         "large grey.png": _flat_png(9000, 9000, GREY),
+        "avif.jpg": avif(picture),
+        "heic.jpg": heic(picture),
+        "animated.avif": _encode("AVIF", **frames),
+        "of several.heic": heic(picture, picture.rotate(90)),
+        "tiles.heic": heic(picture, tile_size=64),
+        "film behind.heic": heic(picture) + b"\0\1\0\0mpvd" + bytes(100),
+        "text behind.avif": avif(picture) + b"just some words\n" * 20,
+        "exif garbage.heic": heic(picture, exif=b"Exif\0\0" + b"?" * 60_000),
+        "notes.heic": with_notes(heic(picture), 20, 1000),
+        "depth.heic": _with_depth(),
+        "layers.heic": of_layers(heic(picture), 3, *picture.size),
     }
     for name, data in odd.items():
         yield name, data, EMBEDDED
@@ -137,8 +150,13 @@ def _pictures() -> Iterator[Case]:
 def _damaged() -> Iterator[Case]:
     """Cut off at many points, and bits flipped: a disk, a download or a copy that went wrong."""
     chance = np.random.default_rng(0)
-    for kind in ("JPEG", "progressive", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = _encode("JPEG", progressive=True) if kind == "progressive" else _encode(kind)
+    made = {
+        **{kind: _encode(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")},
+        "progressive": _encode("JPEG", progressive=True),
+        "HEIC": heic(_picture()),
+        "tiles.HEIC": heic(_picture(), tile_size=64),
+    }
+    for kind, whole in made.items():
         yield f"cut 3 bytes.{kind}", whole[:3], TRUNCATED | UNIDENTIFIED
         for percent in (1, 10, 30, 50, 70, 90, 99):
             outcomes = TRUNCATED | UNIDENTIFIED if percent == 1 else TRUNCATED
@@ -164,12 +182,34 @@ def _bombs() -> Iterator[Case]:
     yield "texts.png", _png(8, 8, GREY, bytes(72), *[(b"tEXt", b"k\0v")] * 20_000), EMBEDDED
     large = _encode("JPEG", Image.new("RGB", (4000, 3000)), progressive=True)
     scan = large[large.rindex(b"\xff\xda") : -2]
-    yield "scans.jpg", large[:-2] + scan * 2_000 + large[-2:], frozenset({"too_large"})
+    yield "scans.jpg", large[:-2] + scan * 2_000 + large[-2:], TOO_LARGE
     # A film after the photograph, as phones write it, has the same bytes by chance.
     film = b"\xff\xda" * 200
     yield "film.jpg", _encode("JPEG", progressive=True) + film, EMBEDDED
     exif = b"Exif\0\0" + film
     yield "thumbnail.jpg", _encode("JPEG", progressive=True, exif=exif), EMBEDDED
+    yield from _heif_bombs()
+
+
+def _heif_bombs() -> Iterator[Case]:
+    for kind, whole in ("avif", avif(_picture())), ("heic", heic(_picture(), tile_size=64)):
+        for side in 13_378, 16_385, 2**31 - 1:
+            yield f"bomb {side}.{kind}", declaring(whole, side, side), TOO_MANY
+        yield f"no side.{kind}", declaring(whole, 0, 0), CORRUPT
+    # 4 MB that would be read 900 times.
+    yield "notes bomb.heic", with_notes(heic(_picture()), 900, 4_000_000), TOO_LARGE
+    layer = declaring(heic(_picture()), 8_000, 8_000)
+    yield "layers bomb.heic", of_layers(layer, 900, 8_000, 8_000), TOO_MANY
+    tiles = heic(_picture(), tile_size=64)
+    yield "no data.heic", tiles[: tiles.index(b"mdat") - 4], TRUNCATED
+    yield "notes alone.heic", heic(_picture()).replace(b"hvc1", b"Exif"), CORRUPT
+
+
+def _with_depth() -> bytes:
+    """With how far away things are beside the picture, which is stored as what is clear is."""
+    picture = _picture()
+    picture.putalpha(picture.convert("L"))
+    return heic(picture).replace(b"auxid:1", b"auxid:2")
 
 
 def _impostors() -> Iterator[Case]:
@@ -183,6 +223,10 @@ def _impostors() -> Iterator[Case]:
     yield "program.jpg", b"\x7fELF" + bytes(60), UNIDENTIFIED
     yield "document.jpg", b"%PDF-1.7\n1 0 obj <<>> endobj\n%%EOF\n", UNIDENTIFIED
     yield "script.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit\n", REFUSED
+    yield "bare.jxl", b"\xff\x0a\xfa\x1f" + bytes(50), REFUSED
+    yield "boxed.jxl", b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl " + bytes(50), REFUSED
+    yield "av1.heic", avif(_picture()).replace(b"avif", b"heic"), REFUSED
+    yield "film.heic", b"\0\0\0\x14ftypisom\0\0\0\0isom" + bytes(50), UNIDENTIFIED
     yield "floats.tif", _encode("TIFF", Image.new("F", (9, 9))), REFUSED
 
 

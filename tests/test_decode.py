@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 from broken import EXPECTED, write_broken
+from containers import heic
 from PIL import Image, ImageFile
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import functional as F  # noqa: N812
@@ -142,7 +143,7 @@ def test_only_the_middle_of_a_very_long_picture_is_sampled(photos):
             assert difference.mean() < 0.3
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_every_format_is_read_by_content(kind):
     picture = decoded(gradient(), kind)
     assert picture.pixels.shape == (224, 224, 3)
@@ -247,7 +248,7 @@ def test_pixels_without_a_fixed_range_are_refused():
 
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (50, 50), colour) for colour in ("red", "blue", "green")]
-    for kind in ("GIF", "WEBP"):
+    for kind in ("GIF", "WEBP", "AVIF"):
         picture = decoded(frames[0], kind, save_all=True, append_images=frames[1:])
         assert np.abs(picture.pixels[0, 0].astype(int) - (255, 0, 0)).max() < 8
 
@@ -278,10 +279,11 @@ def test_a_host_program_that_loads_truncated_images_changes_nothing(monkeypatch)
 
 
 def test_every_prefix_and_any_flipped_byte_is_an_answer_and_not_an_exception():
-    """Real decoders on 600 damaged files: each a picture or a failure of the closed list."""
+    """Real decoders on 900 damaged files: each a picture or a failure of the closed list."""
     chance = np.random.default_rng(0)
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = encoded(gradient(64, 48), kind)
+    kinds = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+    files = [encoded(gradient(64, 48), kind) for kind in kinds]
+    for whole in (*files, heic(gradient(64, 48)), heic(gradient(130, 70), tile_size=64)):
         damaged = [whole[: len(whole) * n // 50] for n in range(50)]
         for _ in range(50):
             flipped = bytearray(whole)

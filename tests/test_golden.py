@@ -5,7 +5,8 @@ it through Pillow or through us, either undo that, or bump `spec.PIXEL_POLICY` a
 anew with `python tests/test_golden.py`.
 
 The pictures are made here and stored without loss. JPEG decoders may differ by a level or two from
-version to version, so JPEG has a test of its own, with a tolerance.
+version to version, so JPEG has a test of its own, with a tolerance. Pillow writes AVIF with a loss
+and of 8 bits only, so `golden/` has `pattern` as the encoder of libaom stores it without a loss.
 """
 
 import io
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
+from containers import LOSSLESS, avif, deep_heic, heic
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -167,6 +169,8 @@ def made_cases():
     shown = np.rint(wide / 257).astype(np.uint8)
     yield "png-rgb-16-bit", Case(png(wide.astype(">u2"), RGB, depth=16), shown, within=1)
 
+    yield from heif_cases(rgb, alpha)
+
     # Were another frame taken, it would be the negative.
     data = saved("GIF", "P", index, 7 - index, palette=palette)
     yield "gif-animation", Case(data, palette[index])
@@ -182,6 +186,33 @@ def made_cases():
     for interpolation in "bilinear", "bicubic", "nearest":
         case = Case(png(odd, RGB), odd, interpolation=interpolation)
         yield f"png-223x225-{interpolation}", case
+
+
+def heif_cases(rgb, alpha):
+    for name in "rgb", "rgb-10-bit", "rgb-12-bit":
+        data = (GOLDEN.parent / f"{name}.avif").read_bytes()
+        yield f"avif-{name}", Case(data, rgb)
+    data = (GOLDEN.parent / "grey-10-bit.avif").read_bytes()
+    yield "avif-grey-10-bit", Case(data, grey_as_rgb(rgb[..., :1]))
+    data = (GOLDEN.parent / "rgba.avif").read_bytes()
+    yield "avif-rgba", Case(data, on_white(rgb, alpha), within=1)
+
+    for number, store in STORED.items():
+        picture, exif = Image.fromarray(store(rgb)), b"Exif\0\0" + orientation(number)
+        yield f"heic-exif-{number}", Case(heic(picture, exif=exif, **LOSSLESS), rgb)
+    tiled = pattern(150, 100)
+    data = heic(Image.fromarray(tiled), tile_size=64, **LOSSLESS)
+    yield "heic-of-tiles", Case(data, tiled)
+    data = heic(Image.fromarray(rgb[..., 0]), **LOSSLESS)
+    yield "heic-grey", Case(data, grey_as_rgb(rgb[..., :1]))
+    data = heic(Image.fromarray(np.dstack([rgb, alpha])), **LOSSLESS)
+    yield "heic-rgba", Case(data, on_white(rgb, alpha), within=1)
+    size, wide = (rgb.shape[1], rgb.shape[0]), rgb.astype("<u2") * 257
+    for bits in 10, 12:
+        data = deep_heic("RGB;16", size, wide.tobytes(), bits)
+        yield f"heic-rgb-{bits}-bit", Case(data, rgb)
+    data = deep_heic("I;16", size, wide[..., 0].tobytes(), 10)
+    yield "heic-grey-10-bit", Case(data, grey_as_rgb(rgb[..., :1]))
 
 
 CASES = dict(made_cases())
@@ -275,6 +306,17 @@ def test_a_jpeg_gives_nearly_the_pixels_of_the_same_picture_without_loss(mode, t
     picture, exact = decoded(jpeg, way=way), decoded(saved("TIFF", mode, upright))
     assert (picture.width, picture.height) == (exact.width, exact.height)
     assert levels_apart(picture.pixels, exact.pixels) <= 4
+
+
+@pytest.mark.parametrize("way", ["pillow", "turbo"])
+@pytest.mark.parametrize("turn", STORED)
+def test_an_avif_is_turned_once(turn, way):
+    exif = b"Exif\0\0" + orientation(turn)
+    picture = Image.fromarray(STORED[turn](pattern()))
+    data = avif(picture, quality=100, subsampling="4:4:4", exif=exif)
+    shown, exact = decoded(data, way=way), decoded(saved("TIFF", "RGB", pattern()))
+    assert (shown.width, shown.height) == (exact.width, exact.height)
+    assert levels_apart(shown.pixels, exact.pixels) <= 4
 
 
 if __name__ == "__main__":

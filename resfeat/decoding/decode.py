@@ -1,8 +1,9 @@
 """Bytes to pixels of the model's size: the pixel policy.
 
-The first frame; EXIF orientation applied; alpha composited on white; palette and grey to RGB; CMYK
-as Pillow converts it; 16-bit grey scaled, not clipped. A truncated file is a failure, never half a
-picture. A change to any of this is a change of `spec.PIXEL_POLICY`.
+The first frame; EXIF orientation applied (of AVIF and HEIC, the container's); alpha composited on
+white; palette and grey to RGB; CMYK as Pillow converts it; more than 8 bits scaled, not clipped. A
+truncated file is a failure, never half a picture. A change to any of this is a change of
+`spec.PIXEL_POLICY`; another format, whose files were failures, is not.
 
 "pillow" gives the pixels of torchvision's transforms on a Pillow 13 image, to the last bit. "turbo"
 is several times faster and differs by a level or two: libjpeg-turbo decodes JPEGs, large ones
@@ -21,6 +22,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from resfeat.decoding.boxes import kind_of
+from resfeat.decoding.heif import open_heif
 from resfeat.decoding.jpeg import head_of
 from resfeat.decoding.pillow import (
     MAX_PIXELS,
@@ -35,7 +38,9 @@ from resfeat.decoding.resize import narrowed, resize_with_pillow, resize_with_to
 from resfeat.errors import Failure, ResfeatError, first_line
 from resfeat.spec import Decode, Preprocessing
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")  # and those of `heif`
+_READ = "only JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and HEIC are read"
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")  # bare, and in a container
 # Each scan of a progressive JPEG, of a few bytes, may go over all pixels. Encoders write about ten.
 MAX_SCANS = 100
 # libjpeg-turbo scales while it decodes, by those of its factors that are fast and exact enough, to
@@ -162,14 +167,17 @@ def _by_pillow(
 
 
 def _open(data: bytes) -> Image.Image:
+    if kind := kind_of(data):
+        return open_heif(data, kind)
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
+        if data.startswith(_JPEG_XL):
+            raise RefusedError("format_not_allowed", f"JPEG XL; {_READ}") from None
         for name, (_, accept) in Image.OPEN.items():
             # Only the signature is looked at: nothing of a format that is not allowed gets to run.
             if name not in FORMATS and accept and accept(data[:16]) is True:
-                message = f"{name}; only JPEG, PNG, WebP, GIF, BMP and TIFF are read"
-                raise RefusedError("format_not_allowed", message) from None
+                raise RefusedError("format_not_allowed", f"{name}; {_READ}") from None
         start = data[:24].decode("ascii", "backslashreplace")
         raise RefusedError("unidentified", f"not an image: starts with {start!r}") from None
 

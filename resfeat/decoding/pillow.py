@@ -58,6 +58,8 @@ def foreign(data: bytes = b"") -> Iterator[None]:
         is_short = data[:4] == b"RIFF" and 8 + int.from_bytes(data[4:8], "little") > len(data)
         is_short = is_short or isinstance(error, EOFError) or "truncated" in str(error).lower()
         message = f"{type(error).__name__}: {error}"[:300]
+        if "compression format has not been built in" in message:  # libheif, of H.264 and others
+            raise RefusedError("format_not_allowed", message) from error
         raise RefusedError("truncated" if is_short else "corrupt", message) from error
 
 

@@ -16,7 +16,7 @@ from resfeat.runtimes.hardware import hardware
 if TYPE_CHECKING:
     from resfeat.fidelity import Parity
 
-LIBRARIES = "torch torchvision openvino nncf pillow simplejpeg pyarrow ray".split()
+LIBRARIES = "torch torchvision openvino nncf pillow pillow-heif simplejpeg pyarrow ray".split()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ SIDECARS = frozenset(
     " .pkl .py .rst .sh .sqlite .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
 )
 # A dot, but that of an image's extension.
-_DOUBTFUL = re.compile(r"/\.|\.(?!(?:jpe?g|png|webp|gif|bmp|tiff?)/)", re.IGNORECASE)
+_DOUBTFUL = re.compile(r"/\.|\.(?!(?:jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])/)", re.IGNORECASE)
 
 
 def passed_over(name: str) -> str | None:
