@@ -241,6 +241,12 @@ def is_there(root: str) -> bool:
     return bool(os.listdir(root)) if os.path.isdir(root) else os.path.exists(root)
 
 
+def entries(folder: str) -> Iterator[tuple[str, bool]]:
+    """The names of what lies right in a folder, and whether each is a folder; nothing of a file."""
+    with suppress(OSError), os.scandir(folder) as scan:
+        yield from ((entry.name, _is_folder(entry)) for entry in scan)
+
+
 def path_of(uri: str) -> str:
     return os.fsdecode(unquote_to_bytes(uri.removeprefix("file://")))
 

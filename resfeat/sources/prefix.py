@@ -93,6 +93,12 @@ def is_there(root: str) -> bool:
     return bool(_info(root.removeprefix(SCHEME)).type != FileType.NotFound)
 
 
+def entries(folder: str) -> Iterator[tuple[str, bool]]:
+    """The names of what lies right below a prefix, and whether each is one, too."""
+    for info in _list(folder.removeprefix(SCHEME)):
+        yield info.base_name, info.type == FileType.Directory
+
+
 def read(item: Item) -> tuple[bytes, int, int] | Failure:
     """See `sources.read`. Raises StoreError where the whole store is out of reach."""
     path = unquote(item.uri.removeprefix(SCHEME))
