@@ -43,12 +43,12 @@ class Windowed:
         _check(count)
         count = max(0, min(count, self._size - self._place))
         held = self._start + len(self._window)
-        if self._place < self._start or self._place + count > held:
+        if count and not self._start <= self._place <= held - count:
             least = self._on if 0 <= self._place - held <= NEAR else self._hop
             self._start = self._place
             length = min(max(count, least), self._size - self._place)
             self._window = self._fetch(self._place, length)
-        start = self._place - self._start
+        start = max(0, self._place - self._start)
         self.last = self._window[start : start + count]
         self._place += len(self.last)
         return self.last
