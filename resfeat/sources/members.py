@@ -77,7 +77,7 @@ def _cut_out(item: Item, window: Content | Failure, first: int) -> Content | Fai
     if isinstance(window, Failure):
         return _CHANGED if window.reason == "bad_container" else window
     data, _, mtime = window
-    if mtime != item.mtime:
+    if item.mtime not in (None, mtime):
         return _CHANGED
     start, end = place_of(item)
     return data[start - first : end - first], end - start, mtime
