@@ -7,15 +7,18 @@ import os
 import random
 import subprocess
 import tarfile
+import uuid
 from collections import Counter
 
 import pytest
+from object_store import FaultyProxy, ObjectStore
 from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset
 from resfeat.errors import Failure, UsageError
 from resfeat.sources import gone, listing, read, read_ahead, reading, runs, tar
 from resfeat.spec import SourceOptions
+from resfeat.storage import remote
 
 LONG = "a long folder " * 5 + "/" + "and a long name " * 5 + ".png"  # > 100 bytes, ustar can split
 
@@ -428,6 +431,69 @@ def test_many_tars_come_in_their_order_however_many_are_listed_at_once(tmp_path,
     assert [item.id for item in there] == expected
     assert there.skipped == Counter({".txt": 8})
     assert max(table.num_rows for table in there.tables()) == 4
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ObjectStore() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(server, monkeypatch):
+    """A proxy before a store, and how to put a file there."""
+    with FaultyProxy(server.endpoint) as proxy:
+        for name, value in proxy.environment.items():
+            monkeypatch.setenv(name, value)
+        remote.store.cache_clear()
+        name = f"bucket-{uuid.uuid4().hex}"
+        files = server.system(allow_bucket_creation=True)
+        files.create_dir(name)
+
+        def put(path):
+            with files.open_output_stream(f"{name}/shards/{path.name}") as file:
+                file.write(path.read_bytes())
+            proxy.requests.clear()
+            return f"s3://{name}/shards/{path.name}"
+
+        yield proxy, put
+
+
+@pytest.mark.parametrize("name", ["a 1.tar", "a.tgz"])
+def test_a_tar_in_a_store_is_as_on_a_disk(name, pictures, bucket, tmp_path):
+    _, put = bucket
+    path = pack(tmp_path / name, pictures | {"0.json": b"{}"})
+    address = put(path)
+    there, here = items(address, keep=("json",)), items(path, keep=("json",))
+    for remote_one, local_one in zip(there, here, strict=True):
+        assert remote_one.uri == address.replace(" ", "%20")
+        fields = ("id", "size", "offset", "label", "carried", "problem")
+        assert all(getattr(remote_one, each) == getattr(local_one, each) for each in fields)
+    assert contents(there) == contents(here)
+    put(pack(tmp_path / name, {f"other/{name}": each for name, each in pictures.items()}))
+    # Written within the second, it has the same mtime.
+    changed = [item._replace(mtime=item.mtime - 1_000_000) for item in there]
+    assert set(contents(changed).values()) == {"bad_container"}
+
+
+def test_members_in_a_store_take_few_requests(bucket, tmp_path, monkeypatch):
+    proxy, put = bucket
+    address = put(pack(tmp_path / "small.tar", noise(500, 5_000)))  # three megabytes
+    some = items(address)
+    assert len([method for method, *_ in proxy.requests if method == "GET"]) <= 4
+    proxy.requests.clear()
+    contents(some)
+    assert len([method for method, *_ in proxy.requests if method == "GET"]) == 500 // 32 + 1
+
+
+def test_a_glob_in_a_store_stands_for_what_matches(bucket, tmp_path):
+    _, put = bucket
+    for name in ("b.tar", "a.tar", "README.md"):
+        root = put(pack(tmp_path / name, {"1.jpg": b"1"})).rpartition("/")[0]
+    for source in (f"{root}/*.tar", root):
+        assert [item.id for item in items(source)] == ["a.tar#1.jpg", "b.tar#1.jpg"]
+        assert listing([source]).roots == [source] and gone([source], []) is None
+    assert gone([f"{root}/c*.tar"], []) == f"{root}/c*.tar"
 
 
 def test_a_glob_and_a_folder_of_tars_stand_for_the_tars(tmp_path):

@@ -4,9 +4,10 @@ The same tree on a disk and in a store gives the same ids in the same order. Fol
 by one, so memory grows with the largest, not with the bucket.
 """
 
+import errno
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from urllib.parse import quote, unquote
 
@@ -83,8 +84,7 @@ class Prefixes:
             id=printable((SCHEME + info.path).removeprefix(self._base)),
             uri=SCHEME + quote(info.path),
             size=info.size,
-            # Whole seconds, as in the header of an object; some stores list milliseconds.
-            mtime=info.mtime_ns // 10**9 * 10**6,
+            mtime=_whole_seconds(info),
             label=folder_of(info.path) if self._labelled else None,
         )
 
@@ -97,6 +97,23 @@ def entries(folder: str) -> Iterator[tuple[str, bool]]:
     """The names of what lies right below a prefix, and whether each is one, too."""
     for info in _list(folder.removeprefix(SCHEME)):
         yield info.base_name, info.type == FileType.Directory
+
+
+def opened(uri: str) -> tuple[Callable[[int, int], bytes], int, int, str | None]:
+    """How to read an object piece by piece, by start and length; its size, mtime and etag. Raises
+    FileNotFoundError, and StoreError where the store is out of reach or does not let us."""
+    path = unquote(uri.removeprefix(SCHEME))
+    if (info := _info(path)).type != FileType.File:
+        raise FileNotFoundError(errno.ENOENT, "no such object")
+
+    def fetch(start: int, length: int) -> bytes:
+        def get() -> bytes:
+            with _store(path).open_input_file(path) as file:
+                return bytes(file.read_at(length, start))
+
+        return patiently(uri, get)
+
+    return fetch, info.size, _whole_seconds(info), None
 
 
 def read(item: Item) -> tuple[bytes, int, int] | Failure:
@@ -125,6 +142,11 @@ def read(item: Item) -> tuple[bytes, int, int] | Failure:
             return Failure("read", "permission", message)
         _info(path.partition("/")[0])  # is it this object, or the store?
         return Failure("read", "io_error", message)
+
+
+def _whole_seconds(info: FileInfo) -> int:
+    """The mtime as in the header of an object; some stores list milliseconds."""
+    return int(info.mtime_ns // 10**9 * 10**6)
 
 
 def _is_dataset(entries: Sequence[FileInfo]) -> bool:
