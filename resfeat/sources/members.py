@@ -54,7 +54,8 @@ def streamed(items: Sequence[Item]) -> Generator[Content | Failure]:
     waiting = iter(items)
     try:
         with opened(items[0].uri) as tar:
-            failure = None if tar.mtime == items[0].mtime else _CHANGED
+            is_same = tar.etag == items[0].etag and items[0].mtime in (None, tar.mtime)
+            failure = None if is_same else _CHANGED
             for item in waiting:
                 content = _known(item) or failure or _following(tar, item)
                 if content in (_CHANGED, _DAMAGED):
