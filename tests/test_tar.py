@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import uuid
 from collections import Counter
+from threading import Event, Thread
 
 import pytest
 from object_store import FaultyProxy, ObjectStore
@@ -383,6 +384,25 @@ def test_a_compressed_tar_is_one_shard_and_is_read_once(tmp_path, read_by):
     read_by.clear()
     assert list(contents(some).values()) == list(noise(100, 1000).values())
     assert sum(length for _, length in read_by) == path.stat().st_size
+
+
+def test_no_more_of_a_compressed_tar_is_read_than_may_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_WAITING", 40_000)
+    monkeypatch.setattr(reading, "WAIT_SECONDS", 60)
+    some = items(pack(tmp_path / "t.tgz", noise(128, 1000)))
+    coming, third = runs(some, range(128), 32), Event()
+    first, _ = next(coming), next(coming)
+
+    def go_on():
+        next(coming)
+        third.set()
+
+    feeder = Thread(target=go_on)
+    feeder.start()
+    assert not third.wait(0.5)
+    assert len(first.read()) == 32
+    assert third.wait(20)
+    feeder.join()
 
 
 def test_a_sample_is_read_from_tars_of_both_kinds(tmp_path):
