@@ -5,10 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-from resfeat.sources import directory, prefix
-from resfeat.sources.item import Item, carried_in, items_of, schema_of, stays_whole, table_of
+from resfeat.sources import places
+from resfeat.sources.item import (
+    Content,
+    Item,
+    carried_in,
+    items_of,
+    schema_of,
+    stays_whole,
+    table_of,
+)
 from resfeat.sources.listing import Listing, listing
-from resfeat.sources.reading import RUN_IMAGES, Content, Run, read, read_ahead, runs
+from resfeat.sources.reading import RUN_IMAGES, Run, read, read_ahead, runs
 from resfeat.sources.rules import printable
 from resfeat.storage import is_remote
 
@@ -30,7 +38,7 @@ def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:
     URIs of images that could not be read. A source among them is one image, and not gone."""
     single = {unquote_to_bytes(uri.removeprefix("file://")) for uri in unread}
     for root in roots:
-        is_there = prefix.is_there if is_remote(root) else directory.is_there
-        if os.fsencode(root) not in single and not is_there(root):
+        is_image = os.fsencode(root) in single and not places.container_of(root)
+        if not is_image and not places.is_there(root):
             return root
     return None
