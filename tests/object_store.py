@@ -26,7 +26,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow.fs import S3FileSystem, SubTreeFileSystem
 
 ERRORS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
-FAULTS = {*ERRORS, "reset", "stall", "cut", "lost"}
+FAULTS = {*ERRORS, "reset", "stall", "cut", "lost", "delayed", "late"}
 PER_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
@@ -89,9 +89,12 @@ class FaultyProxy(Endpoint):
     befalls the next requests: "403", "500" or "503" in place of the store's answer; "reset" before
     the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
     after it took effect, "cut", half of the answer's body (no answer where it has none), or "lost",
-    no answer. `requests` lists all that came, as `(method, path, fault)`. While `down` is true,
-    all are reset.
+    no answer. "delayed" passes it on after `delay()` seconds, whether or not the client has given up
+    by then; "late" answers after them. `requests` lists all that came, as `(method, path, fault)`.
+    While `down` is true, all are reset.
     """
+
+    delay = staticmethod(lambda: 1.0)
 
     def __init__(self, upstream, faults=(), stall=60.0):
         self.upstream = urlsplit(upstream).netloc
@@ -159,8 +162,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             error = f"<Error><Code>{ERRORS[fault]}</Code><Message>a fault</Message></Error>"
             self.reply(int(fault), {"Content-Type": "application/xml"}, error.encode())
         else:
+            if fault == "delayed":
+                proxy.closed.wait(proxy.delay())
             status, headers, body = self.forward(proxy.upstream, content)
-            if fault is None or (fault == "cut" and body):
+            if fault == "late":
+                proxy.closed.wait(proxy.delay())
+            if fault in (None, "delayed", "late") or (fault == "cut" and body):
                 self.reply(status, headers, body, cut=fault == "cut")
         self.close_connection |= fault in ("reset", "stall", "cut", "lost")
 

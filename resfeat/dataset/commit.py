@@ -129,6 +129,7 @@ class Part(AbstractContextManager["Part"]):
             make_folder(target.parent)
             self._failures_draft.publish(target)
         else:  # an earlier attempt may have published some
+            self._layout.fence.check()
             remove(target)
         on_step("failures")
 
