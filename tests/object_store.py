@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -100,6 +100,7 @@ class FaultyProxy(Endpoint):
         self.upstream = urlsplit(upstream).netloc
         self.faults, self.stall, self.down = faults, stall, False
         self.requests, self.closed, self._lock = [], threading.Event(), threading.Lock()
+        self.turn = threading.Lock()
 
     @property
     def faults(self):
@@ -188,7 +189,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def forward(self, upstream, content):
-        with closing(http.client.HTTPConnection(upstream)) as connection:
+        # moto looks at a condition and then writes, in two steps; a store does it in one.
+        is_conditional = "If-Match" in self.headers or "If-None-Match" in self.headers
+        turn = self.server.proxy.turn if is_conditional else nullcontext()
+        with turn, closing(http.client.HTTPConnection(upstream)) as connection:
             connection.request(self.command, self.path, content, _passed(self.headers))
             response = connection.getresponse()
             return response.status, response.headers, response.read()
