@@ -89,8 +89,8 @@ class FaultyProxy(Endpoint):
     befalls the next requests: "403", "500" or "503" in place of the store's answer; "reset" before
     the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
     after it took effect, "cut", half of the answer's body (no answer where it has none), or "lost",
-    no answer. "delayed" passes it on after `delay()` seconds, whether or not the client has given up
-    by then; "late" answers after them. `requests` lists all that came, as `(method, path, fault)`.
+    no answer. "delayed" passes it on after `delay()` seconds, even if the client has given up by
+    then; "late" answers after them. `requests` lists all that came, as `(method, path, fault)`.
     While `down` is true, all are reset.
     """
 

@@ -88,7 +88,7 @@ class Elsewhere:
     def names_nobody(self):
         return Writer.parse(self.get()) is None
 
-    def keys(self):
+    def names(self):
         found = self.client.list_objects_v2(Bucket=self.bucket).get("Contents", ())
         return [each["Key"].removeprefix("out/") for each in found]
 
@@ -337,7 +337,7 @@ def test_a_worker_writes_only_while_the_lock_names_its_run(layout, elsewhere):
         with pytest.raises(ResfeatError, match=TAKEN):
             worker.fence.write(layout.plan / "two", b"late")
     assert elsewhere.get("_resfeat/plan/one") == b"ours"
-    assert "_resfeat/plan/two" not in elsewhere.keys()
+    assert "_resfeat/plan/two" not in elsewhere.names()
 
 
 @pytest.mark.parametrize("before", [None, b"older"])
@@ -388,12 +388,12 @@ def test_a_run_that_is_overtaken_commits_nothing_more_and_removes_nothing(
     def overtake(progress):
         if progress.total and progress.done >= 3 and not there:
             elsewhere.write()
-            there.extend(elsewhere.keys())
+            there.extend(elsewhere.names())
 
     with pytest.raises(ResfeatError, match=TAKEN):
         extract(spec(source, layout), on_progress=overtake)
-    assert there and set(there) <= set(elsewhere.keys())
-    parts = [key for key in elsewhere.keys() if key.startswith("embeddings/")]
+    assert there and set(there) <= set(elsewhere.names())
+    parts = [key for key in elsewhere.names() if key.startswith("embeddings/")]
     # Two were in hand, and may have been checked before.
     known = sum(key.startswith("embeddings/") for key in there)
     assert len(parts) <= known + 2 < 40
@@ -428,7 +428,7 @@ def test_a_run_that_comes_to_nothing_leaves_a_store_to_the_next_one(
     """Nothing is removed there: the request may come when the next one has written the same."""
     with pytest.raises(ResfeatError, match="no images in"):
         extract(spec(tmp_path, layout))
-    assert elsewhere.keys() == ["_resfeat/locks/all"] and elsewhere.names_nobody()
+    assert elsewhere.names() == ["_resfeat/locks/all"] and elsewhere.names_nobody()
     with pytest.raises(ResfeatError, match="under --min-parity 1"):
         extract(spec(source, layout, precision="bf16", min_parity=1))
     (tmp_path / "1.png").write_bytes((source / "01.png").read_bytes())
