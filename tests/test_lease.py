@@ -16,8 +16,9 @@ from functools import partial
 
 import boto3
 import pytest
+from azure import AzureStore, azurite, environment
 from contenders import Contenders, hurry
-from object_store import FaultyProxy, ObjectStore
+from object_store import Endpoint, FaultyProxy, ObjectStore
 from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, extract
@@ -445,9 +446,26 @@ def test_a_run_that_comes_to_nothing_leaves_a_store_to_the_next_one(
     assert "DELETE" not in {method for method, *_ in proxy.requests}
 
 
+def at(endpoint):
+    """The environment of an S3 client of this endpoint."""
+    place = Endpoint()
+    place.endpoint = endpoint
+    return place.environment
+
+
 @pytest.fixture
 def s3(server, elsewhere):
-    return server, f"s3://{elsewhere.bucket}"
+    """An endpoint, an address, and the environment in which one finds it behind another endpoint."""
+    return server.endpoint, f"s3://{elsewhere.bucket}", at
+
+
+@pytest.fixture
+def azure():
+    if not azurite():
+        pytest.skip("azurite is not installed")
+    with AzureStore() as server:
+        server.make("container")
+        yield server.endpoint, "az://container", environment
 
 
 class Weather:
@@ -464,11 +482,12 @@ class Weather:
         return self.chance.choice(("late", "lost", None)) if self.chance.random() < 0.05 else None
 
 
-def interleave(server, address, rounds, seed):
+def interleave(cloud, rounds, seed):
     """So many rounds on datasets of their own; gives the holds of each."""
+    endpoint, address, at = cloud
     with (
-        FaultyProxy(server.endpoint, Weather(seed)) as proxy,
-        Contenders(3, proxy.environment, server.environment) as contenders,
+        FaultyProxy(endpoint, Weather(seed)) as proxy,
+        Contenders(3, at(proxy.endpoint), at(endpoint)) as contenders,
     ):
         proxy.delay = lambda: random.uniform(0, 1.2)  # up to some three leases
         return [contenders.play(f"{address}/{seed}/{number}", number) for number in range(rounds)]
@@ -487,14 +506,12 @@ def check_rounds(played):
 
 @pytest.mark.parametrize("cloud", ["s3", "azure"])
 def test_never_two_holders(cloud, request):
-    server, address = request.getfixturevalue(cloud)
-    check_rounds(interleave(server, address, 8, seed=0))
+    check_rounds(interleave(request.getfixturevalue(cloud), 8, seed=0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cloud", ["s3", "azure"])
 def test_never_two_holders_in_a_hundred_rounds(cloud, request):
-    server, address = request.getfixturevalue(cloud)
+    play = partial(interleave, request.getfixturevalue(cloud), 50)
     with ThreadPoolExecutor(2) as pool:
-        some = pool.map(lambda seed: interleave(server, address, 50, seed), (1, 2))
-        check_rounds(list(itertools.chain(*some)))
+        check_rounds(list(itertools.chain(*pool.map(play, (1, 2)))))
