@@ -87,7 +87,7 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
         if watch.stopping():
             raise Stopped("stopped before the first worker was started")
         watch.step("starting the workers")
-        job = Job.of(layout, run.record, run.weights.dims)
+        job = Job.of(layout, run.record, run.weights.dims, run.lock.token)
         with engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine:
             tally.engine = engine.description
             if expecting:

@@ -99,12 +99,13 @@ class Run:
 
         Decides what a failed run leaves. The plan and what is committed stay, for the same command
         to go on from; only a dataset that was just begun with a choice that does not work out is
-        not kept: `_held` then clears the folder.
+        not kept: `_held` then clears the folder. In a store it is kept, and binds nobody.
         """
         if self.lock.taken.is_set() and error:
             raise error  # the folder is another run's now
         if self.is_new and isinstance(error, ChoiceError):
-            self.layout.spec.unlink()  # without it, `_held` removes all that is left
+            if isinstance(self.layout.root, Path):
+                Record.forget(self.layout)  # without it, `_held` removes all that is left
             raise error
         if isinstance(error, StoreError) and is_remote(str(self.layout.root)):
             raise error  # the report would go to the store that just failed
@@ -130,6 +131,10 @@ def begin(request: Request, weights: Weights) -> Iterator[Run]:
         record = Record.load(request.layout)
         if record and not request.layout.committed():
             record = _taken_over(request, weights, record)
+            if record is None:
+                Record.forget(request.layout)
+        if record and is_remote(str(request.layout.root)):
+            record.save(request.layout)  # what an earlier holder sent comes too late now
         if is_new := record is None:
             record = _make_plan(request, weights)
         _check_same(request, record, weights)
@@ -145,8 +150,11 @@ def begin(request: Request, weights: Weights) -> Iterator[Run]:
 
 @contextmanager
 def _held(request: Request) -> Iterator[Lock]:
-    """The output folder, made if it is not there, with its lock held. Where it ends without a
-    record, what it made is removed again."""
+    """The output folder, made if it is not there, with its lock held.
+
+    Where it ends without a record, what it made is removed again; but nothing in a store, where a
+    request to remove the plan may arrive when it is that of another run. That run writes over it.
+    """
     layout, root = request.layout, request.layout.root
     with writable(layout):
         parents = [root, *root.parents] if isinstance(root, Path) else []
@@ -159,9 +167,9 @@ def _held(request: Request) -> Iterator[Lock]:
                     _tidy(layout)  # of what a killed run left
                     yield lock
                 finally:
-                    if not lock.taken.is_set():  # else it is another's
+                    if lock.is_held():  # else it is another's
                         _tidy(layout)  # of what workers left that were killed or stopped
-                        if not layout.spec.exists():
+                        if isinstance(root, Path) and not layout.spec.exists():
                             remove_all(layout.private)
                             layout.card.unlink(missing_ok=True)
                             _remove_empty([layout.embeddings, *made])
@@ -184,7 +192,7 @@ def writable(layout: Layout) -> Iterator[None]:
 
 def _tidy(layout: Layout) -> None:
     """Remove the drafts of this share of the dataset, which no run is writing any more."""
-    for leftover in layout.tmp.iterdir() if layout.tmp else ():
+    for leftover in layout.tmp.iterdir() if isinstance(layout.tmp, Path) else ():
         leftover.unlink(missing_ok=True)
 
 
@@ -198,7 +206,8 @@ def _make_plan(request: Request, weights: Weights) -> Record:
     """List the sources, freeze the listing, and write down what the dataset is."""
     layout, spec, listing = request.layout, request.spec, request.listing
     request.watch.step(f"listing {', '.join(spec.sources)}")
-    remove_all(layout.plan)  # of a run that was killed while it was listing
+    if isinstance(layout.plan, Path):
+        remove_all(layout.plan)  # of a run that was killed while it was listing
     layout.plan.mkdir()
     plan = write_plan(layout.plan, layout.tmp, _watched(request), spec.shard_size, listing.carried)
     if not plan.items:

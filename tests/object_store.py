@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -26,7 +26,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow.fs import S3FileSystem, SubTreeFileSystem
 
 ERRORS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
-FAULTS = {*ERRORS, "reset", "stall", "cut", "lost"}
+FAULTS = {*ERRORS, "reset", "stall", "cut", "lost", "delayed", "late"}
 PER_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
@@ -89,14 +89,18 @@ class FaultyProxy(Endpoint):
     befalls the next requests: "403", "500" or "503" in place of the store's answer; "reset" before
     the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
     after it took effect, "cut", half of the answer's body (no answer where it has none), or "lost",
-    no answer. `requests` lists all that came, as `(method, path, fault)`. While `down` is true,
-    all are reset.
+    no answer. "delayed" passes it on after `delay()` seconds, even if the client has given up by
+    then; "late" answers after them. `requests` lists all that came, as `(method, path, fault)`.
+    While `down` is true, all are reset.
     """
+
+    delay = staticmethod(lambda: 1.0)
 
     def __init__(self, upstream, faults=(), stall=60.0):
         self.upstream = urlsplit(upstream).netloc
         self.faults, self.stall, self.down = faults, stall, False
         self.requests, self.closed, self._lock = [], threading.Event(), threading.Lock()
+        self.turn = threading.Lock()
 
     @property
     def faults(self):
@@ -159,8 +163,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             error = f"<Error><Code>{ERRORS[fault]}</Code><Message>a fault</Message></Error>"
             self.reply(int(fault), {"Content-Type": "application/xml"}, error.encode())
         else:
+            if fault == "delayed":
+                proxy.closed.wait(proxy.delay())
             status, headers, body = self.forward(proxy.upstream, content)
-            if fault is None or (fault == "cut" and body):
+            if fault == "late":
+                proxy.closed.wait(proxy.delay())
+            if fault in (None, "delayed", "late") or (fault == "cut" and body):
                 self.reply(status, headers, body, cut=fault == "cut")
         self.close_connection |= fault in ("reset", "stall", "cut", "lost")
 
@@ -181,7 +189,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def forward(self, upstream, content):
-        with closing(http.client.HTTPConnection(upstream)) as connection:
+        # moto looks at a condition and then writes, in two steps; a store does it in one.
+        is_conditional = "If-Match" in self.headers or "If-None-Match" in self.headers
+        turn = self.server.proxy.turn if is_conditional else nullcontext()
+        with turn, closing(http.client.HTTPConnection(upstream)) as connection:
             connection.request(self.command, self.path, content, _passed(self.headers))
             response = connection.getresponse()
             return response.status, response.headers, response.read()

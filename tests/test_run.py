@@ -11,8 +11,9 @@ from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, engines, extract, open_dataset
 from resfeat.dataset import Layout, Record
-from resfeat.dataset.lock import Lock, Writer, run_lock
+from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
+from resfeat.dataset.writer import Lock, Writer
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.run import Run
 from resfeat.sources.directory import Directories

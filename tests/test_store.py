@@ -21,6 +21,7 @@ from tenacity import wait_none
 
 from resfeat.errors import StoreError, UsageError
 from resfeat.storage import (
+    Fence,
     draft,
     locate,
     open_parquet,
@@ -229,7 +230,7 @@ def publish(target):
     """Whether there is nothing before, and whether the digest is that of what is there after."""
     import hashlib
 
-    whole = draft(None, target.name)
+    whole = draft(Fence(), target.name)
     pq.write_table(pa.table({"x": [1, 2, 3]}), whole.sink)
     before = sha256(whole)
     unseen = not target.exists()

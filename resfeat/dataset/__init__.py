@@ -3,13 +3,16 @@
 from resfeat.dataset.card import write_card
 from resfeat.dataset.commit import Part
 from resfeat.dataset.layout import Layout
-from resfeat.dataset.lock import Lock, holder, run_lock
+from resfeat.dataset.lease import check_lease
+from resfeat.dataset.lock import holder, run_lock
 from resfeat.dataset.notes import Commits
 from resfeat.dataset.reader import Dataset, kept_rows, open_dataset
 from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FailedItem, Row, embeddings_schema
+from resfeat.dataset.writer import Lock
 
 __all__ = [
     "Commits", "Dataset", "FailedItem", "Layout", "Lock", "Part", "Record", "Row",
-    "embeddings_schema", "holder", "kept_rows", "open_dataset", "run_lock", "write_card",
+    "check_lease", "embeddings_schema", "holder", "kept_rows", "open_dataset", "run_lock",
+    "write_card",
 ]  # fmt: skip

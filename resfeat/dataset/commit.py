@@ -128,7 +128,8 @@ class Part(AbstractContextManager["Part"]):
         if self._failures:
             make_folder(target.parent)
             self._failures_draft.publish(target)
-        else:  # an earlier attempt may have published some
+        elif target.exists():  # of an earlier attempt
+            self._layout.fence.check()
             remove(target)
         on_step("failures")
 

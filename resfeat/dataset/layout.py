@@ -18,7 +18,7 @@ import os
 import re
 from pathlib import Path
 
-from resfeat.storage import Location, locate
+from resfeat.storage import Fence, Location, locate
 
 _PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
 
@@ -39,14 +39,17 @@ class Layout:
         self.runs = self.private / "runs"
         self.share = share  # what one run writes of the dataset, with a lock and drafts of its own
         self.lock = self.private / "locks" / share
-        # Where files are written before they are published; None where that is in memory.
-        self.tmp = self.private / "tmp" / share if isinstance(self.private, Path) else None
+        # In a store: what lets only the holder of the lock write.
+        self.fence = Fence()
+        # Where files are written before they are published; in a store that is in memory.
+        private = self.private
+        self.tmp = private / "tmp" / share if isinstance(private, Path) else self.fence
 
     @property
     def folders(self) -> list[Location]:
         """Those that a dataset has from its beginning; the one that tells of it first."""
         always = [self.plan, self.embeddings, self.checksums, self.runs, self.lock.parent]
-        return [*always, self.tmp] if self.tmp else always
+        return [*always, self.tmp] if isinstance(self.tmp, Path) else always
 
     @staticmethod
     def part_name(shard: int) -> str:

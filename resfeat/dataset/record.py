@@ -1,8 +1,10 @@
 """What a dataset is, as its `_resfeat/spec.json` says."""
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Self
 
 from resfeat import __version__
@@ -10,7 +12,7 @@ from resfeat.dataset.layout import Layout
 from resfeat.errors import ResfeatError, first_line
 from resfeat.plan import Plan
 from resfeat.spec import Identity, SourceOptions
-from resfeat.storage import write_json
+from resfeat.storage import remove, write_json, write_whole
 
 FORMAT = 5
 
@@ -31,19 +33,31 @@ class Record:
     quantised: str | None = None  # the digest of the network that int8 embeddings come from
 
     def save(self, layout: Layout) -> None:
-        about = {"format": FORMAT, "fingerprint": self.identity.fingerprint}
+        # The mark is another one each time, so that what is there is never taken for what was.
+        mark = secrets.token_hex(8)
+        about = {"format": FORMAT, "fingerprint": self.identity.fingerprint, "mark": mark}
         write_json(layout.tmp, layout.spec, about | asdict(self))
+
+    @staticmethod
+    def forget(layout: Layout) -> None:
+        """From now on there is no record. In a store an empty object stays: see `Fence`."""
+        if isinstance(layout.spec, Path):
+            remove(layout.spec)
+        else:
+            write_whole(layout.tmp, layout.spec, b"")
 
     @classmethod
     def load(cls, layout: Layout) -> Self | None:
         """The record of a dataset; None where there is none."""
         try:
-            content = json.loads(layout.spec.read_bytes())
+            content = json.loads(layout.spec.read_bytes() or "null")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             reason = first_line(error)
             raise ResfeatError(f"cannot read {layout.spec} ({reason}): restore it") from error
+        if content is None and not isinstance(layout.spec, Path):
+            return None
         try:
             if (its_format := content.pop("format")) != FORMAT:
                 raise ResfeatError(
@@ -52,6 +66,7 @@ class Record:
                     f"reads format {FORMAT}: extract it again with a new -o, or use that version"
                 )
             fingerprint = content.pop("fingerprint")
+            content.pop("mark", None)
             content["identity"] = Identity.from_dict(content["identity"])
             if content["identity"].fingerprint != fingerprint:
                 raise ValueError("its fingerprint is not that of its identity")

@@ -116,13 +116,14 @@ def repair(
     layout, shards = dataset.layout, dataset.record.plan.shards
     sent = []
     try:
-        with run_lock(layout, is_run=False, on_wait=on_wait):
+        with run_lock(layout, is_run=False, on_wait=on_wait) as lock:
             for shard in found.bad_shards:
                 # Look again, now that nobody writes: what was in hand may be done by now.
                 was_committed = layout.note(shard).exists()
                 problems = _look_at(dataset, shards[shard], was_committed).problems
                 if all(each.kind == "unfinished" for each in problems):
                     continue
+                lock.check()
                 # The embeddings first: without them the shard is not done, whatever else is there.
                 for folder in (layout.embeddings, layout.failures):
                     remove(folder / layout.part_name(shard))

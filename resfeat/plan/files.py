@@ -6,7 +6,6 @@ rows and nothing else. Both sides are streamed: memory does not grow with the nu
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from resfeat.errors import ResfeatError, first_line
 from resfeat.plan.plan import Plan, PlanFile, Shard
 from resfeat.sources import Item, carried_in, items_of, schema_of, stays_whole
-from resfeat.storage import Location, draft, open_parquet, sha256
+from resfeat.storage import Drafts, Location, draft, open_parquet, sha256
 
 SHARD_SIZE = 4096
 SHARDS_PER_FILE = 64
@@ -32,7 +31,7 @@ def shard_size_for(items: int) -> int:
 
 def write_plan(
     folder: Location,
-    drafts: Path | None,
+    drafts: Drafts,
     listing: Iterable[pa.Table],
     shard_size: int | None,
     carried: Sequence[pa.Field] = (),

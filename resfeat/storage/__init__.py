@@ -7,7 +7,8 @@ from resfeat.storage.clouds import (
     RefusedError,
     is_remote,
 )
-from resfeat.storage.draft import Draft, draft, sha256, write_json, write_whole
+from resfeat.storage.draft import Draft, Drafts, draft, sha256, write_json, write_whole
+from resfeat.storage.fence import Fence
 from resfeat.storage.fetch import Fetched, fetch, open_binary, stat
 from resfeat.storage.listing import pages
 from resfeat.storage.location import (
@@ -23,8 +24,8 @@ from resfeat.storage.raw import Page
 from resfeat.storage.remote import StorePath, Version
 
 __all__ = [
-    "SCHEMES", "ChangedError", "Draft", "Fetched", "Location", "MissingBucketError", "Page",
-    "RefusedError", "StorePath", "Version", "dataset_of", "draft", "fetch", "file_system_of",
-    "is_remote", "locate", "make_folder", "open_binary", "open_parquet", "pages", "remove",
-    "remove_all", "sha256", "stat", "write_json", "write_whole",
+    "SCHEMES", "ChangedError", "Draft", "Drafts", "Fence", "Fetched", "Location",
+    "MissingBucketError", "Page", "RefusedError", "StorePath", "Version", "dataset_of", "draft",
+    "fetch", "file_system_of", "is_remote", "locate", "make_folder", "open_binary", "open_parquet",
+    "pages", "remove", "remove_all", "sha256", "stat", "write_json", "write_whole",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from resfeat.storage.fence import Fence
 from resfeat.storage.location import Location, sync
 
 
@@ -43,25 +44,28 @@ class DiskDraft:
 class StoreDraft:
     """The same in memory, for a store."""
 
-    def __init__(self) -> None:
+    def __init__(self, fence: Fence) -> None:
+        self._fence = fence
         self.sink = pa.BufferOutputStream()
 
     def reopen(self) -> pa.NativeFile:
         return pa.BufferReader(self.sink.getvalue())
 
     def publish(self, target: Any) -> None:
-        target.write_bytes(self.sink.getvalue())
+        self._fence.write(target, self.sink.getvalue().to_pybytes())
 
     def discard(self) -> None:
         """It is gone as soon as nobody holds it."""
 
 
 Draft = DiskDraft | StoreDraft
+# Where drafts are made: a folder on the file system of their targets, or, for a store, memory.
+Drafts = Path | Fence
 
 
-def draft(folder: Path | None, name: str) -> Draft:
-    """A new draft: in a folder on the file system of its target, or, for a store, in memory."""
-    return StoreDraft() if folder is None else DiskDraft(folder, name)
+def draft(drafts: Drafts, name: str) -> Draft:
+    """A new draft."""
+    return StoreDraft(drafts) if isinstance(drafts, Fence) else DiskDraft(drafts, name)
 
 
 def sha256(draft: Draft) -> str:
@@ -70,12 +74,12 @@ def sha256(draft: Draft) -> str:
         return hashlib.sha256(file.read_buffer()).hexdigest()
 
 
-def write_whole(folder: Path | None, location: Location, content: bytes) -> None:
-    """Write a small file, whole or not at all; on a disk by way of a draft in `folder`."""
-    if folder is None:
-        location.write_bytes(content)
+def write_whole(drafts: Drafts, location: Any, content: bytes) -> None:
+    """Write a small file, whole or not at all; on a disk by way of a draft."""
+    if isinstance(drafts, Fence):
+        drafts.write(location, content)
         return
-    document = DiskDraft(folder, location.name)
+    document = DiskDraft(drafts, location.name)
     try:
         document.sink.write_bytes(content)
         document.publish(location)
@@ -83,5 +87,5 @@ def write_whole(folder: Path | None, location: Location, content: bytes) -> None
         document.discard()
 
 
-def write_json(folder: Path | None, location: Location, content: object) -> None:
-    write_whole(folder, location, (json.dumps(content, indent=2) + "\n").encode())
+def write_json(drafts: Drafts, location: Location, content: object) -> None:
+    write_whole(drafts, location, (json.dumps(content, indent=2) + "\n").encode())

@@ -142,11 +142,9 @@ class StorePath:
 
     def write_bytes(self, content: bytes | pa.Buffer) -> None:
         """One PUT. Whoever reads meanwhile sees what was there before."""
-        is_large = len(content) > LARGE
-        client = store(self.root, UPLOAD_SECONDS) if is_large else self.store
         with asking(self):
             # In one piece: an upload that fails half way then leaves nothing behind.
-            client.put(self.key, memoryview(content).cast("B"), use_multipart=False)
+            self._store_for(content).put(self.key, memoryview(content).cast("B"), use_multipart=False)
 
     def read_versioned(self) -> tuple[bytes, Version]:
         """What is there, and its version for `swap`. Raises FileNotFoundError."""
@@ -179,7 +177,10 @@ class StorePath:
         for _ in range(ATTEMPTS):
             try:
                 with asking(self):
-                    return Version.of(self.store.put(self.key, content, mode=mode))
+                    told = self._store_for(content).put(
+                        self.key, content, mode=mode, use_multipart=False
+                    )
+                    return Version.of(told)
             except RefusedError:
                 raise
             except (FileNotFoundError, ChangedError, StoreError) as error:
@@ -196,6 +197,9 @@ class StorePath:
                     return None
             time.sleep(PAUSE_SECONDS)
         raise why
+
+    def _store_for(self, content: bytes | pa.Buffer) -> ObjectStore:
+        return store(self.root, UPLOAD_SECONDS) if len(content) > LARGE else self.store
 
     def iterdir(self) -> Iterator[StorePath]:
         """The objects and prefixes right below this one."""

@@ -36,9 +36,12 @@ class Job:
     with_label: bool
     carried: tuple[pa.Field, ...] = ()  # columns that travel with the images
     quantised: str | None = None  # the digest of an int8 network
+    token: str | None = None  # of the lease under which the run writes, in a store
 
     @classmethod
-    def of(cls, layout: Layout, record: Record, dims: Mapping[str, int]) -> Self:
+    def of(
+        cls, layout: Layout, record: Record, dims: Mapping[str, int], token: str | None = None
+    ) -> Self:
         """The job that brings this dataset to completion."""
         return cls(
             output=str(layout.root),
@@ -50,6 +53,7 @@ class Job:
             with_label=record.source_options.label_from is not None,
             carried=carried_columns(layout.plan, record.plan),
             quantised=record.quantised,
+            token=token,
         )
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from queue import SimpleQueue
 from threading import BoundedSemaphore, Event, Lock, Semaphore, get_ident
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resfeat import runtimes
-from resfeat.dataset import Layout, embeddings_schema
+from resfeat.dataset import Layout, check_lease, embeddings_schema
 from resfeat.decoding import MAX_PIXELS, Picture, Room, decode
 from resfeat.errors import DecoderHungError, Failure, ResfeatError, first_line
 from resfeat.plan import Shard
@@ -65,6 +66,8 @@ class Worker:
         self.job = job
         self.placement = placement
         self.layout = Layout(job.output, job.share)
+        if job.token:
+            self.layout.fence.check = partial(check_lease, self.layout, job.token)
         self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
         size = placement.batch_size
         self.fits = size  # images that the device's memory is thought to hold at once
