@@ -36,7 +36,11 @@ class AzureStore:
         command = [azurite(), "--blobHost", "127.0.0.1", "--blobPort", "0", "--silent",
                    "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry"]  # fmt: skip
         self._process = subprocess.Popen(
-            command, cwd=self._folder.name, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=self._folder.name,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for line in self._process.stdout:
             if found := re.search(r"listens on (http://\S+)", line):
