@@ -10,11 +10,11 @@ from resfeat.storage.location import (
     remove,
     remove_all,
 )
-from resfeat.storage.parquet import dataset_of, open_parquet
+from resfeat.storage.parquet import dataset_of, open_binary, open_parquet
 from resfeat.storage.remote import SCHEME, StorePath, is_refused, patiently, store
 
 __all__ = [
     "SCHEME", "Draft", "Location", "StorePath", "dataset_of", "draft", "file_system_of",
-    "is_refused", "is_remote", "locate", "make_folder", "open_parquet", "patiently", "remove",
+    "is_refused", "is_remote", "locate", "make_folder", "open_binary", "open_parquet", "patiently", "remove",
     "remove_all", "sha256", "store", "write_json", "write_whole",
 ]  # fmt: skip
