@@ -6,9 +6,17 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from resfeat.sources import places
-from resfeat.sources.item import Item, carried_in, items_of, schema_of, stays_whole, table_of
+from resfeat.sources.item import (
+    Content,
+    Item,
+    carried_in,
+    items_of,
+    schema_of,
+    stays_whole,
+    table_of,
+)
 from resfeat.sources.listing import Listing, listing
-from resfeat.sources.reading import RUN_IMAGES, Content, Run, read, read_ahead, runs
+from resfeat.sources.reading import RUN_IMAGES, Run, read, read_ahead, runs
 from resfeat.sources.rules import printable
 from resfeat.storage import is_remote
 

@@ -13,7 +13,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter
@@ -251,15 +251,29 @@ def path_of(uri: str) -> str:
     return os.fsdecode(unquote_to_bytes(uri.removeprefix("file://")))
 
 
+@contextmanager
+def opened(uri: str) -> Iterator[tuple[int, os.stat_result]]:
+    """The descriptor and the status of a regular file. Raises OSError for anything else."""
+    # Calls of the system alone: Python's files make twice as many.
+    file = os.open(path_of(uri), _WITHOUT_WAITING)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.ENODEV, NOT_A_FILE)
+        yield file, status
+    finally:
+        os.close(file)
+
+
+def failure(error: OSError) -> Failure:
+    """Why a file cannot be read."""
+    return Failure("read", _REASONS.get(error.errno, "io_error"), error.strerror or str(error))
+
+
 def read(item: Item) -> tuple[bytes, int, int] | Failure:
     """See `sources.read`. Never blocks on a pipe or a device, or reads more than `MAX_BYTES`."""
     try:
-        # Calls of the system alone: Python's files make twice as many.
-        file = os.open(path_of(item.uri), _WITHOUT_WAITING)
-        try:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
-                return Failure("read", "not_regular_file", NOT_A_FILE)
+        with opened(item.uri) as (file, status):
             if isinstance(where := rules.extent(item, status.st_size), Failure):
                 return where
             start, size = where
@@ -269,10 +283,8 @@ def read(item: Item) -> tuple[bytes, int, int] | Failure:
             ):
                 data += more
             now = os.fstat(file)
-        finally:
-            os.close(file)
     except OSError as error:
-        return Failure("read", _REASONS.get(error.errno, "io_error"), error.strerror or str(error))
+        return failure(error)
     # Half of what was there and half of what is there now would be a picture of neither.
     before = status.st_size, status.st_mtime_ns
     if len(data) < size or (now.st_size, now.st_mtime_ns) != before:

@@ -7,6 +7,9 @@ import pyarrow as pa
 
 from resfeat.errors import Failure, Reason
 
+# An image's bytes, with the size (bytes) and the mtime (microseconds) that they had when read.
+Content = tuple[bytes, int, int | None]
+
 
 class Item(NamedTuple):
     """One input image, as it was listed. A tuple, since a listing makes millions of them."""

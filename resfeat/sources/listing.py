@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Protocol
@@ -12,10 +12,11 @@ from typing import Protocol
 import pyarrow as pa
 
 from resfeat.errors import UsageError
-from resfeat.sources import directory, prefix, rules
+from resfeat.sources import places, rules
 from resfeat.sources.directory import Directories
 from resfeat.sources.item import CARRIED, COLUMNS, Item, items_of
 from resfeat.sources.prefix import Prefixes
+from resfeat.sources.tar import Tars
 from resfeat.spec import SourceOptions
 from resfeat.storage import is_remote, locate
 
@@ -56,7 +57,7 @@ class Listing:
 
 
 def listing(sources: Sequence[str], options: SourceOptions | None = None) -> Listing:
-    """A listing of directories, prefixes in a store, or single images.
+    """A listing of directories, prefixes in a store, tars, or single images.
 
     Raises UsageError where a source is missing, is a dataset, or lies within another, StoreError
     where the store is out of reach or does not let us look.
@@ -67,19 +68,27 @@ def listing(sources: Sequence[str], options: SourceOptions | None = None) -> Lis
         os.path.abspath(str(locate(source))) for source in sources if not is_remote(source)
     )
     remote = _sorted(_UNNEEDED.sub("", source) for source in sources if is_remote(source))
-    for root in local:
-        directory.check(root)
-    for root in remote:
-        prefix.check(root)
-    rules.check_apart(local)
-    rules.check_apart(remote)
-    parts: list[Part] = []
-    if local:
-        parts.append(Directories(local, _base(local), options))
-    if remote:
-        # Beside others they keep their whole addresses, so that no two images share an id.
-        parts.append(Prefixes(remote, "" if local else _base(remote), options))
+    on_disk = _sorted(place for root in local for place in places.expanded(root))
+    in_store = _sorted(place for root in remote for place in places.expanded(root))
+    # Beside others they keep their whole addresses, so that no two images share an id.
+    base = "" if local else _base(in_store)
+    parts = [*_parts(on_disk, _base(on_disk), options), *_parts(in_store, base, options)]
     return Listing([*local, *remote], parts)
+
+
+def _parts(roots: Sequence[str], base: str, options: SourceOptions) -> Iterator[Part]:
+    """The sources by kind, all of them on a disk or all in a store. Raises UsageError where one
+    lies within another. A folder passes its tars over, so they may be named beside it."""
+    kinds = defaultdict[str | None, list[str]](list)
+    for root in roots:
+        kinds[places.container_of(root)].append(root)
+    for some in kinds.values():
+        rules.check_apart(some)
+    if some := kinds[None]:
+        folders = Prefixes if is_remote(some[0]) else Directories
+        yield folders(some, base, options)
+    if some := kinds["tar"]:
+        yield Tars(some, base, options)
 
 
 def _sorted(roots: Iterable[str]) -> list[str]:
@@ -90,6 +99,8 @@ def _sorted(roots: Iterable[str]) -> list[str]:
 def _base(roots: Sequence[str]) -> str:
     """What the ids leave out of the paths or addresses: a single folder, or else the sources'
     common parent, so that no two images share an id."""
+    if not roots:
+        return ""
     if len(roots) == 1 and locate(roots[0]).is_dir():
         return os.path.join(roots[0], "")
     scheme = roots[0].partition("://")[0] + "://" if is_remote(roots[0]) else ""

@@ -32,7 +32,10 @@ def expanded(root: str) -> list[str]:
         if found := _matches(root):
             return found
         raise UsageError(f"source {rules.printable(root)} matches nothing: check the pattern")
-    (prefix if is_remote(root) else directory).check(root)
+    if is_remote(root):
+        prefix.check(root)
+    else:
+        directory.check(root)
     return [root] if container_of(root) else _containers_in(root) or [root]
 
 
@@ -40,7 +43,7 @@ def is_there(root: str) -> bool:
     """Whether a source is still there. An empty folder is what unmounting leaves."""
     if _is_glob(root):
         return bool(_matches(root))
-    return (prefix if is_remote(root) else directory).is_there(root)
+    return prefix.is_there(root) if is_remote(root) else directory.is_there(root)
 
 
 def _is_glob(root: str) -> bool:
@@ -75,4 +78,4 @@ def _kind(name: str) -> str | None:
 
 def _entries(folder: str) -> Iterator[tuple[str, bool]]:
     """The names of what lies right in a folder, and whether each is a folder itself."""
-    return (prefix if is_remote(folder) else directory).entries(folder)
+    return prefix.entries(folder) if is_remote(folder) else directory.entries(folder)

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 from resfeat.errors import Failure
-from resfeat.sources import directory, prefix
-from resfeat.sources.item import Item, failure_of
+from resfeat.sources import directory, members, prefix
+from resfeat.sources.item import Content, Item, failure_of
 from resfeat.storage import is_remote
-
-# An image's bytes, with the size (bytes) and the mtime (microseconds) that they had when read.
-Content = tuple[bytes, int, int | None]
 
 # A run has so many images, of so many bytes. In a store each request takes long, and each object is
 # a run of its own.
 RUN_IMAGES, RUN_BYTES = 32, 8 * 1024**2
+# Members of a tar are read together, with what lies between them if that is no more than this.
+GAP = 256 * 1024
 
 
 @dataclass(frozen=True)
 class Run:
-    """Items that are read one after the other. places: theirs in what was to be read."""
+    """Items that are read one after the other. places: theirs in what was to be read. contents:
+    what was read already, because it can only be read in order."""
 
     places: Sequence[int]
     items: Sequence[Item]
+    contents: list[Content | Failure] | None = None
 
     def read(self) -> list[Content | Failure]:
         """What each of them is now. Raises ResfeatError where the store is out of reach."""
+        if self.contents is not None:
+            return self.contents
+        if members.is_member(self.items[0]):
+            return members.read(self.items)
         return [read(item) for item in self.items]
 
 
 def runs(items: Sequence[Item], places: Sequence[int], within: int) -> Generator[Run]:
     """Runs of the items at these places, ascending. None has places on both sides of a multiple of
     `within`."""
-    for _, some in itertools.groupby(places, lambda place: (place // within, _way(items[place]))):
-        yield from _cut(items, list(some))
+    for _, alike in itertools.groupby(places, lambda place: _way(items[place])):
+        some = list(alike)
+        cut = _cut(items, some, within)
+        if members.is_streamed(items[some[0]]):
+            with closing(members.streamed([items[place] for place in some])) as contents:
+                for run in cut:
+                    yield replace(run, contents=list(itertools.islice(contents, len(run.items))))
+        else:
+            yield from cut
 
 
 def read_ahead(items: Sequence[Item], count: int) -> Iterator[Content | Failure]:
@@ -51,19 +64,34 @@ def read_ahead(items: Sequence[Item], count: int) -> Iterator[Content | Failure]
         yield from (found[n] for n in range(len(some)))
 
 
-def _cut(items: Sequence[Item], places: Sequence[int]) -> Iterator[Run]:
-    start = 0
-    while start < len(places):
-        most = 1 if is_remote(items[places[start]].uri) else RUN_IMAGES
-        some = places[start : start + most]
-        sizes = itertools.accumulate(items[place].size or 0 for place in some)
-        count = max(1, sum(size <= RUN_BYTES for size in sizes))
-        yield Run(some[:count], [items[place] for place in some[:count]])
-        start += count
+def _cut(items: Sequence[Item], places: Sequence[int], within: int) -> Iterator[Run]:
+    for _, together in itertools.groupby(places, lambda place: place // within):
+        some = list(together)
+        while some:
+            count = _fitting([items[place] for place in some[:RUN_IMAGES]])
+            yield Run(some[:count], [items[place] for place in some[:count]])
+            some = some[count:]
+
+
+def _fitting(items: Sequence[Item]) -> int:
+    """How many of these items, at least one, the first run has."""
+    if members.is_member(items[0]):
+        first, reached = members.place_of(items[0])
+        for count, (start, end) in enumerate(map(members.place_of, items)):
+            if end - first > RUN_BYTES or start - reached > GAP:
+                return max(1, count)
+            reached = end
+        return len(items)
+    if is_remote(items[0].uri):
+        return 1
+    sizes = itertools.accumulate(item.size or 0 for item in items)
+    return max(1, sum(size <= RUN_BYTES for size in sizes))
 
 
 def _way(item: Item) -> str:
     """What must be alike for items to be read in one run."""
+    if members.is_member(item):
+        return item.uri
     return "store" if is_remote(item.uri) else "disk"
 
 
@@ -75,4 +103,7 @@ def read(item: Item) -> Content | Failure:
     """
     if failure := failure_of(item):
         return failure
+    if members.is_member(item):
+        contents = members.streamed if members.is_streamed(item) else members.read
+        return next(iter(contents([item])))
     return prefix.read(item) if is_remote(item.uri) else directory.read(item)

@@ -1,0 +1,125 @@
+"""A tar as a file, on a disk or in a store: read here and there, or, if compressed, in order."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, cast
+
+from resfeat.sources import directory
+
+# At once: no header, and no file beside an image, that we want is larger.
+MOST_BYTES = 1024**2
+# What lies closer than this to what was read before is reached by reading on.
+NEAR = 256 * 1024
+# Read at once: of a tar on a disk, and of one that is read in order.
+HOP, IN_ORDER = 4096, 1024**2
+# How damage to a compressed file shows.
+DAMAGED = (OSError, EOFError, zlib.error)
+
+
+class Windowed:
+    """A file, by `fetch(start, length)`. A read fetches at least `hop` bytes, and `on` bytes where
+    it lies near the last one."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int, hop: int, on: int) -> None:
+        self._fetch, self._size, self._hop, self._on = fetch, size, hop, on
+        self._place = self._start = 0
+        self._window = self.last = b""  # last: what was read last
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, place: int) -> int:
+        self._place = place
+        return place
+
+    def read(self, count: int) -> bytes:
+        """Raises ValueError for more than `MOST_BYTES`, which only a damaged header asks for."""
+        _check(count)
+        count = max(0, min(count, self._size - self._place))
+        held = self._start + len(self._window)
+        if self._place < self._start or self._place + count > held:
+            least = self._on if 0 <= self._place - held <= NEAR else self._hop
+            self._start = self._place
+            length = min(max(count, least), self._size - self._place)
+            self._window = self._fetch(self._place, length)
+        start = self._place - self._start
+        self.last = self._window[start : start + count]
+        self._place += len(self.last)
+        return self.last
+
+    def reaches(self, end: int) -> bool:
+        """Whether the file has so many bytes."""
+        return end <= self._size
+
+
+class Unzipped(gzip.GzipFile):
+    """The same of what a compressed file holds, which can only be read in order."""
+
+    def __init__(self, file: Windowed) -> None:
+        super().__init__(fileobj=cast(IO[bytes], file), mode="rb")
+        self.last = b""
+
+    def read(self, size: int | None = -1) -> bytes:
+        _check(-1 if size is None else size)
+        self.last = super().read(size)
+        return self.last
+
+    def reaches(self, end: int) -> bool:
+        try:
+            return self.seek(end) == end
+        except DAMAGED:
+            return False
+
+    def ends_well(self) -> bool:
+        """Whether the rest is as its checksum says."""
+        try:
+            while self.read(MOST_BYTES):
+                pass
+        except DAMAGED:
+            return False
+        return True
+
+
+def _check(count: int) -> None:
+    if not 0 <= count <= MOST_BYTES:
+        raise ValueError(f"a header of {count:,} bytes")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tar that is open. mtime, etag: as of an `Item`. is_same: whether it is still what it was
+    when it was opened."""
+
+    file: Windowed | Unzipped
+    mtime: int | None
+    etag: str | None
+    is_same: Callable[[], bool]
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[Opened]:
+    """Open a tar. Raises OSError where that cannot be done."""
+    with directory.opened(uri) as (descriptor, status):
+
+        def fetch(start: int, length: int) -> bytes:
+            return os.pread(descriptor, length, start)
+
+        def is_same() -> bool:
+            now = os.fstat(descriptor)
+            return (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+        least = IN_ORDER if is_zipped(uri) else HOP
+        file = Windowed(fetch, status.st_size, least, least)
+        yield Opened(
+            Unzipped(file) if is_zipped(uri) else file, status.st_mtime_ns // 1000, None, is_same
+        )
+
+
+def is_zipped(uri: str) -> bool:
+    return uri.lower().endswith((".gz", ".tgz"))
