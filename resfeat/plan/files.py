@@ -88,6 +88,21 @@ def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
         return carried_in(file.schema_arrow)
 
 
+def lies_far(folder: Location, plan: Plan) -> bool:
+    """Whether any image of the first file of the plan lies in a store or on the web: what its shards
+    say of the first and the last of their addresses tells."""
+    with open_parquet(folder / plan.files[0].name) as file:
+        about, place = file.metadata, file.schema_arrow.get_field_index("uri")
+        groups = map(about.row_group, range(about.num_row_groups))
+        bounds = (group.column(place).statistics for group in groups)
+        return any(
+            not uri.startswith("file://")
+            for each in bounds
+            if each and each.has_min_max
+            for uri in (each.min, each.max)
+        )
+
+
 def _recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of `rows` each, the last one shorter. A table that is to stay whole
     does so, whatever its length, and ends what came before it."""

@@ -115,7 +115,8 @@ def _batch_rows(group: Any, leaf: str) -> int:
     """How many rows of a row group are read at once."""
     columns = (group.column(n) for n in range(group.num_columns))
     size = next(each.total_uncompressed_size for each in columns if each.path_in_schema == leaf)
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, size)))
+    fitting: int = BATCH_BYTES * group.num_rows // max(1, size)
+    return max(1, min(BATCH_ROWS, fitting))
 
 
 def _of_arrow(location: Location, items: Sequence[Item]) -> Iterator[Cell]:

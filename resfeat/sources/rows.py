@@ -7,6 +7,7 @@ Listing reads no image: what row groups say of themselves is enough. `cells` rea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -36,7 +37,8 @@ class Leaf(NamedTuple):
         return pc.struct_field(batch[self.column], PATH)
 
 
-class Stretch(NamedTuple):
+@dataclass(frozen=True)
+class Stretch:
     """Rows of a file that follow each other, from `first`. columns: what was asked for, by name.
     addresses: where the images are, if the rows do not hold them."""
 

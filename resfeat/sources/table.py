@@ -39,7 +39,8 @@ class _Table:
 
     def stretches(self, columns: Sequence[str]) -> Iterator[Stretch]:
         """All its rows, with these columns."""
-        if self.image:
+        if not self.uri:
+            assert self.image
             yield from rows.stretches(self.file, self.image, columns)
             return
         first = 0
@@ -175,7 +176,7 @@ def _check_text(file: RowFile, column: str, option: str) -> None:
 
 def _usual(file: RowFile) -> str:
     """The column of addresses, if it is clear which that is."""
-    kinds = {field.name: field.type for field in file.schema}
+    kinds: dict[str, pa.DataType] = {field.name: field.type for field in file.schema}
     texts = [name for name, kind in kinds.items() if pa.types.is_string(kind)
              or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)]  # fmt: skip
     named = [name for name in texts if name.lower() in USUAL]

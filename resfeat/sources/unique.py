@@ -42,7 +42,8 @@ def _hashes(ids: pa.Array) -> Hashes:
     powers[0] = 1
     powers = np.multiply.accumulate(powers)
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_LETTERS[text] * powers[at])])
-    return sums[starts[1:]] - sums[starts[:-1]] + lengths.astype(np.uint64)
+    found: Hashes = sums[starts[1:]] - sums[starts[:-1]] + lengths.astype(np.uint64)
+    return found
 
 
 class Repeated:
@@ -91,7 +92,8 @@ class Repeated:
 def _within(some: Hashes, ordered: Hashes) -> NDArray[np.bool_]:
     """Which of the hashes are among those in order."""
     at = np.searchsorted(ordered, some)
-    return ordered[np.minimum(at, len(ordered) - 1)] == some
+    found: NDArray[np.bool_] = ordered[np.minimum(at, len(ordered) - 1)] == some
+    return found
 
 
 def resolved(ids: Iterable[pa.Array], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

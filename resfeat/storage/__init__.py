@@ -15,6 +15,6 @@ from resfeat.storage.remote import SCHEME, StorePath, is_refused, patiently, sto
 
 __all__ = [
     "SCHEME", "Draft", "Location", "StorePath", "dataset_of", "draft", "file_system_of",
-    "is_refused", "is_remote", "locate", "make_folder", "open_binary", "open_parquet", "patiently", "remove",
-    "remove_all", "sha256", "store", "write_json", "write_whole",
+    "is_refused", "is_remote", "locate", "make_folder", "open_binary", "open_parquet", "patiently",
+    "remove", "remove_all", "sha256", "store", "write_json", "write_whole",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from math import inf
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -54,7 +56,7 @@ def has_password(address: str) -> bool:
     return "@" in urlsplit(address).netloc
 
 
-def get(address: str, most: int, seconds: float | None = None) -> tuple[bytes, int | None]:
+def get(address: str, most: float = inf, seconds: float = inf) -> tuple[bytes, int | None]:
     """The content of an address, at most so many bytes, and when it was last modified (microseconds
     since 1970, None where the server does not tell).
 
@@ -79,7 +81,7 @@ def get(address: str, most: int, seconds: float | None = None) -> tuple[bytes, i
         raise WebError("io_error", first_line(reason).rpartition(">: ")[2]) from error
 
 
-def _once(address: str, most: int, seconds: float | None) -> tuple[bytes, int | None]:
+def _once(address: str, most: float, seconds: float) -> tuple[bytes, int | None]:
     answer = _pool(_proxy(address)).request(
         "GET", address, preload_content=False, retries=_patience()
     )
@@ -95,13 +97,13 @@ def _once(address: str, most: int, seconds: float | None) -> tuple[bytes, int | 
     return content, _modified(answer.headers.get("Last-Modified"))
 
 
-def _content(answer: urllib3.BaseHTTPResponse, most: int, seconds: float | None) -> bytes:
+def _content(answer: urllib3.BaseHTTPResponse, most: float, seconds: float) -> bytes:
     started, content = time.monotonic(), bytearray()
     while piece := answer.read(PIECE):
         content += piece
         if len(content) > most:
             raise WebError("too_large", f"more than {most:,} bytes")
-        if seconds is not None and time.monotonic() - started > seconds:
+        if time.monotonic() - started > seconds:
             raise WebError("io_error", f"only {len(content):,} bytes came in {seconds:g} s")
     return bytes(content)
 
@@ -137,7 +139,7 @@ def _proxy(address: str) -> str | None:
 
 @lru_cache
 def _pool(proxy: str | None) -> urllib3.PoolManager:
-    options = {
+    options: dict[str, Any] = {
         "num_pools": HOSTS,
         "maxsize": PER_HOST,
         "block": True,
