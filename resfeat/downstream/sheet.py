@@ -30,6 +30,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
     for row, (query, found) in enumerate(zip(queries, neighbours, strict=True)):
+        tiles: list[tuple[str, str, Item | None]]
         tiles = [("query", Path(query).name, item_of(query))]
         tiles += [(f"{n.cosine:.4f}", n.id, items.get(n.id)) for n in found]
         for column, (heading, name, item) in enumerate(tiles):

@@ -6,6 +6,7 @@ already, of a store it is the key itself, as its own tools write it.
 
 from __future__ import annotations
 
+import functools
 import os
 import posixpath
 import re
@@ -22,13 +23,13 @@ from resfeat.storage import SCHEME, is_remote
 from resfeat.storage.web import WEB, has_password
 
 STORES = (SCHEME,)
-# An address that is a URI as it stands: a path, or one of an address that we know.
+# What is a URI as it stands, behind that of the folder or not: no part of its path is empty, '.' or
+# '..', but the first ones on a disk.
 _STORES = "|".join(re.escape(each) for each in STORES)
-_PLAIN = rf"^(?:file:///|(?:{_STORES})[A-Za-z0-9_.-]+/)?[A-Za-z0-9_.~/-]+$"
+_PART = r"(?:\.{0,2}[A-Za-z0-9_~-]|\.\.\.)[A-Za-z0-9_.~-]*"
+_PLAIN = rf"^(?:/|file:///|(?:{_STORES})[A-Za-z0-9_.-]+/)?{_PART}(?:/{_PART})*$"
+_PLAIN_ON_DISK = _PLAIN.replace("^(?:/", r"^(?:/|(?:\.\.?/)+")
 _PLAIN_WEB = r"^https?://[A-Za-z0-9_.~-]+(?::[0-9]+)?/[A-Za-z0-9_.~/?&=%+,:;-]*$"
-# A part of a path that is empty, '.' or '..'.
-_ODD = r"[^:/]/\.{0,2}(?:/|$)"
-_ODD_OR_FIRST = r"(?:^|[^:/]/)\.{0,2}(?:/|$)"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PASSWORD = r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@"
 _IN_WEB = "%/:?#[]@!$&'()*+,;=~"
@@ -43,25 +44,23 @@ class Addresses:
 
     def uris(self, texts: pa.Array) -> tuple[pa.Array, pa.Array]:
         """The URI of each address, and the `Item.problem` of each that has one."""
-        is_path = pc.invert(pc.match_substring(texts, "://"))
-        start = pc.if_else(pc.starts_with(texts, "/"), "file://", self._start)
-        uris = pc.binary_join_element_wise(pc.if_else(is_path, start, ""), texts, "")
-        odd = _ODD_OR_FIRST if is_remote(self._folder) else _ODD
-        simple = pc.or_(
-            pc.and_not(
-                pc.match_substring_regex(texts, _PLAIN), pc.match_substring_regex(texts, odd)
-            ),
-            pc.match_substring_regex(texts, _PLAIN_WEB),
+        plain = _PLAIN if is_remote(self._folder) else _PLAIN_ON_DISK
+        is_plain = pc.match_substring_regex(texts, plain)
+        is_uri = functools.reduce(
+            pc.or_, (pc.starts_with(texts, start) for start in ("file://", *STORES))
         )
-        if pc.all(simple, skip_nulls=False).as_py():
+        start = pc.if_else(pc.starts_with(texts, "/"), "file://", self._start)
+        uris = pc.binary_join_element_wise(pc.if_else(is_uri, "", start), texts, "")
+        if pc.all(is_plain, skip_nulls=False).as_py():
             return uris, pa.nulls(len(texts), pa.string())
-        return self._closely(texts, uris, simple)
+        is_web = pc.match_substring_regex(texts, _PLAIN_WEB)
+        return self._closely(texts, pc.if_else(is_web, texts, uris), pc.or_(is_plain, is_web))
 
     def _closely(
-        self, texts: pa.Array, uris: pa.Array, simple: pa.Array
+        self, texts: pa.Array, uris: pa.Array, is_plain: pa.Array
     ) -> tuple[pa.Array, pa.Array]:
-        """The same where some are not simple: these are looked at one by one."""
-        there = np.asarray(pc.fill_null(simple, False))
+        """The same where some are not plain: these are looked at one by one."""
+        there = np.asarray(pc.fill_null(is_plain, False))
         places = np.flatnonzero(~there)
         pairs = [self.uri(text) for text in texts.take(pa.array(places)).to_pylist()]
         found, problems = (pa.array(some, pa.string()) for some in zip(*pairs, strict=True))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
@@ -174,14 +175,17 @@ def _lasting(kind: pa.DataType) -> pa.DataType:
 
 
 def _lines(file: Any) -> Iterator[pa.RecordBatch]:
-    decoder, left = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    left = b""
     while block := file.read(BLOCK):
-        *lines, left = (left + decoder.decode(block)).split("\n")
-        yield _listed(lines)
-    yield _listed([left + decoder.decode(b"", final=True)])
+        whole, _, left = (left + block).rpartition(b"\n")
+        yield _listed(whole)
+    yield _listed(left)
 
 
-def _listed(lines: Sequence[str]) -> pa.RecordBatch:
-    stripped = (line.rstrip("\r") for line in lines)
-    paths = [line for line in stripped if line and line[0] != "#" and not line.isspace()]
-    return pa.record_batch({LINE: pa.array(paths, pa.string())})
+def _listed(lines: bytes) -> pa.RecordBatch:
+    text = pa.array([lines.removeprefix(codecs.BOM_UTF8)]).cast(pa.string())  # if it is UTF-8
+    paths = pc.split_pattern(text, "\n").flatten()
+    if b"\r" in lines:
+        paths = pc.utf8_rtrim(paths, "\r")
+    is_other = pc.match_substring_regex(paths, r"^(?:#|\s*$)")
+    return pa.record_batch({LINE: paths.filter(pc.invert(is_other))})

@@ -13,45 +13,20 @@ from numpy.typing import NDArray
 
 from resfeat.sources.item import problem
 
-TOGETHER = 4096  # ids, so that what is computed of them stays in a cache
-# Any odd number and any 256: hashes need not be safe, since what looks alike is compared.
-_FACTOR = 0x9E3779B97F4A7C15
-_LETTERS = np.random.default_rng(0).integers(0, 1 << 64, 256, np.uint64)
-
-Hashes = NDArray[np.uint64]
+Hashes = NDArray[np.int64]
 
 
-def hashes(ids: pa.ChunkedArray | pa.Array) -> Hashes:
-    """A hash of each of the ids, uint64 [len(ids)]."""
-    ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-    every = [_hashes(ids.slice(start, TOGETHER)) for start in range(0, len(ids), TOGETHER)]
-    return np.concatenate(every) if every else np.empty(0, np.uint64)
-
-
-def _hashes(ids: pa.Array) -> Hashes:
-    """Sums over the letters of an id, each by a power of the factor, modulo 2**64: differences of
-    one running sum."""
-    ids = ids.cast(pa.large_string())
-    _, places, letters = ids.buffers()
-    ends = np.frombuffer(places, np.int64)[ids.offset : ids.offset + len(ids) + 1]
-    text = np.frombuffer(letters or b"", np.uint8)[ends[0] : ends[-1]]
-    starts = ends - ends[0]
-    lengths = np.diff(starts)
-    at = np.arange(len(text)) - np.repeat(starts[:-1], lengths)
-    powers = np.full(int(lengths.max(initial=0)) + 1, _FACTOR, np.uint64)
-    powers[0] = 1
-    powers = np.multiply.accumulate(powers)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_LETTERS[text] * powers[at])])
-    found: Hashes = sums[starts[1:]] - sums[starts[:-1]] + lengths.astype(np.uint64)
-    return found
+def _hashes(ids: pa.ChunkedArray | pa.Array) -> Hashes:
+    """Python's own, int64 [len(ids)]. They need not be safe: what looks alike is compared."""
+    return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
 
 
 class Repeated:
     """The ids that a listing has more than once. ids: all of them, some at a time, in its order."""
 
     def __init__(self, ids: Iterable[pa.ChunkedArray | pa.Array]) -> None:
-        every = [hashes(some) for some in ids]
-        self._all = np.concatenate(every) if every else np.empty(0, np.uint64)
+        every = [_hashes(some) for some in ids]
+        self._all = np.concatenate(every) if every else np.empty(0, np.int64)
         self._all.sort()
         self._twice = np.unique(self._all[1:][self._all[1:] == self._all[:-1]])
         self._met: dict[str, int] = {}
@@ -61,7 +36,7 @@ class Repeated:
         the order of the ids."""
         if not len(self._twice):
             return table
-        places = np.flatnonzero(_within(hashes(table["id"]), self._twice))
+        places = np.flatnonzero(_within(_hashes(table["id"]), self._twice))
         if not len(places):
             return table
         ids = table["id"].to_pylist()
@@ -83,7 +58,7 @@ class Repeated:
         """A name for the next of those that are called so, which no other item has."""
         for number in count(self._met[name] + 1):
             free = f"{name};{number}"
-            if not _within(hashes(pa.array([free])), self._all)[0]:
+            if not _within(_hashes(pa.array([free])), self._all)[0]:
                 self._met[name] = number
                 return free
         raise AssertionError("numbers do not end")
