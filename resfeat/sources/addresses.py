@@ -63,7 +63,8 @@ class Addresses:
         there = np.asarray(pc.fill_null(is_plain, False))
         places = np.flatnonzero(~there)
         pairs = [self.uri(text) for text in texts.take(pa.array(places)).to_pylist()]
-        found, problems = (pa.array(some, pa.string()) for some in zip(*pairs, strict=True))
+        found = pa.array([uri for uri, _ in pairs], pa.string())
+        problems = pa.array([what for _, what in pairs], pa.string())
         mask, none = pa.array(~there), pa.nulls(len(texts), pa.string())
         return pc.replace_with_mask(uris, mask, found), pc.replace_with_mask(none, mask, problems)
 
@@ -110,7 +111,7 @@ def _on_the_web(scheme: str, rest: str) -> tuple[str, str | None]:
             message = "a password in an address is not sent"
             return without_password(uri), problem("permission", message)
     except ValueError as error:  # of brackets that do not match
-        return uri, problem("not_found", f"no address: {error}")
+        return without_password(uri), problem("not_found", f"no address: {error}")
     if scheme in WEB:
         return uri, None
     known = ", ".join(("file://", *STORES, *WEB))

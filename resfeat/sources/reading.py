@@ -82,7 +82,7 @@ def _of_cells(items: Sequence[Item], places: Sequence[int], within: int) -> Iter
     held, contents, size = list[int](), list[Content | Failure](), 0
     with closing(cells.streamed([items[place] for place in places])) as found:
         for place, cell in zip(places, found, strict=True):
-            content = read(cell) if isinstance(cell, Item) else cell
+            content = failure_of(items[place]) or _resolved(cell)
             more = 0 if isinstance(content, Failure) else content[1]
             is_full = len(held) == RUN_IMAGES or size + more > RUN_BYTES
             if held and (is_full or held[0] // within != place // within):
@@ -134,8 +134,11 @@ def read(item: Item) -> Content | Failure:
         contents = members.streamed if members.is_streamed(item) else members.read
         return next(iter(contents([item])))
     if cells.is_cell(item):
-        cell = next(cells.streamed([item]))
-        return read(cell) if isinstance(cell, Item) else cell
+        return _resolved(next(cells.streamed([item])))
     if is_web(item.uri):
         return web.read(item)
     return prefix.read(item) if is_remote(item.uri) else directory.read(item)
+
+
+def _resolved(cell: cells.Cell) -> Content | Failure:
+    return read(cell) if isinstance(cell, Item) else cell

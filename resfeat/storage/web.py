@@ -20,6 +20,7 @@ from resfeat.errors import Reason, first_line
 WEB = ("http://", "https://")
 CONNECT_SECONDS, READ_SECONDS = 10, 20  # the latter without a byte
 ATTEMPTS, REDIRECTS = 4, 10
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 # A server may ask to be left alone for hours. No worker waits for that long.
 MOST_SECONDS_BETWEEN = 30
 # Connections to one host, of one process.
@@ -67,7 +68,7 @@ def get(address: str, most: float = inf, seconds: float = inf) -> tuple[bytes, i
         raise WebError("permission", "a password in an address is not sent")
     again = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.5, max=10),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
         retry=retry_if_exception_type((ProtocolError, ReadTimeoutError)),
         reraise=True,
     )
@@ -124,9 +125,9 @@ def _patience() -> urllib3.Retry:
         status=ATTEMPTS - 1,
         other=0,
         status_forcelist=PASSING,
-        backoff_factor=0.5,
-        backoff_max=10,
-        backoff_jitter=0.5,
+        backoff_factor=FIRST_PAUSE,
+        backoff_max=LONGEST_PAUSE,
+        backoff_jitter=FIRST_PAUSE,
         raise_on_status=False,
     )
 
