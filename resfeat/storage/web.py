@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -32,6 +33,9 @@ PASSING = (429, 500, 502, 503, 504)
 _REASONS: dict[int, Reason] = {
     401: "permission", 403: "permission", 404: "not_found", 410: "not_found",
 }  # fmt: skip
+
+# It would tell of each attempt, with the whole address.
+logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 class WebError(OSError):
