@@ -8,10 +8,9 @@ from urllib.parse import quote
 import boto3
 import pytest
 from object_store import FaultyProxy, ObjectStore
-from pyarrow.fs import FileInfo
 
 from resfeat.errors import Failure, StoreError, UsageError
-from resfeat.sources import item_of, listing, prefix, read, rules
+from resfeat.sources import item_of, listing, read, rules
 from resfeat.spec import SourceOptions
 from resfeat.storage import remote as stores
 
@@ -56,20 +55,6 @@ def put(server, proxy):
 
 def ids(*sources):
     return [item.id for item in listing([str(source) for source in sources])]
-
-
-def test_a_store_that_lists_milliseconds_changes_no_object(put, monkeypatch):
-    """The header of an object has whole seconds, as all times of the server here."""
-    root = put("a.jpg")
-    info = prefix._info
-
-    def to_the_millisecond(path):
-        there = info(path)
-        return FileInfo(there.path, there.type, mtime_ns=there.mtime_ns + 345_000_000, size=5)
-
-    monkeypatch.setattr(prefix, "_info", to_the_millisecond)
-    (item,) = listing([f"{root}/a.jpg"])
-    assert item.mtime == read(item)[2]
 
 
 def test_a_tree_gives_the_same_ids_in_the_same_order_as_on_a_disk(put, tmp_path):
@@ -193,8 +178,6 @@ def test_a_file_over_the_limit_is_not_read(put, proxy, monkeypatch):
     failure = read(item_of(f"{root}/large.jpg"))
     assert (failure.stage, failure.reason) == ("read", "too_large")
     assert "1,001 bytes; 1,000 at most" in failure.message
-    # It costs a look at its length, not its download.
-    assert {method for method, path, _ in proxy.requests if "large" in path} == {"HEAD"}
 
 
 def test_an_object_that_is_gone_or_forbidden_is_a_failure(put, proxy):
@@ -211,7 +194,6 @@ def test_an_object_that_cannot_be_read_is_a_failure_and_a_store_that_cannot_is_a
     put, proxy, monkeypatch
 ):
     monkeypatch.setattr(stores, "ATTEMPTS", 2)
-    monkeypatch.setattr(stores, "REQUEST_ATTEMPTS", 1)
     root = put("1.jpg")
     proxy.faults = lambda _, path: "500" if "1.jpg" in path else None
     assert read(item_of(f"{root}/1.jpg")).reason == "io_error"

@@ -80,20 +80,21 @@ def test_progress_counts_failures_too(tmp_path, monkeypatch):
 
 
 class Container:
-    """A file of several images one behind the other, as a source: what a tar will be."""
+    """A file of several images one behind the other, as a source: a tar without its headers."""
 
     carried = (pa.field("price", pa.int8()), pa.field("tags", pa.list_(pa.string())))
 
     def __init__(self, path, contents):
         self.roots, self.skipped = [str(path)], {}
         self._items, offset = [], 0
+        path.write_bytes(b"".join(contents))
+        mtime = path.stat().st_mtime_ns // 1000
         for number, content in enumerate(contents):
             about = {"label": f"kind {number % 2}", "carried": (number, [f"tag {number}"])}
             self._items.append(
-                Item(f"{number}.png", path.as_uri(), len(content), 0, offset, **about)
+                Item(f"{number}.png", path.as_uri(), len(content), mtime, offset=offset, **about)
             )
             offset += len(content)
-        path.write_bytes(b"".join(contents))
 
     def tables(self):
         return listed(self._items, self.carried)

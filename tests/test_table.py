@@ -113,7 +113,7 @@ def test_what_a_row_means(tmp_path):
         "s3://bucket/plain.jpg": ("s3://bucket/plain.jpg", None),
         "s3://bucket/a/../b.jpg": ("s3://bucket/a/../b.jpg", "not_found"),
         "s3://bucket//b.jpg": ("s3://bucket//b.jpg", "not_found"),
-        "s3://bucket": ("s3://bucket", "not_found"),
+        "s3://bucket": ("s3://bucket/", "not_found"),
         "http://host:8000/a.jpg?x=1&y=%20": ("http://host:8000/a.jpg?x=1&y=%20", None),
         "https://host/a b.jpg": ("https://host/a%20b.jpg", None),
         "https://user:secret@host/a.jpg": ("https://host/a.jpg", "permission"),

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-import pyarrow as pa
 import torch
-from pyarrow.fs import FileSystem
 from torch import Tensor
 
-from resfeat.errors import ResfeatError, UsageError, first_line
-from resfeat.storage import web
+from resfeat.errors import ResfeatError, StoreError, UsageError, first_line
+from resfeat.storage import SCHEMES, StorePath, is_remote, web
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")
 WEB = ("http", "https")
-STORES = ("s3", "gs", "gcs")
 CONNECT_SECONDS = 10
 
 # Where training scripts put the network; first the copy that is meant for use: averaged weights
@@ -48,8 +45,8 @@ def public(source: str) -> str:
     parts = _split(source)
     if not parts.scheme:
         return str(Path(source).expanduser().absolute())
-    user, _, host = parts.netloc.rpartition("@")
-    if user == "anonymous":  # how Google's stores are read without credentials
+    _, _, host = parts.netloc.rpartition("@")
+    if is_remote(source):  # CONTAINER@ACCOUNT
         host = parts.netloc
     query = "" if parts.scheme in WEB else parts.query
     return urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
@@ -65,7 +62,7 @@ def _split(source: str) -> SplitResult:
 def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a checkpoint, by name, and the containers in which they were found.
 
-    source: a path or a URI (http, https, s3, gs). Raises UsageError if there is no such file,
+    source: a path or a URI (http, https, s3, gs, az). Raises UsageError if there is no such file,
     ResfeatError if it cannot be read or holds anything but tensors.
     """
     data = _fetch(source)
@@ -175,7 +172,7 @@ def _parse(data: bytes, path: str) -> Any:
 
 
 def _fetch(source: str) -> bytes:
-    scheme, host, _, query, _ = _split(source)
+    scheme, host, *_ = _split(source)
     try:
         if not scheme:
             return Path(source).expanduser().read_bytes()
@@ -186,20 +183,15 @@ def _fetch(source: str) -> bytes:
                     "address that needs none, or a path"
                 )
             return web.get(source)[0]
-        if scheme in STORES:
-            # Google's client would retry for a quarter of an hour.
-            limit = f"{'&' if query else '?'}retry_limit_seconds={CONNECT_SECONDS}"
-            limited = scheme == "s3" or "retry_limit_seconds" in query
-            store, path = FileSystem.from_uri(source if limited else source + limit)
-            with store.open_input_stream(path, compression=None) as stream:
-                return bytes(stream.read())
-        known = ", ".join(f"{each}://" for each in (*WEB, *STORES))
+        if is_remote(source):
+            return StorePath.of(source).read_bytes()
+        known = ", ".join(f"{each}://" for each in (*WEB, *SCHEMES))
         raise UsageError(
             f"weights {public(source)}: {scheme}:// is not read; give a path or {known}"
         )
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"weights file {public(source)} does not exist") from error
-    except (OSError, pa.ArrowException, ValueError) as error:
+    except (OSError, StoreError, ValueError) as error:
         hint = "check its address, your credentials and the network" if scheme else "check it"
         raise ResfeatError(
             f"cannot read weights {public(source)}: {first_line(error)}; {hint}"

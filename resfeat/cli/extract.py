@@ -31,6 +31,8 @@ Examples:
       Does the failed images again; all other rows stay.
   resfeat extract s3://bucket/photos -o s3://bucket/embeddings
       From and to an object store; the AWS_* variables hold its address and your credentials.
+  resfeat extract 'shards/*.tar' -o embeddings --keep cls,json
+      Tar shards as WebDataset has them; what travels beside an image becomes columns.
   resfeat extract train val -o embeddings --model resnet18 --label-from parent
       Two folders in one dataset; the name of each image's folder becomes its label.
   resfeat extract photos -o embeddings --weights finetuned.pth --workers 0

@@ -18,7 +18,7 @@ from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FAILURES, Row, layers_in, plain_rows
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.sources import Item, items_of
-from resfeat.storage import Location, StorePath, dataset_of, open_parquet, patiently
+from resfeat.storage import Location, dataset_of, open_parquet
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
@@ -100,11 +100,8 @@ class Dataset:
 
         plan, wanted = self.layout.plan, pc.field("id").isin(list(ids))
 
-        def look() -> pa.Table:
-            return dataset_of(plan).to_table(filter=wanted)
-
         with readable(plan, "bring it back from a copy"):
-            found = patiently(plan, look) if isinstance(plan, StorePath) else look()
+            found = dataset_of(plan).to_table(filter=wanted)
         return {item.id: item for item in items_of(found)}
 
 

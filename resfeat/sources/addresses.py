@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 
 from resfeat.sources.item import problem
 from resfeat.sources.rules import printable
-from resfeat.storage import SCHEME, is_remote
+from resfeat.storage import SCHEMES, is_remote
 from resfeat.storage.web import WEB, has_password
 
-STORES = (SCHEME,)
+STORES = tuple(f"{scheme}://" for scheme in SCHEMES)
 # What is a URI as it stands, behind that of the folder or not: no part of its path is empty, '.' or
 # '..', but the first ones on a disk.
 _STORES = "|".join(re.escape(each) for each in STORES)
@@ -31,7 +31,7 @@ _PLAIN = rf"^(?:/|file:///|(?:{_STORES})[A-Za-z0-9_.-]+/)?{_PART}(?:/{_PART})*$"
 _PLAIN_ON_DISK = _PLAIN.replace("^(?:/", r"^(?:/|(?:\.\.?/)+")
 _PLAIN_WEB = r"^https?://[A-Za-z0-9_.~-]+(?::[0-9]+)?/[A-Za-z0-9_.~/?&=%+,:;-]*$"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_PASSWORD = r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@"
+_PASSWORD = r"^((?i:https?|s?ftps?)://)[^/?#]*@"
 _IN_WEB = "%/:?#[]@!$&'()*+,;=~"
 
 
@@ -92,13 +92,14 @@ class Addresses:
 
     def _quoted(self, path: str) -> str:
         if is_remote(path):
-            scheme, _, key = path.partition("://")
-            return f"{scheme}://{quote(key)}"
+            scheme, _, rest = path.partition("://")
+            return _object(f"{scheme}://", rest)[0]
         return "file://" + quote_from_bytes(os.fsencode(path))
 
 
 def _object(scheme: str, path: str) -> tuple[str, str | None]:
-    uri = scheme + quote(path)
+    bucket, _, key = path.partition("/")
+    uri = f"{scheme}{bucket}/{quote(key)}"
     if "/" not in path or not {"", ".", ".."}.isdisjoint(path.split("/")):
         return uri, problem("not_found", "no object has such an address")
     return _checked(uri)

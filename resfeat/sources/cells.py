@@ -23,7 +23,15 @@ from resfeat.sources.formats import PARQUET_BUFFER, is_parquet, open_arrow
 from resfeat.sources.item import Content, Item
 from resfeat.sources.rows import BYTES, PATH, Leaf
 from resfeat.sources.rules import MAX_BYTES
-from resfeat.storage import Location, is_remote, locate, open_parquet
+from resfeat.storage import (
+    ChangedError,
+    Location,
+    RefusedError,
+    is_remote,
+    locate,
+    open_parquet,
+    stat,
+)
 
 # Of images that are read together.
 BATCH_ROWS, BATCH_BYTES = 32, 8 * 1024**2
@@ -64,11 +72,11 @@ def _ascending(items: Sequence[Item]) -> Iterator[Cell]:
             yield cell
             done += 1
         return
-    except _Changed:
+    except (_Changed, ChangedError):
         failure = Failure("read", "bad_container", CHANGED)
     except FileNotFoundError:
         failure = Failure("read", "not_found", "the file that held it is gone")
-    except PermissionError as error:
+    except (PermissionError, RefusedError) as error:
         failure = Failure("read", "permission", first_line(error))
     except _BROKEN as error:
         failure = _broken(error)
@@ -147,7 +155,8 @@ def _cells(location: Location, leaf: Leaf, batches: _Rows, items: Sequence[Item]
     left = deque(items)
     addresses = Addresses(str(location.parent))
     for start, batch in batches:
-        _check_same(location, items[0])
+        if isinstance(location, Path):  # a store is asked for one version only
+            _check_same(location, items[0])
         if left and _row(left[0]) < start + batch.num_rows:
             held = leaf.bytes_in(batch)
             paths = leaf.paths_in(batch) if leaf.path else pa.nulls(len(held), pa.string())
@@ -175,7 +184,7 @@ def _row(item: Item) -> int:
 
 
 def _check_same(location: Location, item: Item) -> None:
-    if item.mtime is not None and version(location)[0] != item.mtime:
+    if version(location) != (item.mtime, item.etag):
         raise _Changed
 
 
@@ -183,4 +192,4 @@ def version(location: Location) -> tuple[int | None, str | None]:
     """The mtime (microseconds) and the etag of a file of rows, as of an `Item`."""
     if isinstance(location, Path):
         return location.stat().st_mtime_ns // 1000, None
-    return None, None
+    return stat(location)[1:]

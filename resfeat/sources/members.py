@@ -54,7 +54,8 @@ def streamed(items: Sequence[Item]) -> Generator[Content | Failure]:
     waiting = iter(items)
     try:
         with opened(items[0].uri) as tar:
-            failure = None if tar.mtime == items[0].mtime else _CHANGED
+            is_same = tar.etag == items[0].etag and items[0].mtime in (None, tar.mtime)
+            failure = None if is_same else _CHANGED
             for item in waiting:
                 content = _known(item) or failure or _following(tar, item)
                 if content in (_CHANGED, _DAMAGED):
@@ -77,7 +78,7 @@ def _cut_out(item: Item, window: Content | Failure, first: int) -> Content | Fai
     if isinstance(window, Failure):
         return _CHANGED if window.reason == "bad_container" else window
     data, _, mtime = window
-    if mtime != item.mtime:
+    if item.mtime not in (None, mtime):
         return _CHANGED
     start, end = place_of(item)
     return data[start - first : end - first], end - start, mtime

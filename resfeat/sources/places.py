@@ -63,8 +63,9 @@ def _is_glob(root: str) -> bool:
 
 def _matches(root: str) -> list[str]:
     folder, pattern = os.path.split(root)
-    names = (name for name, _ in _entries(folder) if not name.startswith(".") or pattern[0] == ".")
-    return sorted(os.path.join(folder, name) for name in names if fnmatchcase(name, pattern))
+    names = prefix.names(folder) if is_remote(folder) else [name for name, _ in _entries(folder)]
+    seen = (name for name in names if not name.startswith(".") or pattern.startswith("."))
+    return sorted(os.path.join(folder, name) for name in seen if fnmatchcase(name, pattern))
 
 
 def _containers_in(folder: str) -> list[str]:

@@ -1,39 +1,55 @@
-"""Prefixes in an object store: list them in a fixed order, and read an object from them.
+"""Prefixes in an object store: list them in key order, and read an object from them.
 
-The same tree on a disk and in a store gives the same ids in the same order. Folders are listed one
-by one, so memory grows with the largest, not with the bucket.
+The same tree on a disk and in a store gives the same ids in the same order. Keys stream by: what is
+held is a few pages of them.
 """
 
-import itertools
+import errno
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from datetime import datetime
-from urllib.parse import quote, unquote
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, groupby, repeat
+from typing import Any
+from urllib.parse import quote_from_bytes
 
 import pyarrow as pa
-from pyarrow.fs import FileInfo, FileSelector, FileType, S3FileSystem
 
 from resfeat.errors import Failure, StoreError, UsageError, first_line
+from resfeat.sources import rules
 from resfeat.sources.item import Item, table_of
+from resfeat.sources.outputs import MARK, Outputs, Run
 from resfeat.sources.rules import extent, folder_of, passed_over, printable
 from resfeat.spec import SourceOptions
-from resfeat.storage import SCHEME, is_refused, patiently, store
+from resfeat.storage import (
+    ChangedError,
+    MissingBucketError,
+    Page,
+    RefusedError,
+    StorePath,
+    fetch,
+    pages,
+    stat,
+)
 
-# Parts of a key that no path has (two slashes leave an empty one): the AWS library would read
-# another object in its place.
+# Parts of a key that no path has: two slashes leave an empty one.
 UNUSABLE = ("", ".", "..")
 TABLE = 8192
 
 
 def check(root: str) -> None:
     """Raise UsageError for a source that is not there, or is a dataset."""
-    path = root.removeprefix(SCHEME)
-    if not set(UNUSABLE).isdisjoint(path.split("/")):
+    if not set(UNUSABLE).isdisjoint(_path(root).split("/")):
         raise UsageError(f"source {root} has an empty part, '.' or '..': leave it out")
-    kind = _info(path).type
-    if kind == FileType.NotFound:
+    place = StorePath.of(root)
+    if _is_object(place):
+        return
+    try:
+        there = place.is_dir()
+    except MissingBucketError:
+        there = False
+    if not there:
         raise UsageError(f"source {root} does not exist: check the address")
-    if kind == FileType.Directory and _is_dataset(_list(path)):
+    if (place / MARK).is_dir():
         raise UsageError(f"source {root} is a resfeat dataset: name a prefix of images")
 
 
@@ -45,100 +61,161 @@ class Prefixes:
     def __init__(self, roots: Sequence[str], base: str, options: SourceOptions) -> None:
         """roots: URIs, sorted by their components. base: what the ids leave out of them."""
         self._labelled, self._base = options.label_from == "parent", base
-        self._paths = [root.removeprefix(SCHEME) for root in roots]
-        self.skipped = Counter[str]()
+        self.roots, self.skipped = roots, Counter[str]()
 
     def tables(self) -> Iterator[pa.Table]:
-        items = self._items()
-        while some := list(itertools.islice(items, TABLE)):
-            yield table_of(some)
-
-    def _items(self) -> Iterator[Item]:
         self.skipped.clear()
-        for path in self._paths:
-            info = _info(path)
-            if info.type == FileType.Directory:
-                yield from self._walk(path, _list(path))
-            elif info.type == FileType.File:
-                yield self._item(info)
+        items = list[Item]()
+        for some in chain.from_iterable(map(self._lists, self.roots)):
+            items += some
+            if len(items) >= TABLE:
+                yield table_of(items)
+                items = []
+        if items:
+            yield table_of(items)
 
-    def _walk(self, folder: str, entries: Sequence[FileInfo]) -> Iterator[Item]:
-        # A key may also be the beginning of others: a file and a folder of one name.
-        for info in sorted(entries, key=lambda info: (info.base_name.encode(), info.type.value)):
-            if info.path == folder or info.base_name in UNUSABLE:
-                self.skipped["unusable key"] += 1
-            elif info.type == FileType.Directory and not info.base_name.startswith("."):
-                below = _list(info.path)
-                if _is_dataset(below):
-                    self.skipped["resfeat output"] += 1
-                else:
-                    yield from self._walk(info.path, below)
-            elif kind := passed_over(info.base_name):
-                self.skipped[kind] += 1
-            else:
-                yield self._item(info)
-
-    def _item(self, info: FileInfo) -> Item:
-        return Item(
-            id=printable((SCHEME + info.path).removeprefix(self._base)),
-            uri=SCHEME + quote(info.path),
-            size=info.size,
-            # Whole seconds, as in the header of an object; some stores list milliseconds.
-            mtime=info.mtime_ns // 10**9 * 10**6,
-            label=folder_of(info.path) if self._labelled else None,
+    def _lists(self, root: str) -> Iterator[list[Item]]:
+        place = StorePath.of(root)
+        if _is_object(place):
+            size, mtime, etag = stat(place)
+            folder = f"{place.parent.key}/".lstrip("/")
+            yield self._items(root, Run(folder, [place.key], [size], [mtime], [etag]))
+            return
+        top = f"{place.key}/".lstrip("/")
+        outputs = Outputs(
+            top,
+            lambda folder: (StorePath.of(f"{place.root}/{folder}") / MARK).is_dir(),
+            self.skipped,
         )
+        hidden = None
+        for page in pages(place):
+            if page.unusable:
+                self.skipped["unusable key"] += page.unusable
+            for run in _runs(page):
+                if above := _hidden(run.folder, len(top)):
+                    self.skipped["hidden"] += above != hidden
+                    hidden = above
+                    continue
+                for known in outputs.take(run):
+                    yield self._items(root, self._images(known))
+        for known in outputs.rest():
+            yield self._items(root, self._images(known))
+
+    def _images(self, run: Run) -> Run:
+        """The run without what is passed over."""
+        start = len(run.folder)
+        names = [key[start:] for key in run.keys]
+        if not rules.may_be_passed_over(names):
+            return run
+        why = list(map(passed_over, names))
+        self.skipped.update(filter(None, why))
+        kept = [n for n, kind in enumerate(why) if not kind]
+        columns: Any = ([column[n] for n in kept] for column in run[1:])
+        return Run(run.folder, *columns)
+
+    def _items(self, root: str, run: Run) -> list[Item]:
+        # Many at a time: an item is made in a microsecond or two.
+        place = StorePath.of(root).root
+        text, lead = "\n".join(run.keys), f"{place}/"
+        above, start = lead[len(self._base) :], max(0, len(self._base) - len(lead))
+        if text.isascii() and "\\" not in text:
+            ids = [above + key[start:] for key in run.keys]
+        else:
+            ids = [printable(above + key[start:]) for key in run.keys]
+        quoted = quote_from_bytes(text.encode(), safe="/\n")
+        uris = [lead + key for key in (run.keys if quoted == text else quoted.split("\n"))]
+        label = folder_of(_path(lead) + run.folder) if self._labelled else None
+        rest = map(repeat, (None, None, label, None, ()))
+        known = run.sizes, run.mtimes, run.etags
+        return list(map(tuple.__new__, repeat(Item), zip(ids, uris, *known, *rest)))  # noqa: B905
+
+
+def _runs(page: Page) -> Iterator[Run]:
+    keys = page.keys
+    folders = [key[: key.rfind("/") + 1] for key in keys]
+    start = 0
+    for folder, some in groupby(folders):
+        end = start + len(list(some))
+        columns: Any = (column[start:end] for column in page[:4])
+        yield Run(folder, *columns)
+        start = end
+
+
+def _hidden(folder: str, top: int) -> str | None:
+    """The first hidden folder on the way to one, below the first `top` characters."""
+    if folder.startswith(".", top):
+        at = top
+    elif (at := folder.find("/.", max(0, top - 1)) + 1) == 0:
+        return None
+    return folder[: folder.index("/", at)]
+
+
+def _path(address: str) -> str:
+    return address.partition("://")[2]
+
+
+def _is_object(place: StorePath) -> bool:
+    if not place.key:
+        return False
+    try:
+        stat(place)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def is_there(root: str) -> bool:
-    return bool(_info(root.removeprefix(SCHEME)).type != FileType.NotFound)
+    return StorePath.of(root).exists()
 
 
 def entries(folder: str) -> Iterator[tuple[str, bool]]:
     """The names of what lies right below a prefix, and whether each is one, too."""
-    for info in _list(folder.removeprefix(SCHEME)):
-        yield info.base_name, info.type == FileType.Directory
+    place = StorePath.of(folder)
+    start = len(f"{place.key}/".lstrip("/"))
+    for page in pages(place):
+        parts = (key[start:].partition("/") for key in page.keys)
+        for (name, slash), _ in groupby(parts, lambda part: part[:2]):
+            yield name, bool(slash)
+
+
+def names(folder: str) -> list[str]:
+    """The names of what lies right below a prefix. Unlike `entries`, it asks for nothing deeper."""
+    return [place.name for place in StorePath.of(folder).iterdir()]
+
+
+def opened(uri: str) -> tuple[Callable[[int, int], bytes], int, int, str | None]:
+    """How to read an object piece by piece, by start and length; its size, mtime and etag. Raises
+    FileNotFoundError, and StoreError where the store is out of reach or does not let us. Reading
+    raises OSError once another object has taken its place."""
+    size, mtime, etag = stat(uri)
+
+    def read(start: int, length: int) -> bytes:
+        try:
+            return fetch(uri, start, length, etag=etag).data
+        except ChangedError as error:
+            raise OSError(errno.ESTALE, first_line(error)) from error
+
+    return read, size, mtime, etag
 
 
 def read(item: Item) -> tuple[bytes, int, int] | Failure:
     """See `sources.read`. Raises StoreError where the whole store is out of reach."""
-    path = unquote(item.uri.removeprefix(SCHEME))
-
-    def get() -> tuple[bytes, int, int] | Failure:
-        with _store(path).open_input_file(path) as file:
-            if isinstance(where := extent(item, file.size()), Failure):
-                return where
-            start, size = where
-            data = file.read_at(size, start)
-            if len(data) != size:  # another object has taken its place meanwhile
-                raise OSError(f"{len(data):,} of {size:,} bytes came")
-            written = file.metadata()["Last-Modified"].decode()
-        seconds = datetime.fromisoformat(written.replace("Z", "+00:00")).timestamp()
-        return data, size, round(seconds * 1_000_000)
-
+    start, length = item.offset, None if item.offset is None else item.size
+    if start is not None and isinstance(why := extent(item, sys.maxsize), Failure):
+        return why  # it is empty, or too large
     try:
-        return patiently(item.uri, get)
+        etag = item.etag if item.offset is not None else None
+        most = rules.MAX_BYTES if start is None else None
+        found = fetch(item.uri, start, length, etag=etag, most=most)
+    except ChangedError as error:
+        return Failure("read", "bad_container", first_line(error))
     except FileNotFoundError:
         return Failure("read", "not_found", "no such object")
+    except RefusedError as error:
+        return Failure("read", "permission", first_line(error))
     except StoreError as error:
-        message = first_line(error.__cause__ or error)
-        if is_refused(error):
-            return Failure("read", "permission", message)
-        _info(path.partition("/")[0])  # is it this object, or the store?
-        return Failure("read", "io_error", message)
-
-
-def _is_dataset(entries: Sequence[FileInfo]) -> bool:
-    return any(info.base_name == "_resfeat" for info in entries)
-
-
-def _list(path: str) -> Sequence[FileInfo]:
-    selector = FileSelector(path, allow_not_found=True)
-    return patiently(SCHEME + path, lambda: _store(path).get_file_info(selector))
-
-
-def _info(path: str) -> FileInfo:
-    return patiently(SCHEME + path, lambda: _store(path).get_file_info(path))
-
-
-def _store(path: str) -> S3FileSystem:
-    return store(path.partition("/")[0])
+        StorePath.of(item.uri).bucket.is_dir()  # is it this object, or the store?
+        return Failure("read", "io_error", first_line(error))
+    if isinstance(where := extent(item, found.size), Failure):
+        return where
+    return found.data, len(found.data), found.mtime

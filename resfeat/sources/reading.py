@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from threading import Condition
 
 from resfeat.errors import Failure
 from resfeat.sources import cells, directory, members, prefix, web
@@ -18,24 +19,49 @@ from resfeat.storage.web import is_web
 RUN_IMAGES, RUN_BYTES = 32, 8 * 1024**2
 # Members of a tar are read together, with what lies between them if that is no more than this.
 GAP = 256 * 1024
+# Of what is read in order: bytes that may wait to be decoded before more is read, and how long to
+# wait for that. Then a decoder may hang, and whoever wants more has to find that out.
+MOST_WAITING, WAIT_SECONDS = 64 * 1024**2, 1.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """Items that are read one after the other. places: theirs in what was to be read. contents:
-    what was read already, because it can only be read in order."""
+    """Items that are read one after the other. places: theirs in what was to be read. taken: gives,
+    once, what was read already, because it can only be read in order."""
 
     places: Sequence[int]
     items: Sequence[Item]
-    contents: list[Content | Failure] | None = None
+    taken: Callable[[], list[Content | Failure]] | None = None
 
     def read(self) -> list[Content | Failure]:
         """What each of them is now. Raises ResfeatError where the store is out of reach."""
-        if self.contents is not None:
-            return self.contents
+        if self.taken:
+            return self.taken()
         if members.is_member(self.items[0]):
             return members.read(self.items)
         return [read(item) for item in self.items]
+
+
+class _Waiting:
+    """What was read and is not taken yet: no more than `MOST_WAITING` bytes and a run."""
+
+    def __init__(self) -> None:
+        self._bytes, self._fewer = 0, Condition()
+
+    def hold(self, contents: list[Content | Failure]) -> Callable[[], list[Content | Failure]]:
+        """Wait for room. Returns what gives the contents."""
+        size = sum(len(each[0]) for each in contents if not isinstance(each, Failure))
+
+        def take() -> list[Content | Failure]:
+            with self._fewer:
+                self._bytes -= size
+                self._fewer.notify()
+            return contents
+
+        with self._fewer:
+            self._fewer.wait_for(lambda: self._bytes <= MOST_WAITING, WAIT_SECONDS)
+            self._bytes += size
+        return take
 
 
 def runs(items: Sequence[Item], places: Sequence[int], within: int) -> Generator[Run]:
@@ -44,13 +70,17 @@ def runs(items: Sequence[Item], places: Sequence[int], within: int) -> Generator
     for _, alike in itertools.groupby(places, lambda place: _way(items[place])):
         some = list(alike)
         if cells.is_cell(items[some[0]]):
-            yield from _of_cells(items, some, within)
+            waiting = _Waiting()
+            for run, found in _of_cells(items, some, within):
+                yield replace(run, taken=waiting.hold(found))
             continue
         cut = _cut(items, some, within)
         if members.is_streamed(items[some[0]]):
+            waiting = _Waiting()
             with closing(members.streamed([items[place] for place in some])) as contents:
                 for run in cut:
-                    yield replace(run, contents=list(itertools.islice(contents, len(run.items))))
+                    read_already = list(itertools.islice(contents, len(run.items)))
+                    yield replace(run, taken=waiting.hold(read_already))
         else:
             yield from cut
 
@@ -77,8 +107,10 @@ def _cut(items: Sequence[Item], places: Sequence[int], within: int) -> Iterator[
             some = some[count:]
 
 
-def _of_cells(items: Sequence[Item], places: Sequence[int], within: int) -> Iterator[Run]:
-    """Runs of rows of one file. How large these are is known once they are read."""
+def _of_cells(
+    items: Sequence[Item], places: Sequence[int], within: int
+) -> Iterator[tuple[Run, list[Content | Failure]]]:
+    """Runs of rows of one file, with what was read. How large rows are is known only then."""
     held, contents, size = list[int](), list[Content | Failure](), 0
     with closing(cells.streamed([items[place] for place in places])) as found:
         for place, cell in zip(places, found, strict=True):
@@ -86,12 +118,12 @@ def _of_cells(items: Sequence[Item], places: Sequence[int], within: int) -> Iter
             more = 0 if isinstance(content, Failure) else content[1]
             is_full = len(held) == RUN_IMAGES or size + more > RUN_BYTES
             if held and (is_full or held[0] // within != place // within):
-                yield Run(held, [items[n] for n in held], contents)
+                yield Run(held, [items[n] for n in held]), contents
                 held, contents, size = [], [], 0
             held.append(place)
             contents.append(content)
             size += more
-    yield Run(held, [items[n] for n in held], contents)
+    yield Run(held, [items[n] for n in held]), contents
 
 
 def _fitting(items: Sequence[Item]) -> int:

@@ -26,7 +26,7 @@ from resfeat.sources.headers import Damage, File, headers
 from resfeat.sources.item import Item, problem, table_of, whole
 from resfeat.sources.windowed import DAMAGED, MOST_BYTES, Unzipped, opened
 from resfeat.spec import SourceOptions
-from resfeat.storage import is_remote
+from resfeat.storage import StorePath, is_remote
 
 # Listed at a time. On a disk few would do; in a store each waits for its requests.
 TARS_AHEAD = 16
@@ -193,6 +193,6 @@ def _text(file: File, member: TarInfo) -> str | None:
 
 def _uri_of(root: str) -> str:
     if is_remote(root):
-        scheme, _, path = root.partition("://")
-        return f"{scheme}://{quote(path)}"
+        place = StorePath.of(root)
+        return f"{place.root}/{quote(place.key)}"
     return "file://" + quote_from_bytes(os.fsencode(root))

@@ -7,17 +7,19 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
-from resfeat.sources import directory
+from resfeat.sources import directory, prefix
+from resfeat.storage import is_remote
 
 # At once: no header, and no file beside an image, that we want is larger.
 MOST_BYTES = 1024**2
 # What lies closer than this to what was read before is reached by reading on.
 NEAR = 256 * 1024
-# Read at once: of a tar on a disk, and of one that is read in order.
-HOP, IN_ORDER = 4096, 1024**2
+# What a read fetches at least: far from the last one, and near it. In a store a request takes as
+# long as a megabyte; on a disk reading on is worth nothing.
+ON_DISK, IN_STORE = (4096, 4096), (16 * 1024, 4 * 1024**2)
+IN_ORDER = 1024**2
 # How damage to a compressed file shows.
 DAMAGED = (OSError, EOFError, zlib.error)
 
@@ -43,12 +45,12 @@ class Windowed:
         _check(count)
         count = max(0, min(count, self._size - self._place))
         held = self._start + len(self._window)
-        if self._place < self._start or self._place + count > held:
+        if count and not self._start <= self._place <= held - count:
             least = self._on if 0 <= self._place - held <= NEAR else self._hop
             self._start = self._place
             length = min(max(count, least), self._size - self._place)
             self._window = self._fetch(self._place, length)
-        start = self._place - self._start
+        start = max(0, self._place - self._start)
         self.last = self._window[start : start + count]
         self._place += len(self.last)
         return self.last
@@ -91,8 +93,7 @@ def _check(count: int) -> None:
         raise ValueError(f"a header of {count:,} bytes")
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A tar that is open. mtime, etag: as of an `Item`. is_same: whether it is still what it was
     when it was opened."""
 
@@ -104,22 +105,30 @@ class Opened:
 
 @contextmanager
 def opened(uri: str) -> Iterator[Opened]:
-    """Open a tar. Raises OSError where that cannot be done."""
+    """Open a tar. Raises OSError where that cannot be done, StoreError where a store is out of
+    reach."""
+    if is_remote(uri):
+        fetch, size, mtime, etag = prefix.opened(uri)
+        yield Opened(_file(uri, fetch, size), mtime, etag, lambda: True)  # `fetch` sees to it
+        return
     with directory.opened(uri) as (descriptor, status):
 
-        def fetch(start: int, length: int) -> bytes:
+        def read(start: int, length: int) -> bytes:
             return os.pread(descriptor, length, start)
 
         def is_same() -> bool:
             now = os.fstat(descriptor)
             return (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
 
-        least = IN_ORDER if is_zipped(uri) else HOP
-        file = Windowed(fetch, status.st_size, least, least)
-        yield Opened(
-            Unzipped(file) if is_zipped(uri) else file, status.st_mtime_ns // 1000, None, is_same
-        )
+        file = _file(uri, read, status.st_size)
+        yield Opened(file, status.st_mtime_ns // 1000, None, is_same)
 
 
 def is_zipped(uri: str) -> bool:
     return uri.lower().endswith((".gz", ".tgz"))
+
+
+def _file(uri: str, fetch: Callable[[int, int], bytes], size: int) -> Windowed | Unzipped:
+    if is_zipped(uri):
+        return Unzipped(Windowed(fetch, size, IN_ORDER, IN_ORDER))
+    return Windowed(fetch, size, *(IN_STORE if is_remote(uri) else ON_DISK))

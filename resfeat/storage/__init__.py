@@ -1,20 +1,30 @@
 """Files on a disk or in an object store: paths, drafts that appear whole, and reading Parquet."""
 
+from resfeat.storage.clouds import (
+    SCHEMES,
+    ChangedError,
+    MissingBucketError,
+    RefusedError,
+    is_remote,
+)
 from resfeat.storage.draft import Draft, draft, sha256, write_json, write_whole
+from resfeat.storage.fetch import Fetched, fetch, open_binary, stat
+from resfeat.storage.listing import pages
 from resfeat.storage.location import (
     Location,
     file_system_of,
-    is_remote,
     locate,
     make_folder,
     remove,
     remove_all,
 )
-from resfeat.storage.parquet import dataset_of, open_binary, open_parquet
-from resfeat.storage.remote import SCHEME, StorePath, is_refused, patiently, store
+from resfeat.storage.parquet import dataset_of, open_parquet
+from resfeat.storage.raw import Page
+from resfeat.storage.remote import StorePath, Version
 
 __all__ = [
-    "SCHEME", "Draft", "Location", "StorePath", "dataset_of", "draft", "file_system_of",
-    "is_refused", "is_remote", "locate", "make_folder", "open_binary", "open_parquet", "patiently",
-    "remove", "remove_all", "sha256", "store", "write_json", "write_whole",
+    "SCHEMES", "ChangedError", "Draft", "Fetched", "Location", "MissingBucketError", "Page",
+    "RefusedError", "StorePath", "Version", "dataset_of", "draft", "fetch", "file_system_of",
+    "is_remote", "locate", "make_folder", "open_binary", "open_parquet", "pages", "remove",
+    "remove_all", "sha256", "stat", "write_json", "write_whole",
 ]  # fmt: skip

@@ -7,29 +7,27 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from resfeat.errors import UsageError
-from resfeat.storage.remote import SCHEME, StorePath
+from resfeat.storage.clouds import KNOWN, is_remote, split
+from resfeat.storage.remote import StorePath
 
 # With one slash: what a Path makes of an address.
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(s3|gs|https?):/")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(s3|gs|az|https?):/")
 
 Location = Path | StorePath
 
 
-def is_remote(name: str | os.PathLike[str]) -> bool:
-    return str(name).startswith(SCHEME)
-
-
 def locate(name: str | os.PathLike[str]) -> Location:
-    """The file or folder of this name: an absolute path, or an object of an s3:// address. Raises
-    UsageError for any other address, which a path would make a local folder of."""
+    """The file or folder of this name: an absolute path, or an object of an address in a store.
+    Raises UsageError for any other address, which a path would make a local folder of."""
     if not is_remote(name):
         if ADDRESS.match(str(name)):
-            raise UsageError(f"'{name}' is no address that we know: give {SCHEME}BUCKET/PREFIX")
+            raise UsageError(f"'{name}' is no address that we know: give {KNOWN}")
         return Path(name).absolute()
-    path = PurePosixPath(str(name).removeprefix(SCHEME))
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise UsageError(f"'{name}' is no address of an object: give {SCHEME}BUCKET/PREFIX")
-    return StorePath(path)
+    root, key = split(str(name))
+    path = PurePosixPath(key)
+    if root.endswith(("/", "@")) or path.is_absolute() or ".." in path.parts:
+        raise UsageError(f"'{name}' is no address of an object: give {KNOWN}")
+    return StorePath(root, path)
 
 
 def remove_all(location: Location) -> None:

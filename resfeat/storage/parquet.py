@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
+import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
+from resfeat.storage.fetch import open_binary, stat
 from resfeat.storage.location import Location
-from resfeat.storage.remote import StoreFile, StorePath
+from resfeat.storage.remote import StorePath
 
 # It is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
-
-READ_AHEAD = 1 << 20
-"""Bytes asked of a store at once, so that columns that lie side by side are one request."""
-
-
-def open_binary(location: Location) -> BinaryIO:
-    """A file to read from, anywhere in it."""
-    if isinstance(location, StorePath):
-        return io.BufferedReader(StoreFile(location), READ_AHEAD)
-    return location.open("rb")
 
 
 def open_parquet(source: Location | bytes, buffer_size: int = 0) -> pq.ParquetFile:
@@ -46,5 +37,40 @@ def dataset_of(folder: Location) -> ds.Dataset:
     import pyarrow.dataset as ds
 
     if isinstance(folder, StorePath):
-        return ds.dataset(str(folder.path), filesystem=folder.store, format="parquet")
+        system = fs.PyFileSystem(_Objects())
+        return ds.dataset(str(folder), filesystem=system, format="parquet")
     return ds.dataset(folder, format="parquet")
+
+
+class _Objects(fs.FileSystemHandler):  # type: ignore[misc]
+    """Objects as a file system of Arrow's, to be read. Paths are addresses."""
+
+    def get_type_name(self) -> str:
+        return "resfeat"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+        return [self._info(StorePath.of(path)) for path in paths]
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        return [self._info(path) for path in StorePath.of(selector.base_dir).iterdir()]
+
+    def _info(self, path: StorePath) -> fs.FileInfo:
+        try:
+            return fs.FileInfo(str(path), fs.FileType.File, size=stat(path)[0])
+        except FileNotFoundError:
+            kind = fs.FileType.Directory if path.is_dir() else fs.FileType.NotFound
+            return fs.FileInfo(str(path), kind)
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(open_binary(StorePath.of(path)), mode="r")
+
+    open_input_stream = open_input_file
+
+    def _read_only(self, *_: Any) -> NoReturn:
+        raise NotImplementedError("objects are only read by this way")
+
+    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = _read_only
+    delete_file = move = copy_file = open_output_stream = open_append_stream = _read_only

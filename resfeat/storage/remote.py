@@ -1,168 +1,224 @@
-"""Objects in a store, behind the part of pathlib's interface that we need.
+"""Objects in a store (S3, Google, Azure), behind the part of pathlib's interface that we need.
 
-Objects are read and written through pyarrow.fs. Every request has a time limit and is repeated with
-growing pauses, and a whole operation is repeated where that did not help. A StoreError therefore
-means that the store is out of reach, or says no.
+obstore sends every request again, with growing pauses, until it gets through or a limit is reached.
+A StoreError therefore means that the store is out of reach, or says no.
 """
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.fs as fs
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
-from resfeat.errors import StoreError, first_line
+from resfeat.errors import StoreError
+from resfeat.storage.clouds import BrokenError, ChangedError, RefusedError, asking, connect, split
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-SCHEME = "s3://"
-CONNECT_SECONDS = 5
-REQUEST_SECONDS = 10  # without a byte
-# By the AWS library, of each request. Its attempts come out of one budget for all requests, which a
-# store in trouble soon uses up, so whole operations are tried again as well, with a new budget.
-REQUEST_ATTEMPTS = 3
-ATTEMPTS = 4
-# What no other attempt can change.
-REFUSALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
-MISSING = "NO_SUCH_BUCKET"
+    import pyarrow as pa
+    from obstore import ListResult, ObjectMeta
+    from obstore.store import ObjectStore
 
 T = TypeVar("T")
 
+CONNECT_SECONDS = 5
+REQUEST_SECONDS = 10  # without a byte of the answer
+# No byte of an answer comes before an upload has ended, so large ones are given longer.
+UPLOAD_SECONDS = 60
+LARGE = 1 << 20
+# One request, its whole body included. A signal is not noticed before a request has ended.
+WHOLE_SECONDS = 300
+# How often a request is sent again, and for how long: with pauses of a second, some 8 s of faults.
+ATTEMPTS = 10
+RETRY_SECONDS = 60
+# Between two tries of what obstore does not try again.
+PAUSE_SECONDS = 0.2
+
 
 @lru_cache
-def store(bucket: str) -> fs.S3FileSystem:
-    """The object store that holds a bucket. Endpoint, region and credentials are those of the usual
-    AWS_* variables and files."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if not region and not endpoint:
-        region = fs.resolve_s3_region(bucket)
-    return fs.S3FileSystem(
-        region=region or None,
-        endpoint_override=endpoint or None,
-        allow_delayed_open=True,  # one PUT for what is small
-        connect_timeout=CONNECT_SECONDS,
-        request_timeout=REQUEST_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=REQUEST_ATTEMPTS),
-    )
+def store(root: str, read_seconds: float | None = None) -> ObjectStore:
+    """The client of a bucket, `s3://BUCKET` or the like. Endpoint, region and credentials are those
+    of each cloud's usual variables. Not for a child that was forked: its requests would hang."""
+    limits = {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": read_seconds or REQUEST_SECONDS,
+        "timeout": WHOLE_SECONDS,
+    }
+    return connect(root, limits, ATTEMPTS, RETRY_SECONDS)
 
 
-def patiently(what: object, operation: Callable[[], T]) -> T:
-    """What an operation on `what` gives, tried again a few times where the store had trouble.
-    Raises FileNotFoundError where there is nothing, and StoreError for all else."""
-    attempts = Retrying(
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.5, max=10),
-        retry=retry_if_exception(_is_passing),
-        before_sleep=lambda state: store.cache_clear(),
-        reraise=True,
-    )
-    try:
-        return attempts(operation)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"{what}: {first_line(error)}; check the address, the AWS_* variables and the "
-            "network, and give the same command again"
-        ) from error
+def again(operation: Callable[[], T]) -> T:
+    """What an operation gives, once its answer does not break off on the way."""
+    for _ in range(ATTEMPTS):
+        try:
+            return operation()
+        except BrokenError:
+            time.sleep(PAUSE_SECONDS)
+    return operation()
 
 
-def is_refused(error: BaseException) -> bool:
-    """Whether the store does not let us, which no other attempt can change."""
-    return any(refusal in str(error) for refusal in REFUSALS)
+@dataclass(frozen=True)
+class Version:
+    """Which content an object had: what a compare-and-swap compares. Google's has a generation."""
 
+    e_tag: str | None
+    generation: str | None = None
 
-def _is_passing(error: BaseException) -> bool:
-    """Whether another attempt may end otherwise."""
-    told = is_refused(error) or MISSING in str(error) or isinstance(error, FileNotFoundError)
-    return isinstance(error, OSError) and not told
+    @classmethod
+    def of(cls, told: Any) -> Version:
+        """From what obstore tells of an object, or of a write."""
+        return cls(told["e_tag"], told["version"])
+
+    @property
+    def mode(self) -> Any:
+        """Of a write that takes effect only while the object has this version."""
+        given = {"e_tag": self.e_tag, "version": self.generation}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class StorePath:
-    """An object, or what its name begins with: bucket and key. Folders are not made there."""
+    """An object, or what its name begins with. Folders are not made there.
 
+    root: scheme and bucket, as `s3://bucket`. path: the key; `.` is the bucket itself.
+    """
+
+    root: str
     path: PurePosixPath
 
+    @classmethod
+    def of(cls, address: str) -> StorePath:
+        root, key = split(address)
+        return cls(root, PurePosixPath(key))
+
     def __str__(self) -> str:
-        return SCHEME + str(self.path)
+        return f"{self.root}/{self.key}" if self.key else self.root
 
     def __truediv__(self, name: str) -> StorePath:
-        return StorePath(self.path / name)
+        return StorePath(self.root, self.path / name)
+
+    @property
+    def key(self) -> str:
+        return "" if self.path == PurePosixPath() else str(self.path)
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name or split(self.root + "/")[0].rpartition("/")[2]
 
     @property
     def parent(self) -> StorePath:
-        return StorePath(self.path.parent)
+        return StorePath(self.root, self.path.parent)
 
     @property
-    def store(self) -> fs.S3FileSystem:
-        return store(self.path.parts[0])
+    def bucket(self) -> StorePath:
+        return StorePath(self.root, PurePosixPath())
+
+    @property
+    def store(self) -> ObjectStore:
+        return store(self.root)
 
     def with_suffix(self, suffix: str) -> StorePath:
-        return StorePath(self.path.with_suffix(suffix))
+        return StorePath(self.root, self.path.with_suffix(suffix))
 
     def exists(self) -> bool:
         """Whether there is an object of this name, or one below it."""
-        return bool(self._type() != fs.FileType.NotFound)
+        if self.key:
+            with suppress(FileNotFoundError), asking(self):
+                self.store.head(self.key)
+                return True
+        return self.is_dir()
 
     def is_dir(self) -> bool:
-        return bool(self._type() == fs.FileType.Directory)
+        """Whether there is an object below it."""
+        with asking(self):
+            return any(self.store.list(self.key or None, chunk_size=1))
 
     def read_bytes(self) -> bytes:
-        def read() -> bytes:
-            with self.store.open_input_file(str(self.path)) as file:
-                content: bytes = file.read()
-                if len(content) != file.size():
-                    raise OSError(f"{self}: {len(content):,} of {file.size():,} bytes came")
-                return content
-
-        return patiently(self, read)
+        with asking(self):
+            return bytes(self.store.get(self.key).bytes())
 
     def write_bytes(self, content: bytes | pa.Buffer) -> None:
         """One PUT. Whoever reads meanwhile sees what was there before."""
+        is_large = len(content) > LARGE
+        client = store(self.root, UPLOAD_SECONDS) if is_large else self.store
+        with asking(self):
+            # In one piece: an upload that fails half way then leaves nothing behind.
+            client.put(self.key, memoryview(content).cast("B"), use_multipart=False)
 
-        def write() -> None:
-            file = self.store.open_output_stream(str(self.path))
-            # In one piece: an upload that fails half way then never becomes an object.
-            file.write(content)
-            file.close()
+    def read_versioned(self) -> tuple[bytes, Version]:
+        """What is there, and its version for `swap`. Raises FileNotFoundError."""
+        with asking(self):
+            found = self.store.get(self.key)
+            return bytes(found.bytes()), Version.of(found.meta)
 
-        patiently(self, write)
+    def create(self, content: bytes) -> Version | None:
+        """Write it if there is nothing yet; None where there is something of another's.
+
+        content: unlike what anybody else writes there, so that our own is known again.
+        """
+        return self._write_over(None, content)
+
+    def swap(self, content: bytes, version: Version) -> Version | None:
+        """Write it if there still is this version; None where that was replaced, or is gone.
+
+        content: unlike what anybody else writes there, so that our own is known again.
+        """
+        return self._write_over(version, content)
+
+    def _write_over(self, before: Version | None, content: bytes) -> Version | None:
+        """The version written; None unless `before` was there (None: nothing).
+
+        What the store says is not all: the answer to a write that took effect may be lost, and the
+        next attempt then meets our own content. And a store says "conflict" to two at once, none of
+        which need have written. So whatever it says but yes, look what is there.
+        """
+        mode: Any = before.mode if before else "create"
+        for _ in range(ATTEMPTS):
+            try:
+                with asking(self):
+                    return Version.of(self.store.put(self.key, content, mode=mode))
+            except RefusedError:
+                raise
+            except (FileNotFoundError, ChangedError, StoreError) as error:
+                why = error
+            try:
+                there, now = self.read_versioned()
+            except FileNotFoundError:
+                if before:
+                    return None
+            else:
+                if there == content:
+                    return now
+                if now != before:
+                    return None
+            time.sleep(PAUSE_SECONDS)
+        raise why
 
     def iterdir(self) -> Iterator[StorePath]:
         """The objects and prefixes right below this one."""
-        selector = fs.FileSelector(str(self.path), allow_not_found=True)
-        for info in patiently(self, lambda: self.store.get_file_info(selector)):
-            if (path := PurePosixPath(info.path)) != self.path:  # as a marker of it would be
-                yield StorePath(path)
+        found = again(self._children)
+        names = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
+        for path in map(PurePosixPath, dict.fromkeys(names)):
+            if path != self.path:  # as a marker of it would be
+                yield StorePath(self.root, path)
+
+    def _children(self) -> ListResult[Sequence[ObjectMeta]]:
+        with asking(self):
+            return self.store.list_with_delimiter(self.key or None)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        def delete() -> None:
-            nonlocal missing_ok
-            try:
-                self.store.delete_file(str(self.path))
-            except OSError as error:
-                if missing_ok and isinstance(error, FileNotFoundError):
-                    return
-                missing_ok = True  # as it is where only the answer was lost
-                raise
+        if not missing_ok:
+            with asking(self):
+                self.store.head(self.key)  # S3 says yes to the removal of what is not there
+        again(lambda: self._delete([self.key]))
 
-        patiently(self, delete)
+    def _delete(self, keys: Sequence[str]) -> None:
+        # What is not there is gone by an attempt of which the answer was lost, or by another.
+        with suppress(FileNotFoundError), asking(self):
+            self.store.delete(keys)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a prefix is there as long as an object has it."""
@@ -172,57 +228,11 @@ class StorePath:
 
     def remove_all(self) -> None:
         """Remove every object below this one."""
-        with suppress(FileNotFoundError):
-            patiently(self, lambda: self.store.delete_dir(str(self.path)))
 
-    def _type(self) -> fs.FileType:
-        return patiently(self, lambda: self.store.get_file_info(str(self.path)).type)
+        def remove() -> None:
+            with asking(self):
+                for some in self.store.list(self.key or None, chunk_size=1000):
+                    for each in some:
+                        self._delete([each["path"]])
 
-
-class StoreFile(io.RawIOBase):
-    """An object as a file of which each piece is read patiently."""
-
-    def __init__(self, location: StorePath) -> None:
-        self._location, self._at = location, 0
-        self._size: int = patiently(location, lambda: self._file.size())
-
-    @cached_property
-    def _file(self) -> pa.NativeFile:
-        return self._location.store.open_input_file(str(self._location.path))
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        with memoryview(buffer) as view:
-            wanted = min(len(view), max(0, self._size - self._at))
-
-            def piece() -> bytes:
-                try:
-                    content: bytes = self._file.read_at(wanted, self._at)
-                    if len(content) != wanted:
-                        raise OSError(f"{len(content):,} of {wanted:,} bytes came")
-                    return content
-                except OSError:
-                    self._drop()
-                    raise
-
-            view[:wanted] = patiently(self._location, piece)
-        self._at += wanted
-        return wanted
-
-    def close(self) -> None:
-        self._drop()
-        super().close()
-
-    def _drop(self) -> None:
-        if file := self.__dict__.pop("_file", None):
-            file.close()
+        again(remove)

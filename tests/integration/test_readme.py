@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,16 @@ FIRST = next(line for lines in SESSIONS for line in lines if line.startswith("re
 
 @pytest.fixture(scope="module")
 def home(photos, tmp_path_factory):
-    """photos/cat, photos/dog, finetuned.pth, and published weights in torch hub's cache."""
+    """photos/cat, photos/dog, both in shards/photos.tar, finetuned.pth, and published weights in
+    torch hub's cache."""
     folder = tmp_path_factory.mktemp("readme")
     for name, subject in (("cat", "chelsea"), ("dog", "rocket")):
         (folder / "photos" / name).mkdir(parents=True)
         for number, photo in enumerate(sorted((photos / subject).rglob("*.jpg"))[:8]):
             os.link(photo, folder / "photos" / name / f"{number}.jpg")
+    (folder / "shards").mkdir()
+    with tarfile.open(folder / "shards" / "photos.tar", "w") as tar:
+        tar.add(folder / "photos", "photos")
     cache = folder / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     published = cache / os.path.basename(ResNet50_Weights.DEFAULT.url)
