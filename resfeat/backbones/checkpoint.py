@@ -8,11 +8,9 @@ import argparse
 import io
 import pickle
 import re
-import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from resfeat.errors import ResfeatError, StoreError, UsageError, first_line
-from resfeat.storage import SCHEMES, StorePath, is_remote
+from resfeat.storage import SCHEMES, StorePath, is_remote, web
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")
 WEB = ("http", "https")
@@ -184,8 +182,7 @@ def _fetch(source: str) -> bytes:
                     f"weights {public(source)}: a password in an address is not sent; give an "
                     "address that needs none, or a path"
                 )
-            with urllib.request.urlopen(source, timeout=CONNECT_SECONDS) as response:
-                return bytes(response.read())
+            return web.get(source)[0]
         if is_remote(source):
             return StorePath.of(source).read_bytes()
         known = ", ".join(f"{each}://" for each in (*WEB, *SCHEMES))
@@ -194,7 +191,7 @@ def _fetch(source: str) -> bytes:
         )
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"weights file {public(source)} does not exist") from error
-    except (OSError, HTTPException, StoreError, ValueError) as error:
+    except (OSError, StoreError, ValueError) as error:
         hint = "check its address, your credentials and the network" if scheme else "check it"
         raise ResfeatError(
             f"cannot read weights {public(source)}: {first_line(error)}; {hint}"

@@ -48,9 +48,9 @@ def search(
     vectors = downstream.embed_queries(dataset, queries, layer)
     found = downstream.search(dataset, vectors, k, layer)
     if sheet:
-        uris = dataset.uris([neighbour.id for row in found for neighbour in row])
+        items = dataset.items([neighbour.id for row in found for neighbour in row])
         try:
-            downstream.contact_sheet(queries, found, uris).save(sheet)
+            downstream.contact_sheet(queries, found, items).save(sheet)
         except (OSError, ValueError) as error:
             message = f"cannot write {sheet}: {error}; give a path that ends in .png"
             raise ResfeatError(message) from error

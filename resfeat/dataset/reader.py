@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from resfeat.dataset.notes import Commits, Note
 from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FAILURES, Row, layers_in, plain_rows
 from resfeat.errors import ResfeatError, UsageError, first_line
+from resfeat.sources import Item, items_of
 from resfeat.storage import Location, dataset_of, open_parquet
 
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
@@ -93,15 +94,15 @@ class Dataset:
             )
         return columns[layer or list(columns)[-1]]
 
-    def uris(self, ids: list[str]) -> dict[str, str]:
-        """Where the images with these ids were when they were listed."""
+    def items(self, ids: Sequence[str]) -> dict[str, Item]:
+        """The images with these ids, as they were listed."""
         import pyarrow.compute as pc
 
-        plan, wanted = self.layout.plan, pc.field("id").isin(ids)
+        plan, wanted = self.layout.plan, pc.field("id").isin(list(ids))
 
         with readable(plan, "bring it back from a copy"):
-            found = dataset_of(plan).to_table(columns=["id", "uri"], filter=wanted)
-        return dict(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
+            found = dataset_of(plan).to_table(filter=wanted)
+        return {item.id: item for item in items_of(found)}
 
 
 def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.floating]]]:

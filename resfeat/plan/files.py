@@ -18,6 +18,9 @@ from resfeat.storage import Drafts, Location, draft, open_parquet, sha256
 SHARD_SIZE = 4096
 SHARDS_PER_FILE = 64
 
+# Columns that mostly say the same: a dictionary of ids takes long, and twice the space.
+REPEATED = ["etag", "column", "label", "problem"]
+
 # A small collection is cut finer, so that all workers have work and a crash costs little.
 SMALL_SHARDS = 32
 SMALLEST_SHARD = 128
@@ -54,7 +57,9 @@ def write_plan(
     for first in cut:  # of each file
         name = f"plan-{len(files):05d}.parquet"
         file, rows = draft(drafts, name), []
-        with pq.ParquetWriter(file.sink, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(
+            file.sink, schema, compression="zstd", use_dictionary=REPEATED
+        ) as writer:
             for table in itertools.chain([first], itertools.islice(cut, SHARDS_PER_FILE - 1)):
                 writer.write_table(table, row_group_size=table.num_rows)
                 rows.append(table.num_rows)
@@ -85,6 +90,21 @@ def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
     """The columns that travel with the items, as the first file of the plan has them."""
     with open_parquet(folder / plan.files[0].name) as file:
         return carried_in(file.schema_arrow)
+
+
+def lies_far(folder: Location, plan: Plan) -> bool:
+    """Whether any image that the first file of the plan lists is in a store or on the web: by the
+    least and the greatest of each shard's addresses."""
+    with open_parquet(folder / plan.files[0].name) as file:
+        about, place = file.metadata, file.schema_arrow.get_field_index("uri")
+        groups = map(about.row_group, range(about.num_row_groups))
+        bounds = (group.column(place).statistics for group in groups)
+        return any(
+            not uri.startswith("file://")
+            for each in bounds
+            if each and each.has_min_max
+            for uri in (each.min, each.max)
+        )
 
 
 def _recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

@@ -16,6 +16,7 @@ from resfeat.sources import places, rules
 from resfeat.sources.directory import Directories
 from resfeat.sources.item import CARRIED, COLUMNS, Item, items_of
 from resfeat.sources.prefix import Prefixes
+from resfeat.sources.table import Tables
 from resfeat.sources.tar import Tars
 from resfeat.spec import SourceOptions
 from resfeat.storage import is_remote, locate
@@ -57,7 +58,7 @@ class Listing:
 
 
 def listing(sources: Sequence[str], options: SourceOptions | None = None) -> Listing:
-    """A listing of directories, prefixes in a store, tars, or single images.
+    """A listing of directories, prefixes in a store, tars, tables, or single images.
 
     Raises UsageError where a source is missing, is a dataset, or lies within another, StoreError
     where the store is out of reach or does not let us look.
@@ -73,6 +74,9 @@ def listing(sources: Sequence[str], options: SourceOptions | None = None) -> Lis
     # Beside others they keep their whole addresses, so that no two images share an id.
     base = "" if local else _base(in_store)
     parts = [*_parts(on_disk, _base(on_disk), options), *_parts(in_store, base, options)]
+    # In one part, wherever they lie: any two of them may have an id in common.
+    if tables := [root for root in (*on_disk, *in_store) if places.container_of(root) == "table"]:
+        parts.append(Tables(tables, _base(on_disk) or base, options))
     return Listing([*local, *remote], parts)
 
 

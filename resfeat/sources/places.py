@@ -4,24 +4,31 @@ A container is a file that holds many images. This works for every kind that is 
 a disk and in a store.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from resfeat.errors import UsageError
 from resfeat.sources import directory, prefix, rules
-from resfeat.storage import is_remote
+from resfeat.sources.formats import COLUMNAR, TABLES
+from resfeat.storage import is_remote, locate
 
 # By extension. Where a folder has several kinds, the others describe the first: beside its tars,
 # img2dataset writes what it knows of them as Parquet.
-CONTAINERS = {"tar": (".tar", ".tar.gz", ".tgz")}
+CONTAINERS = {"tar": (".tar", ".tar.gz", ".tgz"), "table": COLUMNAR}
+# These are containers only where they are named: in a folder they may be anything.
+NAMED = {"table": TABLES}
+# What `datasets` writes beside the files that it saves: their names, and the names of its splits.
+SAVED, SPLITS = "state.json", "dataset_dict.json"
 # Entries of a folder without containers that are looked at, if all of them are sidecars.
 LOOKED_AT = 1000
 
 
 def container_of(place: str) -> str | None:
     """The kind of container that a path or an address names; None for anything else."""
-    kind = _kind(place)
+    kind = _kind(place) or _kind(place, NAMED)
     return None if kind and not is_remote(place) and os.path.isdir(place) else kind
 
 
@@ -36,7 +43,9 @@ def expanded(root: str) -> list[str]:
         prefix.check(root)
     else:
         directory.check(root)
-    return [root] if container_of(root) else _containers_in(root) or [root]
+    if container_of(root):
+        return [root]
+    return _saved(root) or _containers_in(root) or [root]
 
 
 def is_there(root: str) -> bool:
@@ -72,9 +81,27 @@ def _containers_in(folder: str) -> list[str]:
     return next((sorted(found[kind]) for kind in CONTAINERS if kind in found), [])
 
 
-def _kind(name: str) -> str | None:
+def _saved(folder: str) -> list[str]:
+    """The files of a dataset that `datasets` has saved here. Others may lie beside them: what
+    was computed of it since."""
+    if splits := _told(folder, SPLITS, lambda told: told["splits"]):
+        return [file for split in splits for file in _saved(os.path.join(folder, split))]
+    files = _told(folder, SAVED, lambda told: [file["filename"] for file in told["_data_files"]])
+    return [os.path.join(folder, file) for file in files]
+
+
+def _told(folder: str, name: str, names: Callable[[Any], list[str]]) -> list[str]:
+    """Names of what lies in a folder, from a file there; none if it is not there, or another."""
+    try:
+        found = names(json.loads((locate(folder) / name).read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [name for name in found if isinstance(name, str) and os.path.basename(name) == name]
+
+
+def _kind(name: str, kinds: Mapping[str, tuple[str, ...]] = CONTAINERS) -> str | None:
     lower = name.lower()
-    return next((kind for kind, ends in CONTAINERS.items() if lower.endswith(ends)), None)
+    return next((kind for kind, ends in kinds.items() if lower.endswith(ends)), None)
 
 
 def _entries(folder: str) -> Iterator[tuple[str, bool]]:

@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from threading import Condition
 
 from resfeat.errors import Failure
-from resfeat.sources import directory, members, prefix
+from resfeat.sources import cells, directory, members, prefix, web
 from resfeat.sources.item import Content, Item, failure_of
 from resfeat.storage import is_remote
+from resfeat.storage.web import is_web
 
 # A run has so many images, of so many bytes. In a store each request takes long, and each object is
 # a run of its own.
 RUN_IMAGES, RUN_BYTES = 32, 8 * 1024**2
 # Members of a tar are read together, with what lies between them if that is no more than this.
 GAP = 256 * 1024
-# Of a compressed tar: bytes that may wait to be decoded before more is read, and how long to wait
-# for that. Then a decoder may hang, and whoever wants more has to find that out.
+# Of what is read in order: bytes that may wait to be decoded before more is read, and how long to
+# wait for that. Then a decoder may hang, and whoever wants more has to find that out.
 MOST_WAITING, WAIT_SECONDS = 64 * 1024**2, 1.0
 
 
@@ -68,6 +69,11 @@ def runs(items: Sequence[Item], places: Sequence[int], within: int) -> Generator
     `within`."""
     for _, alike in itertools.groupby(places, lambda place: _way(items[place])):
         some = list(alike)
+        if cells.is_cell(items[some[0]]):
+            waiting = _Waiting()
+            for run, found in _of_cells(items, some, within):
+                yield replace(run, taken=waiting.hold(found))
+            continue
         cut = _cut(items, some, within)
         if members.is_streamed(items[some[0]]):
             waiting = _Waiting()
@@ -101,6 +107,25 @@ def _cut(items: Sequence[Item], places: Sequence[int], within: int) -> Iterator[
             some = some[count:]
 
 
+def _of_cells(
+    items: Sequence[Item], places: Sequence[int], within: int
+) -> Iterator[tuple[Run, list[Content | Failure]]]:
+    """Runs of rows of one file, with what was read. How large rows are is known only then."""
+    held, contents, size = list[int](), list[Content | Failure](), 0
+    with closing(cells.streamed([items[place] for place in places])) as found:
+        for place, cell in zip(places, found, strict=True):
+            content = failure_of(items[place]) or _resolved(cell)
+            more = 0 if isinstance(content, Failure) else content[1]
+            is_full = len(held) == RUN_IMAGES or size + more > RUN_BYTES
+            if held and (is_full or held[0] // within != place // within):
+                yield Run(held, [items[n] for n in held]), contents
+                held, contents, size = [], [], 0
+            held.append(place)
+            contents.append(content)
+            size += more
+    yield Run(held, [items[n] for n in held]), contents
+
+
 def _fitting(items: Sequence[Item]) -> int:
     """How many of these items, at least one, the first run has."""
     if members.is_member(items[0]):
@@ -110,7 +135,7 @@ def _fitting(items: Sequence[Item]) -> int:
                 return max(1, count)
             reached = end
         return len(items)
-    if is_remote(items[0].uri):
+    if not is_local(items[0].uri):
         return 1
     sizes = itertools.accumulate(item.size or 0 for item in items)
     return max(1, sum(size <= RUN_BYTES for size in sizes))
@@ -120,7 +145,13 @@ def _way(item: Item) -> str:
     """What must be alike for items to be read in one run."""
     if members.is_member(item):
         return item.uri
-    return "store" if is_remote(item.uri) else "disk"
+    if cells.is_cell(item):
+        return f"{item.column} of {item.uri}"
+    return "disk" if is_local(item.uri) else "elsewhere"
+
+
+def is_local(uri: str) -> bool:
+    return uri.startswith("file://")
 
 
 def read(item: Item) -> Content | Failure:
@@ -134,4 +165,12 @@ def read(item: Item) -> Content | Failure:
     if members.is_member(item):
         contents = members.streamed if members.is_streamed(item) else members.read
         return next(iter(contents([item])))
+    if cells.is_cell(item):
+        return _resolved(next(cells.streamed([item])))
+    if is_web(item.uri):
+        return web.read(item)
     return prefix.read(item) if is_remote(item.uri) else directory.read(item)
+
+
+def _resolved(cell: cells.Cell) -> Content | Failure:
+    return read(cell) if isinstance(cell, Item) else cell

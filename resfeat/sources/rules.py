@@ -12,8 +12,9 @@ MAX_BYTES = 256 * 1024**2
 
 # What travels beside images, by extension. Anything else is recognised by its content.
 SIDECARS = frozenset(
-    ".cfg .csv .db .doc .docx .gz .htm .html .ini .json .jsonl .log .md .npy .npz .parquet .pdf"
-    " .pkl .py .rst .sh .sqlite .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml .zip"
+    ".arrow .cfg .csv .db .doc .docx .gz .htm .html .ini .json .jsonl .log .md .ndjson .npy .npz"
+    " .parquet .pdf .pkl .py .rst .sh .sqlite .tar .tgz .toml .tsv .txt .xls .xlsx .xml .yaml .yml"
+    " .zip"
     # of WebDataset
     " .cbor .class .cls .cls2 .count .id .index .inx .jsn .mp .msg .msgpack .pickle .pt .pth .pyd"
     " .tb .ten .text .transcript".split()

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
 
-def open_parquet(source: Location | bytes) -> pq.ParquetFile:
+def open_parquet(source: Location | bytes, buffer_size: int = 0) -> pq.ParquetFile:
     """A Parquet file, of which only what is asked for is read.
+
+    buffer_size: bytes of a column that are read at once; 0 reads all that a row group has of it.
 
     Read it with use_threads=False, so that no thread of Arrow's has a part in it: one that lets go
     of bytes or a file of Python's while the interpreter ends aborts the process
@@ -27,7 +29,7 @@ def open_parquet(source: Location | bytes) -> pq.ParquetFile:
     file = pa.BufferReader(source) if isinstance(source, bytes) else source
     if isinstance(source, StorePath):
         file = open_binary(source)
-    return pq.ParquetFile(file, pre_buffer=False)
+    return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_size)
 
 
 def dataset_of(folder: Location) -> ds.Dataset:

@@ -8,15 +8,14 @@ from typing import Self
 import pyarrow as pa
 
 from resfeat.dataset import Layout, Record
-from resfeat.plan import Shard, carried_columns
+from resfeat.plan import Shard, carried_columns, lies_far
 from resfeat.runtimes import BATCH_SIZE, GPU_BATCH, choose
 from resfeat.spec import Identity, RuntimeName, RuntimeOptions
-from resfeat.storage import is_remote
 
 # Files that a worker reads ahead while its decoders are busy: enough to hide the latency of a disk,
-# and of an object store, where each file takes two requests.
+# and of a store or the web, where each file takes a request or two.
 READ_AHEAD = 4
-READ_AHEAD_IN_STORE = 32
+READ_AHEAD_FAR = 32
 # Shards that a worker has in hand: it decodes and embeds one while the other drains and commits.
 SHARDS_IN_HAND = 2
 # Cores that one worker's decoding keeps busy: Python's lock lets it use hardly more.
@@ -47,7 +46,7 @@ class Job:
             output=str(layout.root),
             share=layout.share,
             sources=record.sources,
-            reads_ahead=READ_AHEAD_IN_STORE if any(map(is_remote, record.sources)) else READ_AHEAD,
+            reads_ahead=READ_AHEAD_FAR if lies_far(layout.plan, record.plan) else READ_AHEAD,
             identity=record.identity,
             dims=dims,
             with_label=record.source_options.label_from is not None,

@@ -302,7 +302,7 @@ def test_damage_that_a_reader_meets_half_way_is_one_line(inline, tmp_path):
     dataset = open_dataset(layout.root)
     for what, use in (
         (part(layout), lambda: list(dataset.vectors())),
-        (layout.plan, lambda: dataset.uris([planned(Layout(inline), 0)[0].id])),
+        (layout.plan, lambda: dataset.items([planned(Layout(inline), 0)[0].id])),
     ):
         with pytest.raises(ResfeatError, match=rf"^{what}.* cannot be read \(.*\): ") as told:
             use()
