@@ -33,8 +33,10 @@ class AzureStore:
 
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory()
-        command = [azurite(), "--blobHost", "127.0.0.1", "--blobPort", "0", "--silent",
-                   "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry"]  # fmt: skip
+        command = [
+            azurite(), "--blobHost", "127.0.0.1", "--blobPort", "0", "--silent",
+            "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry",
+        ]  # fmt: skip
         self._process = subprocess.Popen(
             command,
             cwd=self._folder.name,
@@ -67,8 +69,8 @@ class AzureStore:
              f"/{ACCOUNT}{place}", "restype:container"]
         )  # fmt: skip
         code = hmac.new(base64.b64decode(KEY), signed.encode(), hashlib.sha256).digest()
-        headers = {"x-ms-date": date, "x-ms-version": VERSION,
-                   "Authorization": f"SharedKey {ACCOUNT}:{base64.b64encode(code).decode()}"}  # fmt: skip
+        key = f"SharedKey {ACCOUNT}:{base64.b64encode(code).decode()}"
+        headers = {"x-ms-date": date, "x-ms-version": VERSION, "Authorization": key}
         address = f"{self.endpoint}{place}?restype=container"
         urlopen(Request(address, method="PUT", headers=headers)).close()
 

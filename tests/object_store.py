@@ -91,7 +91,7 @@ class FaultyProxy(Endpoint):
     """Passes requests on to `upstream`, except for its faults.
 
     `faults` is a rule, `(method, path with its query) -> fault or None`, or else lists what
-    befalls the next requests: "403", "409", "500" or "503" in place of the store's answer; "reset" before
+    befalls the next requests: "403", "409", "500" or "503" in place of the answer; "reset" before
     the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
     after it took effect, "cut", half of the answer's body (no answer where it has none), or "lost",
     no answer. `requests` lists all that came, as `(method, path, fault)`. While `down` is true,
