@@ -18,19 +18,23 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from urllib.request import Request, urlopen
 
+import azure
 import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import call, error_of
 from forked import start
+from gcs import GoogleStore
 from object_store import FaultyProxy, ObjectStore, RandomFaults
 from photos import write_photos
 from seams import after_import
 from tables import rows
 
+from resfeat import open_dataset
 from resfeat.dataset import Layout
 from resfeat.fidelity.parity import SAMPLE
+from resfeat.storage import locate, remote
 
 PHOTOS = 60
 SHARD = 16
@@ -245,6 +249,45 @@ def test_from_store_to_store_is_the_same_as_from_disk_to_disk(finished, undistur
     assert planned(io.BytesIO(plan)) == planned(Layout(undisturbed).plan / "plan-00000.parquet")
     uris = {row["id"]: row["uri"] for row in table(bucket, "failures").to_pylist()}
     assert uris == {name: f"{source}/{name}" for name in BAD}
+
+
+@pytest.fixture
+def google():
+    with GoogleStore() as store:
+        store.make("pictures")
+        yield "gs://pictures", store.environment
+
+
+@pytest.fixture
+def microsoft():
+    if not azure.azurite():
+        pytest.skip("azurite is not installed")
+    with azure.AzureStore() as store:
+        store.make("pictures")
+        yield "az://pictures", store.environment
+
+
+@pytest.mark.parametrize("cloud", ["google", "microsoft"])
+def test_from_and_to_the_other_clouds_it_is_the_same(
+    cloud, request, tree, options, undisturbed, resfeat, tmp_path, monkeypatch
+):
+    root, env = request.getfixturevalue(cloud)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    remote.store.cache_clear()
+    for path in tree.rglob("*"):
+        if path.is_file():
+            (locate(f"{root}/tree") / str(path.relative_to(tree))).write_bytes(path.read_bytes())
+    done = resfeat("extract", f"{root}/tree", "-o", f"{root}/out", *options, env=env)
+    assert done.returncode == 0, done.stderr
+    verified = resfeat("verify", f"{root}/out", env=env)
+    assert verified.returncode == 0 and "Nothing is wrong" in verified.stdout
+    dataset = open_dataset(f"{root}/out")
+    there = dataset.embeddings.to_table().sort_by("id").select(COLUMNS)
+    assert there.equals(rows(undisturbed).select(COLUMNS))
+    assert Counter(dataset.failures.to_table()["reason"].to_pylist()) == REASONS
+    again = resfeat("extract", f"{root}/tree", "-o", f"{root}/out", *options, env=env)
+    assert again.returncode == 0, again.stderr
 
 
 def test_nothing_else_is_written_or_read(finished, objects):
