@@ -91,8 +91,8 @@ class FaultyProxy(Endpoint):
     """Passes requests on to `upstream`, except for its faults.
 
     `faults` is a rule, `(method, path with its query) -> fault or None`, or else lists what
-    befalls the next requests: "403", "409", "500" or "503" in place of the store's answer; "reset"
-    before the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
+    befalls the next requests: "403", "409", "500" or "503" in place of the answer; "reset" before
+    the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
     after it took effect, "cut", half of the answer's body (no answer where it has none), or "lost",
     no answer. "delayed" passes it on after `delay()` seconds, even if the client has given up by
     then; "late" answers after them. `requests` lists all that came, as `(method, path, fault)`.

@@ -11,7 +11,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -29,7 +29,7 @@ from resfeat.storage.remote import StorePath
 PAGE = 1000  # keys, as many as a store gives at once
 AT_ONCE = 8  # stretches that are listed
 PAGES_AHEAD = 4  # of each
-PAGES_EACH = 4  # about as long a stretch is, since of its last page only a part is used
+PAGES_EACH = 8  # about as long a stretch is, since of its last page only a part is used
 DEPTH = 3  # levels of folders that are looked at for where to cut
 SCOUT_SECONDS = 3.0  # to look for folders: among very many objects it would take for ever
 
@@ -43,6 +43,7 @@ def pages(prefix: StorePath) -> Iterator[Page]:
     yield first
     bounds = _bounds(prefix, first) if len(first.keys) > PAGE // 2 else []
     if bounds:
+        whole.close()
         yield from _at_once(prefix, [first.keys[-1], *bounds, None])
     else:
         yield from whole
@@ -53,15 +54,16 @@ def _bounds(prefix: StorePath, first: Page) -> list[str]:
     if not _is_ordered(prefix):
         return []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        cuts = pool.submit(_folders, prefix.root, prefix.key).result()
+        level, cuts = [prefix.key], list[str]()
         for _ in range(DEPTH):
-            if not 0 < len(cuts) < 2 * AT_ONCE:
+            below = pool.map(lambda key: _folders(prefix.root, key), level)
+            level = [folder for some in below for folder in some]
+            cuts += level
+            if not level or len(cuts) >= 2 * AT_ONCE:
                 break
-            below = pool.map(lambda key: _folders(prefix.root, key), cuts)
-            cuts = [cut for key, inner in zip(cuts, below, strict=True) for cut in (key, *inner)]
     cuts.sort()
     in_first = bisect_right(cuts, first.keys[-1]) - bisect_right(cuts, first.keys[0])
-    each = max(1, min(PAGES_EACH * in_first, len(cuts) // (2 * AT_ONCE)))
+    each = max(1, min(PAGES_EACH * (in_first + 1), len(cuts) // (2 * AT_ONCE)))
     return [cut for cut in cuts[each::each] if cut > first.keys[-1]]
 
 
@@ -123,7 +125,7 @@ def _put(queue: Queue[Page | None], page: Page | None, ended: threading.Event) -
     return False
 
 
-def _stretch(prefix: StorePath, after: str | None, until: str | None) -> Iterator[Page]:
+def _stretch(prefix: StorePath, after: str | None, until: str | None) -> Generator[Page]:
     """The objects below a prefix whose keys lie between two, the second included."""
     broken = 0
     while True:
@@ -144,8 +146,8 @@ def _stretch(prefix: StorePath, after: str | None, until: str | None) -> Iterato
             # obstore's listing ends at it (obstore#429): read on without obstore, to behind it.
             if not _is_ordered(prefix):
                 raise
-            for page, after in raw_pages(prefix, after):  # noqa: B007, B020
-                yield (page := _cut(page, until))
+            for page, after in raw_pages(prefix, after, until):  # noqa: B007, B020
+                yield page
             if page.is_last or after is None:
                 return
 

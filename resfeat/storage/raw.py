@@ -36,14 +36,16 @@ class Page(NamedTuple):
     is_last: bool = False  # of a prefix, or of what was asked for
 
 
-def raw_pages(prefix: StorePath, after: str | None) -> Iterator[tuple[Page, str | None]]:
-    """Pages from behind a key on, each with its last key, up to one from which obstore can go on.
-    Raises StoreError."""
+def raw_pages(
+    prefix: StorePath, after: str | None, until: str | None
+) -> Iterator[tuple[Page, str | None]]:
+    """Pages from behind a key on, each with its last key, up to one from which obstore can go on,
+    or to the key `until`. Raises StoreError."""
     while True:
         query = {"list-type": "2", "encoding-type": "url"}
         query |= {"prefix": f"{prefix.key}/"} if prefix.key else {}
         query |= {"start-after": after} if after else {}
-        page, after = _parsed(_asked(prefix, query))
+        page, after = _parsed(_asked(prefix, query), until)
         yield page, after
         if page.is_last or after is None or not UNUSABLE.search(after):
             return
@@ -65,11 +67,15 @@ def _asked(prefix: StorePath, query: dict[str, str]) -> bytes:
     ) from why
 
 
-def _parsed(content: bytes) -> tuple[Page, str | None]:
+def _parsed(content: bytes, until: str | None) -> tuple[Page, str | None]:
     """The objects of an answer, without those that no path has, and its last key."""
     root = ElementTree.fromstring(content)
     decoded = unquote_plus if root.findtext("{*}EncodingType") == "url" else str
     found = [(decoded(each.findtext("{*}Key", "")), each) for each in root.iterfind("{*}Contents")]
+    is_last = root.findtext("{*}IsTruncated") != "true"
+    if until is not None:
+        is_last |= any(key > until for key, _ in found)
+        found = [(key, each) for key, each in found if key <= until]
     good = [
         (key, each) for key, each in found if not key.endswith("/") and not UNUSABLE.search(key)
     ]
@@ -81,6 +87,6 @@ def _parsed(content: bytes) -> tuple[Page, str | None]:
         [mtime_of(when.timestamp()) for when in written],
         [each.findtext("{*}ETag") for _, each in good],
         unusable,
-        root.findtext("{*}IsTruncated") != "true",
+        is_last,
     )
     return page, found[-1][0] if found else None
