@@ -279,6 +279,14 @@ def opened(uri: str) -> Iterator[tuple[int, os.stat_result]]:
         os.close(file)
 
 
+def pread(file: int, start: int, size: int) -> bytes:
+    """So many bytes from a place on, or as many as there are."""
+    data = os.pread(file, size, start)
+    while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
+        data += more
+    return data
+
+
 def failure(error: OSError) -> Failure:
     """Why a file cannot be read."""
     return Failure("read", _REASONS.get(error.errno, "io_error"), error.strerror or str(error))
@@ -291,11 +299,7 @@ def read(item: Item) -> tuple[bytes, int, int] | Failure:
             if isinstance(where := rules.extent(item, status.st_size), Failure):
                 return where
             start, size = where
-            data = os.pread(file, size, start)
-            while len(data) < size and (
-                more := os.pread(file, size - len(data), start + len(data))
-            ):
-                data += more
+            data = pread(file, start, size)
             now = os.fstat(file)
     except OSError as error:
         return failure(error)
