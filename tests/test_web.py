@@ -219,6 +219,7 @@ def test_no_server_is_a_failure():
     failure = got(f"http://127.0.0.1:{port}/1.jpg")
     assert failure.reason == "io_error" and "refused" in failure.message
     assert got("http://no.such.host.invalid/1.jpg").reason == "io_error"
+    assert got("http://[/1.jpg").reason == "io_error"
 
 
 def test_a_host_is_not_asked_for_more_than_some_at_once(site):
