@@ -98,7 +98,8 @@ def _once(address: str, most: float, seconds: float) -> tuple[bytes, int | None]
     except BaseException:
         answer.close()  # what is left of it is not waited for
         raise
-    answer.release_conn()
+    finally:
+        answer.release_conn()
     return content, _modified(answer.headers.get("Last-Modified"))
 
 
