@@ -13,6 +13,7 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from object_store import ObjectStore
 from small import embed, failures_of, image_table, vectors_of, write_pictures
 from tables import rows
 
@@ -22,6 +23,7 @@ from resfeat.downstream.search import Neighbour
 from resfeat.errors import Failure, UsageError
 from resfeat.sources import Item, cells, listing, read, read_ahead, runs
 from resfeat.spec import SourceOptions
+from resfeat.storage import remote as stores
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +294,34 @@ def test_the_sheet_shows_images_that_lie_in_rows(pictures, tmp_path):
     shown = [sheet.crop((176, 8, 336, 168)).tobytes() for sheet in sheets]
     query = sheets[0].crop((8, 8, 168, 168)).tobytes()
     assert shown[0] == query != shown[1]
+
+
+def test_tables_and_rows_in_a_store(pictures, tmp_path, monkeypatch):
+    """A table that counts from its own prefix, and rows of a file that is then replaced."""
+    paths, expected = pictures
+    with ObjectStore() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        stores.store.cache_clear()
+        files = server.files("rows")
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
+        for name, path in zip(names, paths, strict=True):
+            put(files, f"in/{name}", path.read_bytes())
+        put(files, "in/t.csv", "\n".join(["path", *names]).encode())
+        pq.write_table(image_table(paths), tmp_path / "t.parquet", row_group_size=4)
+        put(files, "in/t.parquet", (tmp_path / "t.parquet").read_bytes())
+        for name in "t.csv", "t.parquet":
+            embed(tmp_path / f"out-{name}", f"s3://rows/in/{name}")
+            assert sorted(vectors_of(tmp_path / f"out-{name}").values()) == expected
+        items = listed("s3://rows/in/t.parquet")
+        assert items[0].etag and items[0].uri == "s3://rows/in/t.parquet"
+        pq.write_table(image_table(paths), tmp_path / "t.parquet", row_group_size=3)
+        put(files, "in/t.parquet", (tmp_path / "t.parquet").read_bytes())
+        assert {each.reason for each in contents_of(items)} == {"bad_container"}
+    stores.store.cache_clear()
+
+
+def put(files, name, content):
+    with files.open_output_stream(name) as stream:
+        stream.write(content)

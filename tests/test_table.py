@@ -194,8 +194,13 @@ def test_which_column_has_the_addresses(tmp_path):
     assert columns(["caption", "URL"]) == ["URL"]
     assert columns(["whatever"]) == ["whatever"]
     assert columns(["url", "path"], uri_column="path") == ["path"]
+    coded = pa.table({"n": [1], "some": pa.array(["/a.jpg"]).dictionary_encode()})
+    pq.write_table(coded, tmp_path / "t.parquet")
+    assert [item.id for item in listed(tmp_path / "t.parquet")] == ["/a.jpg"]
     with pytest.raises(UsageError, match=r"t\.csv .*Give --uri-column: it has url, path$"):
         columns(["url", "path"])
+    with pytest.raises(UsageError, match=r"--uri-column url: .*t\.csv has several columns called"):
+        columns(["url", "url"], uri_column="url")
     with pytest.raises(UsageError, match=r"which column .* it has a, b$"):
         columns(["a", "b"])
     for option in "uri_column", "id_column":

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import ClassVar
 from urllib.parse import unquote
@@ -219,6 +220,7 @@ def test_no_server_is_a_failure():
     failure = got(f"http://127.0.0.1:{port}/1.jpg")
     assert failure.reason == "io_error" and "refused" in failure.message
     assert got("http://no.such.host.invalid/1.jpg").reason == "io_error"
+    assert got("http://[/1.jpg").reason == "io_error"
 
 
 def test_a_host_is_not_asked_for_more_than_some_at_once(site):
@@ -232,6 +234,18 @@ def test_a_host_is_not_asked_for_more_than_some_at_once(site):
     for thread in threads:
         thread.join()
     assert 1 < Site.most <= web.PER_HOST
+
+
+def test_a_failure_gives_its_connection_back(site):
+    def fail():
+        for path in ("status/404", "large/1.jpg") * web.PER_HOST:
+            with suppress(web.WebError):
+                web.get(f"{site.root}/{path}", most=1000)
+
+    thread = threading.Thread(target=fail, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_passwords_are_neither_sent_nor_shown(site, tmp_path):

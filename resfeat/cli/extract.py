@@ -33,6 +33,10 @@ Examples:
       From and to an object store; the AWS_* variables hold its address and your credentials.
   resfeat extract 'shards/*.tar' -o embeddings --keep cls,json
       Tar shards as WebDataset has them; what travels beside an image becomes columns.
+  resfeat extract images.csv -o embeddings --uri-column url --keep caption
+      A table of paths or addresses; the captions are stored with the embeddings.
+  resfeat extract 'data/train-*.parquet' -o embeddings --id-column key
+      Parquet that holds the images themselves.
   resfeat extract train val -o embeddings --model resnet18 --label-from parent
       Two folders in one dataset; the name of each image's folder becomes its label.
   resfeat extract photos -o embeddings --weights finetuned.pth --workers 0

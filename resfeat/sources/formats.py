@@ -54,8 +54,10 @@ class RowFile:
         return self.kind in COLUMNAR
 
     def check(self, columns: Sequence[str], option: str) -> None:
-        """Raise UsageError where it does not have these columns."""
+        """Raise UsageError where it does not have these columns, each once."""
         for column in columns:
+            if self.schema.names.count(column) > 1:
+                raise UsageError(f"--{option} {column}: {self.name} has several columns called so")
             if column not in self.schema.names:
                 raise UsageError(
                     f"--{option} {column}: table {self.name} has no such column: "

@@ -127,9 +127,9 @@ class Tables:
         is_there = pc.fill_null(pc.not_equal(ids, ""), False)
         if pc.all(is_there).as_py():
             return ids
-        name = printable(table.file.path[len(self._base) :])
-        numbers = pa.array(range(some.first, some.first + some.count)).cast(pa.string())
-        return pc.if_else(is_there, ids, pc.binary_join_element_wise(name, numbers, "#"))
+        name = printable(table.file.path.removeprefix(self._base))
+        places = pc.binary_join_element_wise(name, _text(_numbers(some)), "#")
+        return pc.if_else(is_there, ids, places)
 
     def _whole(self, own: dict[str, pa.Array], some: Stretch) -> pa.Table:
         schema = schema_of(self.carried)
@@ -151,8 +151,13 @@ def _of_rows(
         "etag": pa.scalar(etag, pa.string()),
         "column": pa.scalar(column),
     }
-    places = pa.array(np.arange(some.first, some.first + some.count))
-    return {name: pa.repeat(value, some.count) for name, value in same.items()} | {"offset": places}
+    columns = {name: pa.repeat(value, some.count) for name, value in same.items()}
+    return columns | {"offset": _numbers(some)}
+
+
+def _numbers(some: Stretch) -> pa.Array:
+    """Those of its rows."""
+    return pa.array(np.arange(some.first, some.first + some.count))
 
 
 def _of_addresses(some: Stretch, addresses: Addresses) -> dict[str, pa.Array]:
@@ -177,8 +182,7 @@ def _check_text(file: RowFile, column: str, option: str) -> None:
 def _usual(file: RowFile) -> str:
     """The column of addresses, if it is clear which that is."""
     kinds: dict[str, pa.DataType] = {field.name: field.type for field in file.schema}
-    texts = [name for name, kind in kinds.items() if pa.types.is_string(kind)
-             or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)]  # fmt: skip
+    texts = [name for name, kind in kinds.items() if _is_text(kind)]
     named = [name for name in texts if name.lower() in USUAL]
     for some in named, texts:
         if len(some) == 1:
@@ -187,3 +191,9 @@ def _usual(file: RowFile) -> str:
         f"which column of {file.name} says where the images are? Give --uri-column: it has "
         f"{', '.join(kinds) or 'none'}"
     )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    return any(test(kind) for test in tests)

@@ -68,8 +68,6 @@ def get(address: str, most: float = inf, seconds: float = inf) -> tuple[bytes, i
     Where there is trouble, or a server asks to wait, it is tried again a few times. seconds: how
     long the content may be on its way. Raises WebError.
     """
-    if has_password(address):
-        raise WebError("permission", "a password in an address is not sent")
     again = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
@@ -77,6 +75,8 @@ def get(address: str, most: float = inf, seconds: float = inf) -> tuple[bytes, i
         reraise=True,
     )
     try:
+        if has_password(address):
+            raise WebError("permission", "a password in an address is not sent")
         return again(_once, address, most, seconds)
     except WebError:
         raise
@@ -98,7 +98,8 @@ def _once(address: str, most: float, seconds: float) -> tuple[bytes, int | None]
     except BaseException:
         answer.close()  # what is left of it is not waited for
         raise
-    answer.release_conn()
+    finally:
+        answer.release_conn()
     return content, _modified(answer.headers.get("Last-Modified"))
 
 

@@ -43,13 +43,16 @@ FIRST = next(line for lines in SESSIONS for line in lines if line.startswith("re
 
 @pytest.fixture(scope="module")
 def home(photos, tmp_path_factory):
-    """photos/cat, photos/dog, both in shards/photos.tar, finetuned.pth, and published weights in
-    torch hub's cache."""
+    """photos/cat, photos/dog, both in shards/photos.tar and captions.csv, finetuned.pth, and
+    published weights in torch hub's cache."""
     folder = tmp_path_factory.mktemp("readme")
     for name, subject in (("cat", "chelsea"), ("dog", "rocket")):
         (folder / "photos" / name).mkdir(parents=True)
         for number, photo in enumerate(sorted((photos / subject).rglob("*.jpg"))[:8]):
             os.link(photo, folder / "photos" / name / f"{number}.jpg")
+    there = (photo.relative_to(folder) for photo in (folder / "photos").rglob("*.jpg"))
+    captions = "".join(f"{photo},a {photo.parent.name}\n" for photo in there)
+    (folder / "captions.csv").write_text(f"path,caption\n{captions}")
     (folder / "shards").mkdir()
     with tarfile.open(folder / "shards" / "photos.tar", "w") as tar:
         tar.add(folder / "photos", "photos")
