@@ -1,8 +1,8 @@
 """Azurite, Azure's own emulator, on loopback and in memory.
 
-    with AzureStore() as store:
-        store.make("container")
-        subprocess.run(..., env={**os.environ, **store.environment})
+with AzureStore() as store:
+    store.make("container")
+    subprocess.run(..., env={**os.environ, **store.environment})
 """
 
 import base64
@@ -33,10 +33,16 @@ class AzureStore:
 
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory()
-        command = [azurite(), "--blobHost", "127.0.0.1", "--blobPort", "0", "--silent",
-                   "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry"]  # fmt: skip
+        command = [
+            azurite(), "--blobHost", "127.0.0.1", "--blobPort", "0", "--silent",
+            "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry",
+        ]  # fmt: skip
         self._process = subprocess.Popen(
-            command, cwd=self._folder.name, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=self._folder.name,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for line in self._process.stdout:
             if found := re.search(r"listens on (http://\S+)", line):
@@ -63,8 +69,8 @@ class AzureStore:
              f"/{ACCOUNT}{place}", "restype:container"]
         )  # fmt: skip
         code = hmac.new(base64.b64decode(KEY), signed.encode(), hashlib.sha256).digest()
-        headers = {"x-ms-date": date, "x-ms-version": VERSION,
-                   "Authorization": f"SharedKey {ACCOUNT}:{base64.b64encode(code).decode()}"}  # fmt: skip
+        key = f"SharedKey {ACCOUNT}:{base64.b64encode(code).decode()}"
+        headers = {"x-ms-date": date, "x-ms-version": VERSION, "Authorization": key}
         address = f"{self.endpoint}{place}?restype=container"
         urlopen(Request(address, method="PUT", headers=headers)).close()
 

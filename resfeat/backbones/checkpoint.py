@@ -47,7 +47,7 @@ def public(source: str) -> str:
     parts = _split(source)
     if not parts.scheme:
         return str(Path(source).expanduser().absolute())
-    user, _, host = parts.netloc.rpartition("@")
+    _, _, host = parts.netloc.rpartition("@")
     if is_remote(source):  # CONTAINER@ACCOUNT
         host = parts.netloc
     query = "" if parts.scheme in WEB else parts.query

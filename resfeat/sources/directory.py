@@ -186,7 +186,7 @@ def _open(path: str, key: int, linked: bool) -> _Folder:
 
 
 def _scan(place: str | int) -> tuple[list[_Entry], list[int]]:
-    """The entries of a folder, sorted by their names as bytes, and which of them are folders."""
+    """The entries of a folder, sorted as their keys in a store would be, and which are folders."""
     with os.scandir(place) as scan:
         entries = list(scan)
     # The order of ASCII strings is that of their bytes.
@@ -196,7 +196,21 @@ def _scan(place: str | int) -> tuple[list[_Entry], list[int]]:
         folders = [n for n, entry in enumerate(entries) if entry.is_dir()]
     except OSError:  # of a link to itself
         folders = [n for n, entry in enumerate(entries) if _is_folder(entry)]
+    if folders:
+        entries, folders = _as_keys(entries, folders)
     return entries, [n for n in folders if entries[n].name[0] != "."]
+
+
+def _as_keys(entries: list[_Entry], folders: list[int]) -> tuple[list[_Entry], list[int]]:
+    """The same in the order of keys, for which a folder is called `name/`."""
+    names = [entry.name for entry in entries]
+    for n in folders:
+        names[n] += "/"
+    is_ascii = "".join(names).isascii()
+    keys = names if is_ascii else list(map(os.fsencode, names))
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    is_folder = set(folders)
+    return [entries[n] for n in order], [at for at, n in enumerate(order) if n in is_folder]
 
 
 def _runs(entries: list[_Entry], folders: list[int]) -> Iterator[_Entry | list[_Entry]]:
