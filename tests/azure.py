@@ -69,8 +69,8 @@ class AzureStore:
              f"/{ACCOUNT}{place}", "restype:container"]
         )  # fmt: skip
         code = hmac.new(base64.b64decode(KEY), signed.encode(), hashlib.sha256).digest()
-        shared = f"SharedKey {ACCOUNT}:{base64.b64encode(code).decode()}"
-        headers = {"x-ms-date": date, "x-ms-version": VERSION, "Authorization": shared}
+        key = f"SharedKey {ACCOUNT}:{base64.b64encode(code).decode()}"
+        headers = {"x-ms-date": date, "x-ms-version": VERSION, "Authorization": key}
         address = f"{self.endpoint}{place}?restype=container"
         urlopen(Request(address, method="PUT", headers=headers)).close()
 

@@ -16,6 +16,8 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from obstore.exceptions import BaseError
+
 SECONDS = 1.2  # of a round
 # Far apart enough for a busy machine, which then only loses the lease more often.
 TIMES = {
@@ -126,8 +128,8 @@ def _hold(hold, held, layout, plan, reader, seconds):
     while True:
         seen, is_over = reader(), time.monotonic() > until
         _checked(hold, held)
-        if seen != mine:
-            hold.strange = seen or b"gone"
+        if seen not in (mine, None):
+            hold.strange = seen
         if is_over:
             return
         time.sleep(0.01)
@@ -140,7 +142,7 @@ def _checked(hold, held):
 
 
 def _straight(remote, environment, path):
-    """What reads an object past the proxy; None where there is none."""
+    """What reads an object past the proxy. It gives None where it could not, for it was stopped."""
     before = dict(os.environ)
     os.environ.update(environment)
     client = remote.store.__wrapped__(path.root)
@@ -151,6 +153,8 @@ def _straight(remote, environment, path):
         try:
             return bytes(client.get(path.key).bytes())
         except FileNotFoundError:
+            return b"nothing"
+        except BaseError:
             return None
 
     return read

@@ -455,7 +455,7 @@ def at(endpoint):
 
 @pytest.fixture
 def s3(server, elsewhere):
-    """An endpoint, an address, and what finds it behind another endpoint."""
+    """An endpoint, an address, and the environment in which that is behind another endpoint."""
     return server.endpoint, f"s3://{elsewhere.bucket}", at
 
 

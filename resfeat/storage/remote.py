@@ -158,8 +158,9 @@ class StorePath:
         """One PUT. Whoever reads meanwhile sees what was there before."""
         with asking(self):
             # In one piece: an upload that fails half way then leaves nothing behind.
-            whole = memoryview(content).cast("B")
-            self._store_for(content).put(self.key, whole, use_multipart=False)
+            self._store_for(content).put(
+                self.key, memoryview(content).cast("B"), use_multipart=False
+            )
 
     def read_versioned(self) -> tuple[bytes, Version]:
         """What is there, and its version for `swap`. Raises FileNotFoundError."""
