@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AZURITE := 3.37.0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Processes share the tests; all that uses Ray runs in one of them (tests/conftest.py). Four, since
@@ -51,6 +52,15 @@ $(VENV)/python.done:
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) has no venv module: on Debian, apt install python3-venv"; exit 1; }
 	@touch $@
+
+# Azure's emulator, for tests that are skipped without it: where there is npm.
+$(VENV)/azurite.done: $(VENV)/python.done
+	@if command -v npm >/dev/null; then \
+		npm install --prefix $(VENV) --no-audit --no-fund --no-save --silent azurite@$(AZURITE); \
+	else echo "no npm: tests with Azure's emulator are skipped"; fi
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/azurite.done
 
 $(VENV)/%.done: pyproject.toml constraints.txt $(VENV)/python.done
 	@echo "installing resfeat[$*] into $(VENV): several GB with torch, minutes the first time"

@@ -18,6 +18,7 @@ from typing import IO, NoReturn
 import torch
 
 from resfeat.cli import main
+from resfeat.storage import remote
 
 Done = subprocess.CompletedProcess
 
@@ -37,6 +38,7 @@ def call(*arguments: object, env: Mapping[str, str] | None = None) -> Done[str]:
         if _has_workers(words):
             share_ray()
         os.environ.update(env or {})
+        remote.store.cache_clear()  # its clients have the variables of another test
         try:
             main(words, prog_name="resfeat")
         except SystemExit as left:

@@ -25,7 +25,12 @@ from urllib.request import urlopen
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import S3FileSystem, SubTreeFileSystem
 
-ERRORS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
+ERRORS = {
+    "403": "AccessDenied",
+    "409": "ConditionalRequestConflict",
+    "500": "InternalError",
+    "503": "SlowDown",
+}
 FAULTS = {*ERRORS, "reset", "stall", "cut", "lost"}
 PER_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
@@ -86,7 +91,7 @@ class FaultyProxy(Endpoint):
     """Passes requests on to `upstream`, except for its faults.
 
     `faults` is a rule, `(method, path with its query) -> fault or None`, or else lists what
-    befalls the next requests: "403", "500" or "503" in place of the store's answer; "reset" before
+    befalls the next requests: "403", "409", "500" or "503" in place of the answer; "reset" before
     the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
     after it took effect, "cut", half of the answer's body (no answer where it has none), or "lost",
     no answer. `requests` lists all that came, as `(method, path, fault)`. While `down` is true,

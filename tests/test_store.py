@@ -1,7 +1,6 @@
 """Objects behind pathlib's interface, and what happens to them when requests fail.
 
-What is tested runs in a process of its own. The store and the proxy are threads of this one, and an
-upload that failed is ended by its destructor, which waits for their answer and lets none run.
+What is tested runs in a process of its own: the store and the proxy are threads of this one.
 """
 
 import errno
@@ -17,22 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from object_store import FaultyProxy, ObjectStore
-from tenacity import wait_none
 
 from resfeat.errors import StoreError, UsageError
 from resfeat.storage import (
     draft,
     locate,
     open_parquet,
-    remote,
     remove_all,
     sha256,
     write_whole,
 )
-from resfeat.storage.remote import ATTEMPTS, REQUEST_ATTEMPTS
+from resfeat.storage.remote import ATTEMPTS
 
-LARGE = 12 * 1024**2  # more than the AWS library sends in one piece
-MANY = REQUEST_ATTEMPTS + 2  # faults, more than it gets over by itself
+LARGE = 12 * 1024**2  # more than obstore would send in one piece
+MANY = 5  # faults, one after the other
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +52,6 @@ def pool(through):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pool.submit(int).result()  # it has the environment now
             yield pool
-            # At an orderly exit the destructor of an upload that failed waits for threads that have
-            # ended already, for ever.
-            for process in multiprocessing.active_children():
-                process.kill()
 
 
 @pytest.fixture
@@ -115,7 +108,7 @@ def test_an_address_that_names_no_object_is_refused(address):
 
 
 @pytest.mark.parametrize(
-    "address", ["gs://bucket/out", "s3a://bucket/out", "hdfs://host/out", "s3:/a/path/of/it"]
+    "address", ["gcs://bucket/out", "s3a://bucket/out", "hdfs://host/out", "s3:/a/path/of/it"]
 )
 def test_an_address_of_another_kind_is_refused_and_not_taken_for_a_folder(address):
     with pytest.raises(UsageError, match=f"'{address}' is no address"):
@@ -166,7 +159,7 @@ def test_a_write_gets_through_and_is_whole(fault, size, elsewhere, root, objects
 @pytest.mark.parametrize("fault", ["503", "reset", "lost", "cut"])
 def test_a_read_gets_through_and_is_whole(fault, elsewhere, root, objects, proxy):
     objects.put_object(Key="key", Body=b"x" * LARGE)
-    proxy.faults = [None, *[fault] * MANY]
+    proxy.faults = [fault] * MANY
     assert elsewhere((root / "key").read_bytes) == b"x" * LARGE
     assert len(faults(proxy)) == MANY
 
@@ -177,20 +170,20 @@ def test_a_write_that_fails_for_good_leaves_what_was_there(size, elsewhere, root
     proxy.faults = lambda method, _: "500" if method in ("PUT", "POST") else None
     with pytest.raises(StoreError, match=f"^{root}/key: .*give the same command again"):
         elsewhere((root / "key").write_bytes, b"x" * size)
-    assert ATTEMPTS <= len(faults(proxy)) <= 3 * ATTEMPTS * REQUEST_ATTEMPTS
+    assert len(faults(proxy)) == ATTEMPTS + 1
     assert content(objects) == {"key": b"before"}
 
 
 def test_a_refusal_is_not_asked_again(elsewhere, root, proxy):
     proxy.faults = lambda *_: "403"
-    with pytest.raises(StoreError, match="ACCESS_DENIED"):
+    with pytest.raises(StoreError, match=r"403 Forbidden .AccessDenied"):
         elsewhere((root / "key").write_bytes, b"x")
     assert len(proxy.requests) <= 2
 
 
 def test_a_bucket_that_is_missing_is_not_asked_for_again(elsewhere, root, proxy):
     nowhere = locate(f"{root}-not/key")
-    with pytest.raises(StoreError, match=f"^{nowhere}: .*NO_SUCH_BUCKET"):
+    with pytest.raises(StoreError, match=f"^{nowhere}: there is no bucket {root}-not"):
         elsewhere(nowhere.write_bytes, b"x")
     assert len(proxy.requests) <= 2
 
@@ -211,8 +204,7 @@ def test_a_removal_of_which_the_answer_was_lost_is_done(elsewhere, root, objects
     losses = iter(["lost"] * MANY)
     proxy.faults = lose
     elsewhere((root / "a").unlink)
-    # All that one attempt is made of; the next one looked first.
-    assert faults(proxy) == ["lost"] * (REQUEST_ATTEMPTS + 1)
+    assert faults(proxy) == ["lost"] * MANY
     assert content(objects) == {}
 
 
@@ -312,17 +304,3 @@ def test_a_folder_that_cannot_be_synced_is_no_obstacle_but_a_broken_disk_is(
     else:
         write_whole(tmp_path, tmp_path / "file", b"x")
         assert (tmp_path / "file").read_bytes() == b"x"
-
-
-def test_clients_are_made_anew_between_attempts(monkeypatch):
-    """A client whose budget of retries is used up must not be what the next attempt gets."""
-    renewed = []
-    monkeypatch.setattr(remote.store, "cache_clear", lambda: renewed.append(1))
-    monkeypatch.setattr(remote, "wait_random_exponential", lambda **_: wait_none())
-
-    def fails():
-        raise OSError("SLOW_DOWN")
-
-    with pytest.raises(StoreError, match="SLOW_DOWN"):
-        remote.patiently("s3://bucket/key", fails)
-    assert len(renewed) == ATTEMPTS - 1

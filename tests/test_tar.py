@@ -17,7 +17,7 @@ from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset
 from resfeat.errors import Failure, UsageError
-from resfeat.sources import gone, listing, read, read_ahead, reading, runs, tar
+from resfeat.sources import gone, listing, prefix, read, read_ahead, reading, runs, stays_whole, tar
 from resfeat.spec import SourceOptions
 from resfeat.storage import remote
 
@@ -343,29 +343,32 @@ def test_a_tar_that_changed_since_gives_failures_and_no_other_images(name, chang
     assert [read(item).reason for item in some] == [reason] * 5
 
 
-def test_members_that_lie_together_are_read_by_one_read_and_no_more_than_a_window(
+def test_a_run_of_members_is_opened_once_and_nothing_but_images_is_read(
     tmp_path, read_by, monkeypatch
 ):
-    monkeypatch.setattr(reading, "RUN_BYTES", 20_000)
-    path = pack(tmp_path / "t.tar", noise(50, 3000) | {"big.jpg": b"b" * 30_000})
+    path = pack(tmp_path / "t.tar", noise(50, 3000))
     some = items(path)
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda *call: opened.append(call) or real(*call))
     read_by.clear()
-    found = contents(some)
-    assert [len(content) for content in found.values()] == [3000] * 50 + [30_000]
-    windows = [length for _, length in read_by]
-    assert max(windows) == 30_000 and sorted(windows)[-2] <= 20_000
-    assert len(windows) <= 50 / 5 + 2 + 1  # five to a window; the runs end at multiples of 32
-    assert sum(windows) <= 1.05 * path.stat().st_size
+    assert list(contents(some).values()) == list(noise(50, 3000).values())
+    assert len(opened) == 2  # 50 are two runs
+    assert read_by == [(item.offset, 3000) for item in some]
 
 
-def test_a_wide_gap_is_not_read(tmp_path, read_by, monkeypatch):
-    monkeypatch.setattr(reading, "GAP", 11_000)
-    between = {"1.jpg": b"1", "a.txt": bytes(9000), "2.jpg": b"2", "b.txt": bytes(11_000)}
-    path = pack(tmp_path / "t.tar", between | {"3.jpg": b"3"})
-    some = items(path)
-    read_by.clear()
-    assert list(contents(some).values()) == [b"1", b"2", b"3"]
-    assert [length for _, length in read_by] == [1 + 511 + 512 + 9216 + 512 + 1, 1]
+def test_a_window_is_of_so_many_images_and_bytes_and_has_no_wide_gaps(tmp_path):
+    def windows(*sizes):
+        members = {}
+        for number, size in enumerate(sizes):
+            kind = "jpg" if size > 0 else "txt"
+            members[f"{number}.{kind}"] = bytes(abs(size))
+        some = items(pack(tmp_path / "t.tar", members))
+        return [len(run.items) for run in runs(some, range(len(some)), 100)]
+
+    assert windows(*[1000] * 70) == [32, 32, 6]
+    assert windows(*[3 * 1024**2] * 5) == [2, 2, 1]
+    assert windows(1, 20 * 1024**2, 1, 1) == [1, 1, 2]
+    assert windows(1, -reading.GAP + 2048, 1, -reading.GAP, 1) == [2, 1]
 
 
 def test_the_listing_reads_no_images(tmp_path, read_by):
@@ -377,7 +380,6 @@ def test_the_listing_reads_no_images(tmp_path, read_by):
 def test_a_compressed_tar_is_one_shard_and_is_read_once(tmp_path, read_by):
     path = pack(tmp_path / "t.tgz", noise(100, 1000))
     (table,) = listing([str(path)]).tables()
-    from resfeat.sources import stays_whole
 
     assert stays_whole(table)
     some = items(path)
@@ -498,12 +500,21 @@ def test_a_tar_in_a_store_is_as_on_a_disk(name, pictures, bucket, tmp_path):
 
 def test_members_in_a_store_take_few_requests(bucket, tmp_path, monkeypatch):
     proxy, put = bucket
-    address = put(pack(tmp_path / "small.tar", noise(500, 5_000)))  # three megabytes
+    path = pack(tmp_path / "small.tar", noise(500, 5_000))  # three megabytes
+    address = put(path)
     some = items(address)
     assert len([method for method, *_ in proxy.requests if method == "GET"]) <= 4
-    proxy.requests.clear()
-    contents(some)
-    assert len([method for method, *_ in proxy.requests if method == "GET"]) == 500 // 32 + 1
+    fetched, real = [], prefix.fetch
+
+    def counted(*place, **options):
+        found = real(*place, **options)
+        fetched.append(len(found.data))
+        return found
+
+    monkeypatch.setattr(prefix, "fetch", counted)
+    assert list(contents(some).values()) == list(noise(500, 5_000).values())
+    assert len(fetched) == 500 // 32 + 1
+    assert sum(fetched) <= 1.05 * path.stat().st_size
 
 
 def test_a_glob_in_a_store_stands_for_what_matches(bucket, tmp_path):

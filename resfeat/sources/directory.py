@@ -195,7 +195,7 @@ def _open(path: str, key: int, linked: bool) -> _Folder:
 
 
 def _scan(place: str | int) -> tuple[list[_Entry], list[int]]:
-    """The entries of a folder, sorted by their names as bytes, and which of them are folders."""
+    """The entries of a folder, sorted as their keys in a store would be, and which are folders."""
     with os.scandir(place) as scan:
         entries = list(scan)
     # The order of ASCII strings is that of their bytes.
@@ -205,7 +205,21 @@ def _scan(place: str | int) -> tuple[list[_Entry], list[int]]:
         folders = [n for n, entry in enumerate(entries) if entry.is_dir()]
     except OSError:  # of a link to itself
         folders = [n for n, entry in enumerate(entries) if _is_folder(entry)]
+    if folders:
+        entries, folders = _as_keys(entries, folders)
     return entries, [n for n in folders if entries[n].name[0] != "."]
+
+
+def _as_keys(entries: list[_Entry], folders: list[int]) -> tuple[list[_Entry], list[int]]:
+    """The same in the order of keys, for which a folder is called `name/`."""
+    names = [entry.name for entry in entries]
+    for n in folders:
+        names[n] += "/"
+    is_ascii = "".join(names).isascii()
+    keys = names if is_ascii else list(map(os.fsencode, names))
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    is_folder = set(folders)
+    return [entries[n] for n in order], [at for at, n in enumerate(order) if n in is_folder]
 
 
 def _runs(entries: list[_Entry], folders: list[int]) -> Iterator[_Entry | list[_Entry]]:
@@ -265,6 +279,14 @@ def opened(uri: str) -> Iterator[tuple[int, os.stat_result]]:
         os.close(file)
 
 
+def pread(file: int, start: int, size: int) -> bytes:
+    """So many bytes from a place on, or as many as there are."""
+    data = os.pread(file, size, start)
+    while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
+        data += more
+    return data
+
+
 def failure(error: OSError) -> Failure:
     """Why a file cannot be read."""
     return Failure("read", _REASONS.get(error.errno, "io_error"), error.strerror or str(error))
@@ -277,11 +299,7 @@ def read(item: Item) -> tuple[bytes, int, int] | Failure:
             if isinstance(where := rules.extent(item, status.st_size), Failure):
                 return where
             start, size = where
-            data = os.pread(file, size, start)
-            while len(data) < size and (
-                more := os.pread(file, size - len(data), start + len(data))
-            ):
-                data += more
+            data = pread(file, start, size)
             now = os.fstat(file)
     except OSError as error:
         return failure(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 WINDOW = 1 << 20
 """Bytes asked of a store at once, so that what lies side by side is one request."""
+
+
+# What is said of a piece that would begin behind the end, by the store or by obstore.
+_PAST_END = re.compile("416 |StartTooLarge")
 
 
 class Fetched(NamedTuple):
@@ -55,7 +60,7 @@ def fetch(
             is_read = most is None or told["size"] <= most
             return Fetched(bytes(found.bytes()) if is_read else b"", *_told(told))
     except StoreError as error:
-        if "416" not in str(error):
+        if not _PAST_END.search(str(error.__cause__)):
             raise
     return Fetched(b"", *stat(address))  # it ends before the piece begins
 

@@ -22,7 +22,7 @@ from obstore.exceptions import BaseError
 
 from resfeat.storage import remote
 from resfeat.storage.clouds import BadKeyError, BrokenError, asking
-from resfeat.storage.fetch import mtime_of, quoted, stat
+from resfeat.storage.fetch import stat
 from resfeat.storage.raw import Page, raw_pages
 from resfeat.storage.remote import StorePath
 
@@ -158,8 +158,8 @@ def _listed(prefix: StorePath, after: str | None) -> Iterator[Page]:
             yield Page(
                 [each["path"] for each in some],
                 [each["size"] for each in some],
-                [mtime_of(each["last_modified"].timestamp()) for each in some],
-                [quoted(each["e_tag"]) for each in some],
+                [int(each["last_modified"].timestamp()) * 1_000_000 for each in some],
+                [each["e_tag"] for each in some],
             )
 
 

@@ -31,7 +31,7 @@ class Page(NamedTuple):
     keys: list[str]
     sizes: list[int]  # bytes
     mtimes: list[int]  # microseconds since 1970 in UTC, whole seconds
-    etags: list[str | None]  # in quotes
+    etags: list[str | None]  # Azure's without their quotes
     unusable: int = 0  # keys met here that no path has; they are not among these
     is_last: bool = False  # of a prefix, or of what was asked for
 

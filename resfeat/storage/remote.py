@@ -15,7 +15,15 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from resfeat.errors import StoreError
-from resfeat.storage.clouds import BrokenError, ChangedError, RefusedError, asking, connect, split
+from resfeat.storage.clouds import (
+    BadKeyError,
+    BrokenError,
+    ChangedError,
+    RefusedError,
+    asking,
+    connect,
+    split,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,6 +141,12 @@ class StorePath:
 
     def is_dir(self) -> bool:
         """Whether there is an object below it."""
+        try:
+            return again(self._has_objects)
+        except BadKeyError:  # below it
+            return True
+
+    def _has_objects(self) -> bool:
         with asking(self):
             return any(self.store.list(self.key or None, chunk_size=1))
 

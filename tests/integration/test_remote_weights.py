@@ -6,17 +6,20 @@ import ipaddress
 import ssl
 import threading
 
+import azure
 import boto3
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from gcs import GoogleStore
 from moto.server import ThreadedMotoServer
 
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import FeatureSpec
+from resfeat.storage import locate, remote
 
 
 def load(weights):
@@ -100,6 +103,7 @@ def bucket(checkpoint, monkeypatch):
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    remote.store.cache_clear()
     store = boto3.client("s3", endpoint_url=endpoint)
     store.create_bucket(Bucket="models")
     store.upload_file(str(checkpoint), "models", "nets/checkpoint.pth")
@@ -134,15 +138,32 @@ def test_http(web, expected):
         load("ftp://127.0.0.1/none.pth")
 
 
-def test_google(web, expected):
-    """Not Google's own API: a server that answers the one request that reading a file makes."""
-    here = f"?scheme=http&endpoint_override=127.0.0.1:{web}"
-    assert load(f"gs://anonymous@models/checkpoint.pth{here}").identity == expected
-    with pytest.raises(UsageError, match="does not exist"):
-        load(f"gs://anonymous@models/none.pth{here}")
+def test_google(checkpoint, expected, monkeypatch):
+    with GoogleStore() as store:
+        store.make("models")
+        store.put("models", "nets/checkpoint.pth", checkpoint.read_bytes())
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)
+        remote.store.cache_clear()
+        assert load("gs://models/nets/checkpoint.pth").identity == expected
+        with pytest.raises(UsageError, match=r"gs://models/nets/none\.pth does not exist"):
+            load("gs://models/nets/none.pth")
+
+
+@pytest.mark.skipif(not azure.azurite(), reason="azurite is not installed")
+def test_azure(checkpoint, expected, monkeypatch):
+    with azure.AzureStore() as store:
+        store.make("models")
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        remote.store.cache_clear()
+        locate("az://models/nets/checkpoint.pth").write_bytes(checkpoint.read_bytes())
+        weights = load("az://models/nets/checkpoint.pth")
+        assert weights.identity == expected
+        assert weights.origin == "az://models/nets/checkpoint.pth"
 
 
 def test_a_store_that_is_not_there_is_given_up(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    remote.store.cache_clear()
     with pytest.raises(ResfeatError, match=r"cannot read weights s3://.*check its address"):
         load("s3://models/checkpoint.pth")
