@@ -37,16 +37,10 @@ class Site(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         with self.lock:
-            Site.now += 1
-            Site.most = max(Site.most, Site.now)
             self.asked[self.path] += 1
             self.agents.add(self.headers["User-Agent"])
-        try:
-            first, _, rest = self.path[1:].partition("/")
-            getattr(self, f"on_{first}", self.on_file)(rest)
-        finally:
-            with self.lock:
-                Site.now -= 1
+        first, _, rest = self.path[1:].partition("/")
+        getattr(self, f"on_{first}", self.on_file)(rest)
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
@@ -106,7 +100,12 @@ class Site(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
     def on_late(self, rest):
+        with self.lock:
+            Site.now += 1
+            Site.most = max(Site.most, Site.now)
         time.sleep(0.1)
+        with self.lock:  # before the answer, after which the next may come
+            Site.now -= 1
         self.on_n("0")
 
     def on_large(self, rest):
