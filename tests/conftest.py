@@ -71,7 +71,7 @@ LONGEST = (
     "test_hostile",
     "test_verify_command",
     "test_prefix",
-    "test_lock",
+    "test_lease",
 )
 
 

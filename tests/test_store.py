@@ -214,7 +214,7 @@ def test_a_draft_is_seen_once_it_is_published(elsewhere, root, objects):
     (given,) = content(objects).values()
     assert pq.read_table(io.BytesIO(given)).to_pydict() == {"x": [1, 2, 3]}
     assert digest == (True, True)
-    elsewhere(write_whole, None, root / "note", b"text")
+    elsewhere(write_whole, Fence(), root / "note", b"text")
     assert content(objects)["note"] == b"text"
 
 
