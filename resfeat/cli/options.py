@@ -86,9 +86,7 @@ listing = _all(
     option(
         "--keep",
         metavar="NAME,...",
-        default=(),
-        show_default=False,
-        callback=_names,
+        callback=lambda context, param, value: _names(context, param, value) or (),
         help="Columns of tables, or files beside an image in a tar (json, txt, cls), to store with "
         "the embeddings.",
     ),

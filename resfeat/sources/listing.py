@@ -14,7 +14,7 @@ import pyarrow as pa
 from resfeat.errors import UsageError
 from resfeat.sources import places, rules
 from resfeat.sources.directory import Directories
-from resfeat.sources.item import CARRIED, COLUMNS, Item, items_of
+from resfeat.sources.item import Item, items_of, schema_of
 from resfeat.sources.prefix import Prefixes
 from resfeat.sources.table import Tables
 from resfeat.sources.tar import Tars
@@ -128,9 +128,9 @@ def _together(parts: Sequence[Part]) -> tuple[pa.Field, ...]:
 
 def _aligned(table: pa.Table, carried: Sequence[pa.Field]) -> pa.Table:
     """The same items, with nulls in the columns that only other sources have."""
-    columns = {field.name: table[field.name] for field in COLUMNS}
-    for field in carried:
-        name = CARRIED + field.name
-        there = name in table.column_names
-        columns[name] = table[name] if there else pa.nulls(table.num_rows, field.type)
-    return pa.table(columns, metadata=table.schema.metadata)
+    schema = schema_of(carried).with_metadata(table.schema.metadata)
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
