@@ -107,6 +107,7 @@ def test_trap_1_an_answer_to_our_own_write_is_lost(fault, cloud):
     proxy.faults = [fault]
     first = (folder / "lock").create(b"mine 1")
     assert first and (folder / "lock").read_versioned() == (b"mine 1", first)
+    assert (folder / "lock").version() == first and (folder / "other").version() is None
     assert (folder / "lock").create(b"yours") is None
     proxy.faults = [fault]
     second = (folder / "lock").swap(b"mine 2", first)

@@ -178,6 +178,18 @@ def test_two_items_with_one_id_are_one_image_and_failures(pictures, tmp_path):
     assert messages_of(tmp_path / "out")["a;4"] == "a was listed before"
 
 
+def test_an_id_that_a_folder_has_as_well(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.jpg").touch()
+    table = save(tmp_path / "t.csv", ["/a.jpg", "/b.jpg"], ["in/1.jpg", "x"])
+    options = SourceOptions(id_column="caption")
+    there = list(listing([str(tmp_path / "in"), str(table)], options))
+    assert [item.id for item in there] == ["in/1.jpg", "in/1.jpg;2", "x"]
+    assert [item.problem and item.problem.partition(":")[0] for item in there] == [
+        None, "duplicate_id", None
+    ]  # fmt: skip
+
+
 def test_hashes_that_are_alike_only_cost_a_second_look(monkeypatch):
     monkeypatch.setattr(unique, "_hashes", lambda ids: np.zeros(len(ids), np.int64))
     names = pa.array(["a", "b", "c"])

@@ -12,7 +12,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from resfeat.errors import UsageError
-from resfeat.sources import places, rules
+from resfeat.sources import places, rules, unique
 from resfeat.sources.directory import Directories
 from resfeat.sources.item import Item, items_of, schema_of
 from resfeat.sources.prefix import Prefixes
@@ -48,7 +48,13 @@ class Listing:
         return sum((part.skipped for part in self._parts), Counter[str]())
 
     def tables(self) -> Iterator[pa.Table]:
-        """The items as tables, as `item.table_of` makes them."""
+        """The items as tables, as `item.table_of` makes them. Ids are unique within a part; where
+        one of several is made of tables, which say what they like, all are looked at twice."""
+        if len(self._parts) > 1 and any(isinstance(part, Tables) for part in self._parts):
+            return unique.resolved((table["id"] for table in self._listed()), self._listed())
+        return self._listed()
+
+    def _listed(self) -> Iterator[pa.Table]:
         for part in self._parts:
             for table in part.tables():
                 yield table if part.carried == self.carried else _aligned(table, self.carried)

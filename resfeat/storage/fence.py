@@ -30,10 +30,7 @@ class Fence:
     def write(self, target: StorePath, content: bytes) -> None:
         """Raises what `check` raises, and StoreError where the store is out of reach."""
         for _ in range(ATTEMPTS):
-            try:
-                _, version = target.read_versioned()
-            except FileNotFoundError:
-                version = None
+            version = target.version()
             self.check()
             if target.swap(content, version) if version else target.create(content):
                 return

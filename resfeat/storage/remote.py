@@ -168,6 +168,12 @@ class StorePath:
             found = self.store.get(self.key)
             return bytes(found.bytes()), Version.of(found.meta)
 
+    def version(self) -> Version | None:
+        """The version of what is there; None where there is nothing."""
+        with suppress(FileNotFoundError), asking(self):
+            return Version.of(self.store.head(self.key))
+        return None
+
     def create(self, content: bytes) -> Version | None:
         """Write it if there is nothing yet; None where there is something of another's.
 
