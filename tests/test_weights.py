@@ -297,7 +297,7 @@ def test_what_must_not_be_written_down_is_not_in_the_origin():
         ("https://me:word@host/w.pth?signature=x", "https://host/w.pth"),
         ("s3://key:word@bucket/w.pth?region=eu", "s3://bucket/w.pth?region=eu"),
         ("https://host/w.pth#secret", "https://host/w.pth"),
-        ("gs://anonymous@bucket/w.pth", "gs://anonymous@bucket/w.pth"),
+        ("gs://anonymous@bucket/w.pth", "gs://bucket/w.pth"),
         ("/data/w.pth", "/data/w.pth"),
     ):
         assert public(given) == kept

@@ -45,8 +45,8 @@ def public(source: str) -> str:
     parts = _split(source)
     if not parts.scheme:
         return str(Path(source).expanduser().absolute())
-    _, _, host = parts.netloc.rpartition("@")
-    if is_remote(source):  # CONTAINER@ACCOUNT
+    user, _, host = parts.netloc.rpartition("@")
+    if parts.scheme.startswith("abfs") and ":" not in user:  # CONTAINER@ACCOUNT
         host = parts.netloc
     query = "" if parts.scheme in WEB else parts.query
     return urlunsplit(parts._replace(netloc=host, query=query, fragment=""))

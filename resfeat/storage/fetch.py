@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from resfeat.errors import StoreError
 from resfeat.storage.clouds import asking, split
 from resfeat.storage.location import Location
-from resfeat.storage.remote import StorePath, store
+from resfeat.storage.remote import StorePath, patient, store
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -34,6 +34,7 @@ class Fetched(NamedTuple):
     etag: str | None  # in quotes
 
 
+@patient
 def fetch(
     address: str | StorePath,
     start: int | None = None,
@@ -65,6 +66,7 @@ def fetch(
     return Fetched(b"", *stat(address))  # it ends before the piece begins
 
 
+@patient
 def stat(address: str | StorePath) -> tuple[int, int, str | None]:
     """Size, mtime and etag of an object, as in `Fetched`. Raises as `fetch` does."""
     root, key = _place(address)

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from resfeat.errors import StoreError
 from resfeat.storage.clouds import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from obstore import ListResult, ObjectMeta
     from obstore.store import ObjectStore
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 CONNECT_SECONDS = 5
@@ -58,14 +59,20 @@ def store(root: str, read_seconds: float | None = None) -> ObjectStore:
     return connect(root, limits, ATTEMPTS, RETRY_SECONDS)
 
 
-def again(operation: Callable[[], T]) -> T:
-    """What an operation gives, once its answer does not break off on the way."""
-    for _ in range(ATTEMPTS):
-        try:
-            return operation()
-        except BrokenError:
-            time.sleep(PAUSE_SECONDS)
-    return operation()
+def patient(operation: Callable[P, T]) -> Callable[P, T]:
+    """The same, done once more where an answer breaks off on the way, for which obstore does not
+    ask again."""
+
+    @wraps(operation)
+    def attempts(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(ATTEMPTS):
+            try:
+                return operation(*args, **kwargs)
+            except BrokenError:
+                time.sleep(PAUSE_SECONDS)
+        return operation(*args, **kwargs)
+
+    return attempts
 
 
 @dataclass(frozen=True)
@@ -133,27 +140,26 @@ class StorePath:
 
     def exists(self) -> bool:
         """Whether there is an object of this name, or one below it."""
-        if self.key:
-            with suppress(FileNotFoundError), asking(self):
-                self.store.head(self.key)
-                return True
-        return self.is_dir()
+        return bool(self.key and self.version()) or self.is_dir()
 
     def is_dir(self) -> bool:
         """Whether there is an object below it."""
         try:
-            return again(self._has_objects)
+            return self._has_objects()
         except BadKeyError:  # below it
             return True
 
+    @patient
     def _has_objects(self) -> bool:
         with asking(self):
             return any(self.store.list(self.key or None, chunk_size=1))
 
+    @patient
     def read_bytes(self) -> bytes:
         with asking(self):
             return bytes(self.store.get(self.key).bytes())
 
+    @patient
     def write_bytes(self, content: bytes | pa.Buffer) -> None:
         """One PUT. Whoever reads meanwhile sees what was there before."""
         with asking(self):
@@ -162,12 +168,14 @@ class StorePath:
                 self.key, memoryview(content).cast("B"), use_multipart=False
             )
 
+    @patient
     def read_versioned(self) -> tuple[bytes, Version]:
         """What is there, and its version for `swap`. Raises FileNotFoundError."""
         with asking(self):
             found = self.store.get(self.key)
             return bytes(found.bytes()), Version.of(found.meta)
 
+    @patient
     def version(self) -> Version | None:
         """The version of what is there; None where there is nothing."""
         with suppress(FileNotFoundError), asking(self):
@@ -225,22 +233,24 @@ class StorePath:
 
     def iterdir(self) -> Iterator[StorePath]:
         """The objects and prefixes right below this one."""
-        found = again(self._children)
+        found = self._children()
         names = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
         for path in map(PurePosixPath, dict.fromkeys(names)):
             if path != self.path:  # as a marker of it would be
                 yield StorePath(self.root, path)
 
+    @patient
     def _children(self) -> ListResult[Sequence[ObjectMeta]]:
         with asking(self):
             return self.store.list_with_delimiter(self.key or None)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        if not missing_ok:
-            with asking(self):
-                self.store.head(self.key)  # S3 says yes to the removal of what is not there
-        again(lambda: self._delete([self.key]))
+        # S3 says yes to the removal of what is not there.
+        if not missing_ok and not self.version():
+            raise FileNotFoundError(f"{self} does not exist")
+        self._delete([self.key])
 
+    @patient
     def _delete(self, keys: Sequence[str]) -> None:
         # What is not there is gone by an attempt of which the answer was lost, or by another.
         with suppress(FileNotFoundError), asking(self):
@@ -252,13 +262,10 @@ class StorePath:
     def rmdir(self) -> None:
         """Nothing."""
 
+    @patient
     def remove_all(self) -> None:
         """Remove every object below this one."""
-
-        def remove() -> None:
-            with asking(self):
-                for some in self.store.list(self.key or None, chunk_size=1000):
-                    for each in some:
-                        self._delete([each["path"]])
-
-        again(remove)
+        with asking(self):
+            for some in self.store.list(self.key or None, chunk_size=1000):
+                for each in some:
+                    self._delete([each["path"]])
