@@ -18,7 +18,7 @@ from tables import rows
 
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.plan import lies_far, write_plan
-from resfeat.sources import listing, unique
+from resfeat.sources import gone, listing, unique
 from resfeat.sources.unique import Repeated
 from resfeat.spec import SourceOptions
 
@@ -188,6 +188,25 @@ def test_an_id_that_a_folder_has_as_well(tmp_path):
     assert [item.problem and item.problem.partition(":")[0] for item in there] == [
         None, "duplicate_id", None
     ]  # fmt: skip
+
+
+def test_bytes_are_no_text(tmp_path):
+    pq.write_table(pa.table({"key": [b"\xff"], "path": ["/a.jpg"]}), tmp_path / "t.parquet")
+    for options in ({"id_column": "key", "uri_column": "path"}, {"uri_column": "key"}):
+        with pytest.raises(UsageError, match=r"-column key: in .* it is binary: give a column"):
+            listed(tmp_path / "t.parquet", **options)
+
+
+def test_a_table_of_addresses_may_go_once_it_is_listed(tmp_path):
+    table = text_list(tmp_path, "/a.jpg")
+    table.unlink()
+    assert gone([str(table)], ["file:///a.jpg"]) is None
+
+
+def test_what_nobody_has_cannot_be_kept(tmp_path):
+    (tmp_path / "1.jpg").touch()
+    with pytest.raises(UsageError, match=r"^--keep nope: only tables and tars"):
+        listed(tmp_path, keep=("nope",))
 
 
 def test_hashes_that_are_alike_only_cost_a_second_look(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -560,3 +561,35 @@ def test_a_tar_that_is_missing_is_gone(tmp_path):
     assert gone(roots[1:], unread) == roots[1]
     with pytest.raises(UsageError, match="does not exist"):
         listing(roots[:1])
+
+
+def test_a_read_error_amid_the_headers_leaves_what_was_listed(tmp_path, monkeypatch):
+    path, real = pack(tmp_path / "t.tar", noise(10, 20_000)), os.pread
+
+    def failing(file, length, start):
+        if start > 100_000:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file, length, start)
+
+    monkeypatch.setattr(os, "pread", failing)
+    *whole, last = items(path)
+    assert [item.problem for item in whole] == [None] * len(whole) and len(whole) >= 4
+    assert (last.id, last.problem) == ("t.tar", "io_error: Input/output error")
+
+
+def test_a_glob_passes_our_outputs_over_and_looks_into_folders_of_tars(tmp_path):
+    for folder in ("shards1", "shards2"):
+        (tmp_path / folder).mkdir()
+        pack(tmp_path / folder / "a.tar", {"1.jpg": b"1"})
+    (tmp_path / "shards-out" / "_resfeat").mkdir(parents=True)
+    (tmp_path / "shards-out" / "1.jpg").touch()
+    ids = [item.id for item in items(f"{tmp_path}/sh*")]
+    assert ids == ["shards1/a.tar#1.jpg", "shards2/a.tar#1.jpg"]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tgz"])
+def test_a_tar_that_a_store_refuses_to_give_is_failures(name, bucket, tmp_path):
+    proxy, put = bucket
+    some = items(put(pack(tmp_path / name, {"1.jpg": b"1", "2.jpg": b"2"})))
+    proxy.faults = lambda method, path: "403" if name in path else None
+    assert contents(some) == dict.fromkeys([f"{name}#1.jpg", f"{name}#2.jpg"], "permission")

@@ -38,7 +38,9 @@ def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:
     URIs of images that could not be read. A source among them is one image, and not gone."""
     single = {unquote_to_bytes(uri.removeprefix("file://")) for uri in unread}
     for root in roots:
-        is_image = os.fsencode(root) in single and not places.container_of(root)
-        if not is_image and not places.is_there(root):
+        is_unread, kind = os.fsencode(root) in single, places.container_of(root)
+        if kind == "table" and not is_unread:
+            continue  # one of addresses is needed for the listing alone
+        if not (is_unread and not kind) and not places.is_there(root):
             return root
     return None

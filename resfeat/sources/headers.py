@@ -55,7 +55,9 @@ def _from(file: File, place: int) -> Generator[TarInfo | Damage, None, int | Non
         block = file.last
     except (tarfile.HeaderError, tarfile.ReadError):
         block = file.last
-    except _UNREADABLE:
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and isinstance(file, Windowed):
+            raise  # it cannot be read, which is no damage to the tar
         block = b"?" * BLOCK
     if len(block) == BLOCK and not block.strip(b"\0"):
         return None  # the mark that ends a tar

@@ -83,7 +83,12 @@ def listing(sources: Sequence[str], options: SourceOptions | None = None) -> Lis
     # In one part, wherever they lie: any two of them may have an id in common.
     if tables := [root for root in (*on_disk, *in_store) if places.container_of(root) == "table"]:
         parts.append(Tables(tables, _base(on_disk) or base, options))
-    return Listing([*local, *remote], parts)
+    there = Listing([*local, *remote], parts)
+    if unknown := set(options.keep) - {field.name for field in there.carried}:
+        raise UsageError(
+            f"--keep {min(unknown)}: only tables and tars have what can be kept, and none is named"
+        )
+    return there
 
 
 def _parts(roots: Sequence[str], base: str, options: SourceOptions) -> Iterator[Part]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Generator, Sequence
 
-from resfeat.errors import Failure
+from resfeat.errors import Failure, StoreError
 from resfeat.sources import directory, prefix
 from resfeat.sources.item import Content, Item, failure_of
 from resfeat.sources.rules import extent
@@ -59,8 +60,10 @@ def streamed(items: Sequence[Item]) -> Generator[Content | Failure]:
                     failure = content
                 yield content
     except OSError as error:
-        for item in waiting:
-            yield _known(item) or directory.failure(error)
+        yield from (_known(item) or directory.failure(error) for item in waiting)
+    except StoreError as error:
+        why = prefix.failure(items[0].uri, error)
+        yield from (_known(item) or why for item in waiting)
 
 
 def _known(item: Item) -> Failure | None:
@@ -109,8 +112,11 @@ def _following(tar: Opened, item: Item) -> Content | Failure:
         while start < end and (piece := tar.file.read(min(end - start, MOST_BYTES))):
             pieces.append(piece)
             start += len(piece)
-    except DAMAGED:
-        return _DAMAGED
+    except StoreError as error:
+        return prefix.failure(item.uri, error)
+    except DAMAGED as error:
+        is_replaced = isinstance(error, OSError) and error.errno == errno.ESTALE
+        return _CHANGED if is_replaced else _DAMAGED
     if not tar.is_same():
         return _CHANGED
     return (b"".join(pieces), item.size or 0, tar.mtime) if start == end else _DAMAGED

@@ -13,6 +13,7 @@ from typing import Any
 from resfeat.errors import UsageError
 from resfeat.sources import directory, prefix, rules
 from resfeat.sources.formats import COLUMNAR, TABLES
+from resfeat.sources.outputs import MARK
 from resfeat.storage import is_remote, locate
 
 # By extension. Where a folder has several kinds, the others describe the first: beside its tars,
@@ -33,16 +34,20 @@ def container_of(place: str) -> str | None:
 
 
 def expanded(root: str) -> list[str]:
-    """The paths or addresses that a source stands for, sorted; mostly itself alone. Raises
-    UsageError where there is nothing, or a dataset."""
+    """The paths or addresses that a source stands for, sorted; mostly itself alone. A glob passes
+    our own outputs over. Raises UsageError where there is nothing, or a dataset."""
     if _is_glob(root):
         if found := _matches(root):
-            return found
+            return [place for match in found for place in _places(match)]
         raise UsageError(f"source {rules.printable(root)} matches nothing: check the pattern")
     if is_remote(root):
         prefix.check(root)
     else:
         directory.check(root)
+    return _places(root)
+
+
+def _places(root: str) -> list[str]:
     if container_of(root):
         return [root]
     return _saved(root) or _containers_in(root) or [root]
@@ -65,7 +70,15 @@ def _matches(root: str) -> list[str]:
     folder, pattern = os.path.split(root)
     names = prefix.names(folder) if is_remote(folder) else [name for name, _ in _entries(folder)]
     seen = (name for name in names if not name.startswith(".") or pattern.startswith("."))
-    return sorted(os.path.join(folder, name) for name in seen if fnmatchcase(name, pattern))
+    found = sorted(os.path.join(folder, name) for name in seen if fnmatchcase(name, pattern))
+    return [place for place in found if not _is_output(place)]
+
+
+def _is_output(place: str) -> bool:
+    """Whether it is a dataset of ours. In a store only names without an extension are looked at."""
+    if is_remote(place):
+        return "." not in os.path.basename(place) and (locate(place) / MARK).is_dir()
+    return os.path.exists(os.path.join(place, MARK))
 
 
 def _containers_in(folder: str) -> list[str]:

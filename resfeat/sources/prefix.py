@@ -22,6 +22,7 @@ from resfeat.sources.rules import extent, folder_of, passed_over, printable
 from resfeat.spec import SourceOptions
 from resfeat.storage import (
     ChangedError,
+    CredentialsError,
     MissingBucketError,
     Page,
     RefusedError,
@@ -211,11 +212,19 @@ def read(item: Item) -> tuple[bytes, int, int] | Failure:
         return Failure("read", "bad_container", first_line(error))
     except FileNotFoundError:
         return Failure("read", "not_found", "no such object")
-    except RefusedError as error:
-        return Failure("read", "permission", first_line(error))
     except StoreError as error:
-        StorePath.of(item.uri).bucket.is_dir()  # is it this object, or the store?
-        return Failure("read", "io_error", first_line(error))
+        return failure(item.uri, error)
     if isinstance(where := extent(item, found.size), Failure):
         return where
     return found.data, len(found.data), found.mtime
+
+
+def failure(uri: str, error: StoreError) -> Failure:
+    """Of one object. Raises StoreError where it is the whole store that is out of reach, or does
+    not know who we are."""
+    if isinstance(error, CredentialsError):
+        raise error
+    if isinstance(error, RefusedError):
+        return Failure("read", "permission", first_line(error))
+    StorePath.of(uri).bucket.is_dir()  # is it this object, or the store?
+    return Failure("read", "io_error", first_line(error))

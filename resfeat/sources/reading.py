@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from threading import Condition
@@ -17,6 +18,7 @@ from resfeat.storage.web import is_web
 # A run has so many images, of so many bytes. In a store each request takes long, and each object is
 # a run of its own.
 RUN_IMAGES, RUN_BYTES = 32, 8 * 1024**2
+READ_AT_ONCE = 16  # runs of what is read ahead, since each may wait for a store
 # Members of a tar are read together, with what lies between them if that is no more than this.
 GAP = 256 * 1024
 # Of what is read in order: bytes that may wait to be decoded before more is read, and how long to
@@ -93,8 +95,10 @@ def read_ahead(items: Sequence[Item], count: int) -> Iterator[Content | Failure]
         order = sorted(range(len(some)), key=lambda n: (some[n].uri, some[n].offset or 0))
         lying = [some[n] for n in order]
         found: dict[int, Content | Failure] = {}
-        for run in runs(lying, range(len(lying)), len(lying)):
-            found |= zip((order[place] for place in run.places), run.read(), strict=True)
+        with ThreadPoolExecutor(READ_AT_ONCE, "ahead") as pool:
+            every = runs(lying, range(len(lying)), len(lying))
+            for run, contents in [(run, pool.submit(run.read)) for run in every]:
+                found |= zip((order[place] for place in run.places), contents.result(), strict=True)
         yield from (found[n] for n in range(len(some)))
 
 

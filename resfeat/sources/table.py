@@ -171,7 +171,10 @@ def _text(column: pa.Array) -> pa.Array:
 
 def _check_text(file: RowFile, column: str, option: str) -> None:
     kind = file.schema.field(column).type
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     try:
+        if is_bytes or pa.types.is_fixed_size_binary(kind):
+            raise pa.ArrowNotImplementedError("bytes need not be text")
         pa.nulls(0, kind).cast(pa.string())
     except pa.ArrowNotImplementedError as error:
         raise UsageError(

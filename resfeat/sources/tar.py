@@ -94,7 +94,9 @@ class _Tar:
                         items, keys = [], []
         except OSError as error:
             why = directory.failure(error)
-            items, keys = [self._item("", problem=problem(why.reason, why.message))], [""]
+            # What it has before that is listed all the same.
+            items.append(self._item("", problem=problem(why.reason, why.message)))
+            keys.append("")
         if self._keep:
             items = [self._carrying(*both) for both in zip(items, keys, strict=True)]
         if items and is_zipped:

@@ -3,6 +3,7 @@
 from resfeat.storage.clouds import (
     SCHEMES,
     ChangedError,
+    CredentialsError,
     MissingBucketError,
     RefusedError,
     is_remote,
@@ -24,8 +25,9 @@ from resfeat.storage.raw import Page
 from resfeat.storage.remote import StorePath, Version
 
 __all__ = [
-    "SCHEMES", "ChangedError", "Draft", "Drafts", "Fence", "Fetched", "Location",
-    "MissingBucketError", "Page", "RefusedError", "StorePath", "Version", "dataset_of", "draft",
-    "fetch", "file_system_of", "is_remote", "locate", "make_folder", "open_binary", "open_parquet",
-    "pages", "remove", "remove_all", "sha256", "stat", "write_json", "write_whole",
+    "SCHEMES", "ChangedError", "CredentialsError", "Draft", "Drafts", "Fence", "Fetched",
+    "Location", "MissingBucketError", "Page", "RefusedError", "StorePath", "Version",
+    "dataset_of", "draft", "fetch", "file_system_of", "is_remote", "locate", "make_folder",
+    "open_binary", "open_parquet", "pages", "remove", "remove_all", "sha256", "stat",
+    "write_json", "write_whole",
 ]  # fmt: skip

@@ -46,6 +46,12 @@ _CAUSE = re.compile(r'message: "([^"]+)"|\b(TimedOut)\b')
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|list request.*404 Not Found", re.DOTALL)
 _REFUSED = re.compile(r"status code: 40[13] ")
 # Where a machine in a cloud is given credentials: asked once all else has given none.
+_WRONG_CREDENTIALS = re.compile(
+    r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AuthenticationFailed"
+)
+_WRONG_CREDENTIALS = re.compile(
+    r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AuthenticationFailed"
+)
 _NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|token request")
 
 
@@ -55,6 +61,10 @@ class RefusedError(StoreError):
 
 class MissingBucketError(StoreError):
     """There is no bucket of this name."""
+
+
+class CredentialsError(RefusedError):
+    """The store does not know who we are: there are no credentials, or they are wrong."""
 
 
 class BrokenError(StoreError):
@@ -249,13 +259,13 @@ def _meaning(what: str, error: Exception, text: str) -> StoreError:
         root, _ = split(what)
         return MissingBucketError(f"{what}: there is no bucket {root}: check the name, or make it")
     if _NO_CREDENTIALS.search(text):
-        return RefusedError(
+        return CredentialsError(
             f"{what}: no credentials were found: set the {variables} variables of your cloud"
         )
     # Each request that obstore sends again says how often it was.
     kind = StoreError if _STATUS.search(text) or "retries, max" in text else BrokenError
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
-        kind = RefusedError
+        kind = CredentialsError if _WRONG_CREDENTIALS.search(text) else RefusedError
     return kind(
         f"{what}: {_told(error, text)}; check the address, the {variables} variables and the "
         "network, and give the same command again"

@@ -12,6 +12,9 @@ from resfeat.worker.batches import Batches
 from resfeat.worker.messages import ShardResult, Task
 from resfeat.worker.worker import Worker
 
+# Why images fail whose source is gone.
+UNREAD = ("not_found", "io_error")
+
 
 def process_shard(worker: Worker, task: Task) -> ShardResult:
     """Embed one shard and commit it; rows of an earlier commit that `keeps` are not done again.
@@ -37,7 +40,7 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
                 embedded += len(batch.rows)
                 failed += len(batch.failures)
                 changed += batch.changed
-                unread += [each.uri for each in batch.failures if each.failure.stage == "read"]
+                unread += [each.uri for each in batch.failures if each.failure.reason in UNREAD]
                 worker.progress[shard] = (embedded + failed, failed)
             if unread and (root := gone(worker.job.sources, unread)):
                 raise ResfeatError(

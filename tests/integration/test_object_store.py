@@ -609,9 +609,11 @@ def guarded(store):
 
 
 def test_wrong_keys_are_refused_in_one_line(guarded, source, tree, options, resfeat, tmp_path):
-    output = tmp_path / "out"
+    output, table = tmp_path / "out", tmp_path / "list.txt"
+    table.write_text("s3://pictures/tree/twin.jpg")
     for command in (
         ["extract", source, "-o", output, *options],
+        ["extract", table, "-o", tmp_path / "of table", *options],
         ["extract", tree, "-o", "s3://pictures/out", *options],
         ["status", "s3://pictures/out"],
     ):
