@@ -30,7 +30,8 @@ Examples:
   resfeat extract photos -o embeddings --retry-failed
       Does the failed images again; all other rows stay.
   resfeat extract s3://bucket/photos -o s3://bucket/embeddings
-      From and to an object store; the AWS_* variables hold its address and your credentials.
+      From and to an object store (s3://, gs://, az://); AWS_*, GOOGLE_* or AZURE_* variables hold
+      your credentials.
   resfeat extract 'shards/*.tar' -o embeddings --keep cls,json
       Tar shards as WebDataset has them; what travels beside an image becomes columns.
   resfeat extract images.csv -o embeddings --uri-column url --keep caption
