@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from resfeat.errors import Failure, Reason, ResfeatError, UsageError
 from resfeat.sources import rules
-from resfeat.sources.item import Item, table_of
+from resfeat.sources.item import Item, tables_of
 from resfeat.sources.rules import printable
 from resfeat.spec import SourceOptions
 
@@ -83,14 +83,7 @@ class Directories:
         self.roots, self.skipped = roots, Counter[str]()
 
     def tables(self) -> Iterator[pa.Table]:
-        items = list[Item]()
-        for some in self._lists():
-            items += some
-            if len(items) >= TABLE:
-                yield table_of(items)
-                items = []
-        if items:
-            yield table_of(items)
+        return tables_of(self._lists(), TABLE)
 
     def _lists(self) -> Iterator[list[Item]]:
         self.skipped.clear()

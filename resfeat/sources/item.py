@@ -1,6 +1,6 @@
 """`Item`: one input image, and the columns in which a plan has millions of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
@@ -59,6 +59,18 @@ def table_of(items: Sequence[Item], carried: Sequence[pa.Field] = ()) -> pa.Tabl
     schema = schema_of(carried)
     columns = zip(schema.names, [*own, *zip(*taken, strict=True)], strict=True)
     return pa.table(dict(columns), schema=schema)
+
+
+def tables_of(lists: Iterable[list[Item]], rows: int) -> Iterator[pa.Table]:
+    """Items that come in lists, as tables of at least so many rows, but for the last one."""
+    items = list[Item]()
+    for some in lists:
+        items += some
+        if len(items) >= rows:
+            yield table_of(items)
+            items = []
+    if items:
+        yield table_of(items)
 
 
 def items_of(table: pa.Table) -> list[Item]:

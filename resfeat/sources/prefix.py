@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from resfeat.errors import Failure, StoreError, UsageError, first_line
 from resfeat.sources import rules
-from resfeat.sources.item import Item, table_of
+from resfeat.sources.item import Item, tables_of
 from resfeat.sources.outputs import MARK, Outputs, Run
 from resfeat.sources.rules import extent, folder_of, passed_over, printable
 from resfeat.spec import SourceOptions
@@ -66,14 +66,7 @@ class Prefixes:
 
     def tables(self) -> Iterator[pa.Table]:
         self.skipped.clear()
-        items = list[Item]()
-        for some in chain.from_iterable(map(self._lists, self.roots)):
-            items += some
-            if len(items) >= TABLE:
-                yield table_of(items)
-                items = []
-        if items:
-            yield table_of(items)
+        return tables_of(chain.from_iterable(map(self._lists, self.roots)), TABLE)
 
     def _lists(self, root: str) -> Iterator[list[Item]]:
         place = StorePath.of(root)
