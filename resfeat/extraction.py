@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from resfeat import engines, runtimes, sources
 from resfeat.backbones import check_name
-from resfeat.dataset import Layout
+from resfeat.dataset import ALL, Layout, writable
 from resfeat.engines.cluster import Cluster
 from resfeat.errors import ResfeatError, Stopped
-from resfeat.reporting import Progress, Report, Watch
-from resfeat.run import Request, Run, begin, writable
+from resfeat.plan import Partition
+from resfeat.reporting import Preview, Progress, Report, Watch
+from resfeat.run import Request, Run, begin, previewed
 from resfeat.spec import ExtractSpec
 from resfeat.worker import Job
 
@@ -46,12 +47,7 @@ def extract(
     started = time.monotonic()
     watch = Watch(on_note, on_step, on_progress, stopping)
     watch.step(f"looking at {', '.join(spec.sources)}")
-    listing = sources.listing(spec.sources, spec.source_options)
-    request = Request(spec, Layout(spec.output), listing, watch, started)
-    with writable(request.layout):
-        request.check_free()
-    check_name(spec.model)
-    runtimes.check(spec.runtime, spec.model, spec.precision)
+    request = _request(spec, watch, started)
     with engines.prepare(spec.runtime, watch.step) as cluster:
         if request.has_work() and cluster:
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
@@ -68,6 +64,36 @@ def extract(
             return run.end(error)
 
 
+def preview(
+    spec: ExtractSpec,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Preview:
+    """What `extract` would do, found out without writing anything. The sources are listed where it
+    would list them. Raises as it does."""
+    from resfeat.backbones.weights import resolve
+
+    watch = Watch(step=on_step, progress=on_progress, stopping=stopping)
+    request = _request(spec, watch, time.monotonic())
+    watch.step(f"loading {spec.model} with weights {spec.weights}")
+    return previewed(request, resolve(spec))
+
+
+def _request(spec: ExtractSpec, watch: Watch, started: float) -> Request:
+    """The request, once all that can be told at once is known to be in order."""
+    partition = Partition.parse(spec.partition) if spec.partition else None
+    layout = Layout(spec.output, partition.share if partition else ALL)
+    listing = sources.listing(spec.sources, spec.source_options)
+    request = Request(spec, layout, listing, watch, started, partition)
+    with writable(layout):
+        request.check_free()
+    check_name(spec.model)
+    runtimes.check(spec.runtime, spec.model, spec.precision)
+    return request
+
+
 def _embed(run: Run, cluster: Cluster | None) -> None:
     """Do the shards that are to be done, by workers that were first held against the reference."""
     from resfeat.fidelity import calibrate, may_differ, reference
@@ -75,9 +101,10 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
     spec, layout, tally, watch = run.request.spec, run.layout, run.tally, run.request.watch
     if run.record.identity.precision == "int8":
         watch.step("calibrating int8")
-        run.record = calibrate(
-            layout, run.record, run.weights, tally.note, partial(_calibrating, watch)
-        )
+        with run.settling() as everybodys:
+            run.record = calibrate(
+                everybodys, run.record, run.weights, tally.note, partial(_calibrating, watch)
+            )
     with ThreadPoolExecutor(1, "reference") as aside:
         expecting = None
         if may_differ(run.record.identity, spec.runtime):  # and meanwhile the workers start
@@ -123,8 +150,10 @@ def _prove(run: Run, engine: Engine, expecting: Future[Reference | None]) -> Non
         return
     check(parity, identity, run.request.spec.min_parity)
     if run.record.parity is None:
-        run.record = replace(run.record, parity=vars(parity))
-        run.record.save(run.layout)
+        with run.settling() as layout:
+            if run.record.parity is None:
+                run.record = replace(run.record, parity=vars(parity))
+                run.record.save(layout)
     if identity.precision != runtimes.REFERENCE:  # else nobody asked for it; the report has it
         run.tally.note(
             f"{identity.precision} on {run.tally.engine['runtime']} against fp32 on torch, "

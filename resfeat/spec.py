@@ -261,6 +261,10 @@ class ExtractSpec(FeatureSpec, SourceOptions):
     max_error_rate: share of failed images (0 to 1) above which a finished run counts as bad; to be
         compared with `Report.error_rate`, as the command does.
     retry_failed: do the images that failed once more, beside what is not done.
+    update: list the sources again, and bring the dataset to what they hold now.
+    max_gone: share of its images (0 to 1) whose removal by an update is not taken for a mishap.
+    partition: "i/n" does each n-th shard, beside other runs on the same output; "auto" and "auto/n"
+        take i, and n, from the variables of a Slurm array or an indexed job of Kubernetes.
     min_parity: least cosine (-1 to 1) to fp32 on torch that a sample of the images must have, where
         the run uses anything else; None asks for 0.999, or 0.99 with int8.
     """
@@ -270,6 +274,9 @@ class ExtractSpec(FeatureSpec, SourceOptions):
     shard_size: int | None = None
     max_error_rate: float = 0.05
     retry_failed: bool = False
+    update: bool = False
+    max_gone: float = 0.1
+    partition: str | None = None
     min_parity: float | None = None
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
@@ -289,4 +296,10 @@ class ExtractSpec(FeatureSpec, SourceOptions):
             raise UsageError("an empty path was given as source or output: is a variable not set?")
         _check_range("shard-size", self.shard_size, 1, inf, "at least 1")
         _check_range("max-error-rate", self.max_error_rate, 0, 1, "a share from 0 to 1")
+        _check_range("max-gone", self.max_gone, 0, 1, "a share from 0 to 1")
+        if self.update and self.partition:
+            raise UsageError(
+                "--update is for the whole dataset and --partition for a part of it: give --update "
+                "alone, once all partitions are done"
+            )
         _check_range("min-parity", self.min_parity, -1, 1, "a cosine, at most 1")

@@ -17,7 +17,8 @@ from resfeat.errors import Stopped
 from resfeat.spec import ExtractSpec, RuntimeOptions
 
 if TYPE_CHECKING:
-    from resfeat.reporting.report import Report
+    from resfeat.plan import Changes
+    from resfeat.reporting import Preview, Report
 
 TOO_MANY_FAILED = 3
 
@@ -29,6 +30,12 @@ Examples:
       The same again: resumes a run that was killed or stopped.
   resfeat extract photos -o embeddings --retry-failed
       Does the failed images again; all other rows stay.
+  resfeat extract photos -o embeddings --update
+      Lists again: new and changed images are embedded, rows of those that are gone go.
+  resfeat extract photos -o embeddings --update --dry-run
+      What that would do, and how long it would take.
+  resfeat extract /data/photos -o /data/embeddings --partition 2/4
+      The second of four runs, on any hosts, that share the work; --partition auto in a Slurm array.
   resfeat extract s3://bucket/photos -o s3://bucket/embeddings
       From and to an object store (s3://, gs://, az://); AWS_*, GOOGLE_* or AZURE_* variables hold
       your credentials.
@@ -80,13 +87,23 @@ Whatever ended a run, the same command resumes it.
     "--max-error-rate", default=0.05, help="Share of failed images above which the exit code is 3."
 )
 @option("--retry-failed", is_flag=True, help="Also do the failed images again; other rows stay.")
+@option("--update", is_flag=True, help="List again, and bring OUT to what the sources hold now.")
+@option(
+    "--max-gone", default=0.1, help="Share of the images whose removal by --update is no mishap."
+)
+@option(
+    "--partition",
+    metavar="I/N",
+    help="Do one of N shares, beside other runs; auto asks Slurm, and auto/N Kubernetes.",
+)
+@option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
 @option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
 @option("--verbose", "talk", flag_value="verbose", help="Also print where the time went.")
 @option(
     "--log-json", "talk", flag_value="json", help="Print progress and the report as JSON lines."
 )
 @click.pass_context
-def extract(context: click.Context, /, talk: str | None, **choices: Any) -> None:
+def extract(context: click.Context, /, talk: str | None, dry_run: bool, **choices: Any) -> None:
     """Embed all images below SRC... and write Parquet to OUT.
 
     Every image becomes one row: in OUT/embeddings, or in OUT/failures with the reason. After a
@@ -98,16 +115,18 @@ def extract(context: click.Context, /, talk: str | None, **choices: Any) -> None
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
     with StopSignals() as signals, show() as display:
         display.step("starting")
-        from resfeat.extraction import extract as run
+        from resfeat import extraction
 
+        watched: dict[str, Any] = {
+            "on_step": display.step, "on_progress": display.show, "stopping": signals.received
+        }  # fmt: skip
         try:
-            report = run(
-                spec,
-                on_note=display.note,
-                on_step=display.step,
-                on_progress=display.show,
-                stopping=signals.received,
-            )
+            if dry_run:
+                preview = extraction.preview(spec, **watched)
+                display.end()
+                _foretell(preview, as_json=talk == "json")
+                leave(context, 1 if preview.refusal else 0)
+            report = extraction.extract(spec, on_note=display.note, **watched)
         except Stopped as stopped:
             click.echo(str(stopped), err=True)
             leave(context, signals.exit_code)
@@ -125,6 +144,34 @@ def extract(context: click.Context, /, talk: str | None, **choices: Any) -> None
     leave(context, 0)
 
 
+def _foretell(preview: Preview, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"event": "preview", **preview.as_dict()}))
+        return
+    if preview.update is not None:
+        click.echo(_changes(preview.update))
+    time = "how long is not known yet: `resfeat bench SRC` measures the speed"
+    if preview.rate and preview.seconds is not None:
+        time = f"about {_duration(preview.seconds)} at the last run's {preview.rate:,.1f} images/s"
+    click.echo(
+        f"To do: {preview.images:,} of {preview.items:,} images in {preview.shards:,} shards of "
+        f"{preview.output}" + (f", {time}" if preview.images else "")
+    )
+    if preview.refusal:
+        click.echo(f"Error: {preview.refusal}", err=True)
+
+
+def _changes(changes: Changes) -> str:
+    counts = ", ".join(f"{count:,} {name}" for name, count in vars(changes).items())
+    return f"Update: {counts}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 def _tell(report: Report, *, verbose: bool) -> None:
     if report.images:
         click.echo(
@@ -134,6 +181,8 @@ def _tell(report: Report, *, verbose: bool) -> None:
         )
     else:
         click.echo("This run: nothing was left to do")
+    if report.update is not None:
+        click.echo(f"{_changes(report.update)}, {report.images_failed:,} failed")
     if verbose:
         where = ", ".join(f"{name} {value}" for name, value in report.engine.items())
         busy = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
@@ -150,7 +199,9 @@ def _tell(report: Report, *, verbose: bool) -> None:
     verb = "Stopped, the same command goes on" if report.status == "interrupted" else "Finished"
     click.echo(
         f"{verb}: {report.embedded:,} embedded and {report.failed:,} failed "
-        f"of {report.items:,} images in {report.output}"
+        f"of {report.items:,} images in "
+        + (f"partition {report.partition} of " if report.partition else "")
+        + report.output
     )
 
 

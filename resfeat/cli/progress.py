@@ -64,6 +64,10 @@ class Lines(AbstractContextManager["Lines"]):
             text += f", {speed:,.1f} images/s, {(total - done) / speed / 60:,.0f} min left"
         self.say(f"{text}, {progress.failed:,} failed, {progress.workers} workers")
 
+    def end(self) -> None:
+        """Nothing more is shown: what follows is the outcome."""
+        self._over()
+
     def _over(self) -> None:
         if self._step is not None:
             self._step.cancel()
@@ -120,6 +124,10 @@ class Bar(Lines):
     def note(self, text: str) -> None:
         self._close()
         super().note(text)
+
+    def end(self) -> None:
+        super().end()
+        self._close()
 
     def _close(self) -> None:
         if self._bar is not None:

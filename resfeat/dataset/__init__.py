@@ -2,7 +2,9 @@
 
 from resfeat.dataset.card import write_card
 from resfeat.dataset.commit import Part
-from resfeat.dataset.layout import Layout
+from resfeat.dataset.generation import commit_generation
+from resfeat.dataset.held import held, whole, writable
+from resfeat.dataset.layout import ALL, Layout
 from resfeat.dataset.lease import check_lease
 from resfeat.dataset.lock import holder, run_lock
 from resfeat.dataset.notes import Commits
@@ -12,7 +14,7 @@ from resfeat.dataset.schema import FailedItem, Row, embeddings_schema
 from resfeat.dataset.writer import Lock
 
 __all__ = [
-    "Commits", "Dataset", "FailedItem", "Layout", "Lock", "Part", "Record", "Row",
-    "check_lease", "embeddings_schema", "holder", "kept_rows", "open_dataset", "run_lock",
-    "write_card",
+    "ALL", "Commits", "Dataset", "FailedItem", "Layout", "Lock", "Part", "Record", "Row",
+    "check_lease", "commit_generation", "embeddings_schema", "held", "holder", "kept_rows",
+    "open_dataset", "run_lock", "whole", "writable", "write_card",
 ]  # fmt: skip

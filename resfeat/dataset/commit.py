@@ -1,8 +1,8 @@
 """The rows of a shard: written to drafts as they come, and then committed in one atomic step.
 
 A shard that is new becomes visible whole or not at all. Of one that is done once more (for its
-failures, say), both files are replaced in one step each, so that neither is ever missing. The
-steps, each durable before the next one begins:
+failures, or by an update), both files are replaced in one step each, so that neither is ever
+missing. The steps, each durable before the next one begins:
 
     written     its rows are in drafts, outside the folders that readers glob
     checked     the drafts were opened again: one row for each item of the plan
@@ -50,13 +50,14 @@ class Part(AbstractContextManager["Part"]):
     """The rows of one shard, on their way into the dataset.
 
     schema: of the embeddings, as `embeddings_schema` makes it; the columns behind its own ones are
-    carried, and stand in the failures, too. Left without `commit`, by an exception or otherwise, it
-    leaves nothing behind.
+    carried, and stand in the failures, too. generation: of the plan that lists it. Left without
+    `commit`, by an exception or otherwise, it leaves nothing behind.
     """
 
-    def __init__(self, layout: Layout, shard: int, schema: pa.Schema) -> None:
+    def __init__(self, layout: Layout, shard: int, schema: pa.Schema, generation: int = 0) -> None:
         self._layout = layout
         self._shard = shard
+        self._generation = generation
         self._name = layout.part_name(shard)
         self._schema = schema
         self._rows: list[Row] = []
@@ -83,17 +84,15 @@ class Part(AbstractContextManager["Part"]):
             self._draft.discard()
             self._failures_draft.discard()
 
-    def add(
-        self,
-        rows: Sequence[Row],
-        vectors: NDArray[np.floating],
-        failures: Sequence[FailedItem] = (),
-    ) -> None:
-        """Append embedded images, `vectors` [len(rows), D] being all their layers side by side, and
-        those that failed."""
-        self._rows.extend(rows)
+    def add(self, images: Sequence[Row | FailedItem], vectors: NDArray[np.floating]) -> None:
+        """Append images, `vectors` [len(images), D] being all their layers side by side; those of
+        images that failed are passed over."""
+        rows = [image for image in images if isinstance(image, Row)]
+        if len(rows) < len(images):
+            self._failures += [image for image in images if isinstance(image, FailedItem)]
+            vectors = vectors[[isinstance(image, Row) for image in images]]
+        self._rows += rows
         self._vectors.append(vectors)
-        self._failures.extend(failures)
         if len(self._rows) >= ROW_GROUP:
             self._flush()
 
@@ -108,13 +107,16 @@ class Part(AbstractContextManager["Part"]):
         note = self._check(sorted(ids))
         on_step("checked")
         layout, name = self._layout, self._name
-        there = None
         if is_there := (layout.embeddings / name).exists():
-            if Note.read(layout, self._shard) == note:
+            last = Note.read(layout, self._shard)
+            if last == note:
                 return  # its twin has done it
             # As they are now: a run may have been killed between one file and the other.
             there = {kind: digest(layout.root / kind / name) for kind in note.digests}
-        replace(note, replaces=there).write(layout, self._shard)
+            before = last.generation_of(there["embeddings"]) if last else 0
+            replace(note, replaces=there, before=before).write(layout, self._shard)
+        else:
+            note.write(layout, self._shard)
         on_step("noted")
         publish = [self._publish_failures, self._publish_embeddings]
         for step in reversed(publish) if is_there else publish:
@@ -151,7 +153,7 @@ class Part(AbstractContextManager["Part"]):
             "failures": sha256(self._failures_draft) if failed else None,
         }
         reasons = Counter[str](item.failure.reason for item in self._failures)
-        return Note(len(embedded), digests, dict(reasons))
+        return Note(len(embedded), digests, dict(reasons), self._generation)
 
     def _flush(self) -> None:
         if not self._rows:

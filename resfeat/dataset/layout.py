@@ -10,7 +10,7 @@ OUT/
     checksums/part-00000.json     the note of a shard's commit: rows and digests of its files
     int8/network.xml, .bin        the network that precision int8 made of the weights
     runs/<run-id>.json            one report a run
-    locks/<share>                 who is writing that share of the dataset now
+    locks/<share>                 who is writing that share of the dataset now: all of it, or 2-of-4
     tmp/<share>/                  files that its writer has not published yet (not in a store)
 """
 
@@ -20,13 +20,14 @@ from pathlib import Path
 
 from resfeat.storage import Fence, Location, locate
 
+ALL = "all"  # the share of a run that writes all of a dataset
 _PART = re.compile(r"part-(\d{5,})\.(?:parquet|json)")
 
 
 class Layout:
     """The paths of one dataset. Makes nothing by itself."""
 
-    def __init__(self, root: str | os.PathLike[str], share: str = "all") -> None:
+    def __init__(self, root: str | os.PathLike[str], share: str = ALL) -> None:
         self.root = locate(root)
         self.card = self.root / "README.md"
         self.embeddings = self.root / "embeddings"
@@ -46,6 +47,12 @@ class Layout:
         self.tmp = private / "tmp" / share if isinstance(private, Path) else self.fence
 
     @property
+    def is_on_disk(self) -> bool:
+        """Whether what is removed here is gone at once: in a store a request to remove something
+        may arrive when it is another's."""
+        return isinstance(self.root, Path)
+
+    @property
     def folders(self) -> list[Location]:
         """Those that a dataset has from its beginning; the one that tells of it first."""
         always = [self.plan, self.embeddings, self.checksums, self.runs, self.lock.parent]
@@ -61,6 +68,13 @@ class Layout:
 
     def run_report(self, run_id: str) -> Location:
         return self.runs / f"{run_id}.json"
+
+    def shares(self) -> list[str]:
+        """The shares that runs have held, or hold."""
+        try:
+            return sorted(path.name for path in self.lock.parent.iterdir())
+        except FileNotFoundError:
+            return []
 
     def committed(self) -> list[int]:
         """Numbers of the shards whose embeddings are in place, ascending."""

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from resfeat.dataset.layout import Layout
-from resfeat.dataset.writer import Lock, Writer, overtaken, refused
+from resfeat.dataset.writer import HeldError, Lock, Writer, overtaken
 from resfeat.errors import StoreError
 from resfeat.storage import StorePath, Version
 
@@ -98,17 +98,19 @@ class Lease(Lock):
 
 
 @contextmanager
-def held_in_store(layout: Layout, is_run: bool, on_wait: Callable[[str], None]) -> Iterator[Lease]:
+def held_in_store(
+    layout: Layout, me: Writer, is_run: bool, on_wait: Callable[[str], None]
+) -> Iterator[Lease]:
     """Hold the lease. Raises ResfeatError, naming the holder, where another has it."""
     place = _place(layout)
     before, version = _look(place)
     if before and before.is_alive() is not False:
         before, version = _left(layout, before, on_wait)
-    me, sent = Writer.me(), _now()
+    sent = _now()
     content = _named(me)
     version = place.swap(content, version) if version else place.create(content)
     if version is None:  # another was faster
-        raise refused(layout.root, _look(place)[0])
+        raise HeldError(layout.root, _look(place)[0])
     lease = Lease(layout, before, me, version, sent)
     layout.fence.check = lease.check
     try:
@@ -138,7 +140,7 @@ def _left(
     """The lock, once its holder has not renewed it for long enough, or has given it up. Raises
     ResfeatError where the holder is there."""
     if writer.is_alive():
-        raise refused(layout.root, writer)
+        raise HeldError(layout.root, writer)
     on_wait(f"{writer} was writing here: looking for {STALE_SECONDS:.0f} s whether it still is")
     there, version = _look(_place(layout))
     until = _now() + STALE_SECONDS
@@ -146,7 +148,7 @@ def _left(
         time.sleep(LOOK_SECONDS)
         there, version = _look(_place(layout))
     if there and there != writer:
-        raise refused(layout.root, there)
+        raise HeldError(layout.root, there)
     return there, version
 
 

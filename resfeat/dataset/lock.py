@@ -15,7 +15,7 @@ from pathlib import Path
 
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.lease import held_in_store, writer_in_store
-from resfeat.dataset.writer import Lock, Writer, refused
+from resfeat.dataset.writer import HeldError, Lock, Writer
 from resfeat.errors import ResfeatError
 from resfeat.storage import StorePath, file_system_of
 
@@ -27,15 +27,21 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 @contextmanager
 def run_lock(
-    layout: Layout, *, is_run: bool = True, on_wait: Callable[[str], None] = lambda why: None
+    layout: Layout,
+    *,
+    is_run: bool = True,
+    on_wait: Callable[[str], None] = lambda why: None,
+    share: str | None = None,
 ) -> Iterator[Lock]:
     """Hold the dataset's lock. Raises ResfeatError, naming the holder, where another has it.
 
     is_run: whether what follows goes on with the work of a run that was killed; what does not
-    leaves word of that run for the one that will. on_wait: is told before it takes long.
+    leaves word of that run for the one that will. on_wait: is told before it takes long. share:
+    what the holder writes, where that is not what it locks.
     """
+    me = Writer.me(share or layout.share)
     if isinstance(layout.lock, StorePath):
-        with held_in_store(layout, is_run, on_wait) as lease:
+        with held_in_store(layout, me, is_run, on_wait) as lease:
             yield lease
         return
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -43,8 +49,8 @@ def run_lock(
         is_mine = _try(layout.lock, descriptor, fcntl.LOCK_EX, PATIENCE_SECONDS)
         before = Writer.parse(content := file.read())
         if not is_mine:
-            raise refused(layout.root, before)
-        _overwrite(descriptor, Writer.me().as_json())
+            raise HeldError(layout.root, before)
+        _overwrite(descriptor, me.as_json())
         try:
             yield Lock(str(layout.root), before)
         finally:

@@ -5,12 +5,13 @@ A note is a small JSON document in `checksums/`. `commit.py` says when it is wri
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
 from resfeat.dataset.layout import Layout
+from resfeat.plan import Plan, Shard
 from resfeat.storage import StorePath, write_json
 
 # Notes that are read from a store at once: each is one request.
@@ -22,12 +23,16 @@ Digests = Mapping[str, str | None]
 
 @dataclass(frozen=True)
 class Note:
-    """What one commit left."""
+    """What one commit left. generation: of the plan, when the shard was done. replaces: digests of
+    files that are being replaced, None once that is done; their embeddings are of generation
+    `before`."""
 
     embedded: int
     digests: Digests
     reasons: Mapping[str, int] = field(default_factory=dict)  # failure rows by reason
-    replaces: Digests | None = None  # of files that are being replaced; None once that is done
+    generation: int = 0
+    replaces: Digests | None = None
+    before: int = 0
 
     @property
     def failed(self) -> int:
@@ -36,6 +41,10 @@ class Note:
     def allows(self, kind: str) -> set[str | None]:
         """The digests that a file of this kind may have."""
         return {each[kind] for each in (self.digests, self.replaces) if each}
+
+    def generation_of(self, embeddings: str | None) -> int:
+        """The generation of the embeddings that have this digest."""
+        return self.generation if embeddings == self.digests["embeddings"] else self.before
 
     def write(self, layout: Layout, shard: int) -> None:
         write_json(layout.tmp, layout.note(shard), asdict(self))
@@ -57,19 +66,30 @@ class Commits:
     """What is committed of a dataset, by its notes."""
 
     done: Mapping[int, Note | None]  # by shards whose files are in place; None if a note is lost
-    # Shards whose files were being replaced when a run ended: they hold rows, and are to be done.
-    half: frozenset[int]
+    # Shards that hold rows and are to be done: their files were being replaced when a run ended, or
+    # an update has listed them anew.
+    behind: frozenset[int]
     failures: frozenset[int]  # shards that have a file of failures
 
     @classmethod
-    def of(cls, layout: Layout) -> Self:
+    def of(cls, layout: Layout, plan: Plan) -> Self:
         """As the dataset stands now. Reads the notes, and no part."""
         shards = layout.committed()
         with ThreadPoolExecutor(REQUESTS if isinstance(layout.root, StorePath) else 1) as pool:
             notes = dict(zip(shards, pool.map(lambda n: Note.read(layout, n), shards), strict=True))
-        half = {shard for shard, note in notes.items() if note and note.replaces}
-        done = {shard: note for shard, note in notes.items() if shard not in half}
-        return cls(done, frozenset(half), frozenset(layout.with_failures()))
+        behind = {
+            number
+            for number, note in notes.items()
+            if note and (note.replaces or note.generation < plan.generation_of(number))
+        }
+        done = {shard: note for shard, note in notes.items() if shard not in behind}
+        return cls(done, frozenset(behind), frozenset(layout.with_failures()))
+
+    def within(self, shards: Iterable[Shard]) -> Self:
+        """The same of these shards alone."""
+        some = {shard.number for shard in shards}
+        done = {number: note for number, note in self.done.items() if number in some}
+        return replace(self, done=done, behind=self.behind & some, failures=self.failures & some)
 
     @property
     def embedded(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.notes import Commits, Note
 from resfeat.dataset.record import Record
-from resfeat.dataset.schema import FAILURES, Row, layers_in, plain_rows
+from resfeat.dataset.schema import FAILURES, FailedItem, Row, failed_items, layers_in, plain_rows
 from resfeat.errors import ResfeatError, UsageError, first_line
+from resfeat.plan import changed_since
 from resfeat.sources import Item, items_of
 from resfeat.storage import Location, dataset_of, open_parquet
 
@@ -61,7 +63,12 @@ class Dataset:
 
     def commits(self) -> Commits:
         """What is committed by now, by the notes of the commits."""
-        return Commits.of(self.layout)
+        return Commits.of(self.layout, self.record.plan)
+
+    def changes(self, since: int) -> pa.Table:
+        """What updates did after this generation of the plan, for whatever follows the dataset: a
+        row for each image, with its `id` and its `change`: "added", "changed" or "removed"."""
+        return changed_since(self.layout.plan, self.record.plan, since)
 
     def runs(self) -> list[Location]:
         """The reports of the runs that wrote it, the oldest first; none where they were removed."""
@@ -95,36 +102,80 @@ class Dataset:
         return columns[layer or list(columns)[-1]]
 
     def items(self, ids: Sequence[str]) -> dict[str, Item]:
-        """The images with these ids, as they were listed."""
+        """The images with these ids, as they are listed now."""
         import pyarrow.compute as pc
 
         plan, wanted = self.layout.plan, pc.field("id").isin(list(ids))
-
+        files = [file.name for file in self.record.plan.files]
         with readable(plan, "bring it back from a copy"):
-            found = dataset_of(plan).to_table(filter=wanted)
-        return {item.id: item for item in items_of(found)}
+            found = dataset_of(plan, files).to_table(filter=wanted)
+        # Of a shard that was listed anew the rows of before may still be in a file of the plan.
+        return {item.id: item for item in sorted(items_of(found), key=lambda item: item.since)}
 
 
-def kept_rows(layout: Layout, shard: int) -> dict[str, tuple[Row, NDArray[np.floating]]]:
-    """The rows that a shard has already, by id, each with its layers' embeddings side by side.
+@dataclass(frozen=True)
+class Kept:
+    """What a shard has already: its rows and its failures by id. generation: of the plan, when that
+    was done."""
 
-    Raises ResfeatError where they are not those that were committed: with the next commit, and its
-    note, they would pass for them.
+    rows: Mapping[str, tuple[Row, NDArray[np.floating]]]  # each with its layers side by side
+    failures: Mapping[str, FailedItem]
+    generation: int = 0
+
+    def of(self, item: Item, *, retry: bool) -> Row | FailedItem | None:
+        """What stays of an item when its shard is done once more: whatever was made of it as it is
+        listed now, but for failures that are to be tried again."""
+        if item.since > self.generation:
+            return None
+        if item.id in self.rows:
+            return self.rows[item.id][0]
+        return None if retry else self.failures.get(item.id)
+
+
+def kept_rows(layout: Layout, shard: int) -> Kept:
+    """What a shard has already, nothing where it has no part.
+
+    Raises ResfeatError where that is not what was committed: with the next commit, and its note, it
+    would pass for it. Failures are left out where a run ended while it replaced them.
     """
-    part = layout.embeddings / layout.part_name(shard)
+    part, failures = (
+        folder / layout.part_name(shard) for folder in (layout.embeddings, layout.failures)
+    )
     note = Note.read(layout, shard)
+    content = _committed(part, note, "embeddings")
+    if content is None or note is None:
+        return Kept({}, {})
+    generation = note.generation_of(hashlib.sha256(content).hexdigest())
+    with readable(part, SENT_BACK):
+        table = _whole(content)
+        columns = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
+        rows = zip(plain_rows(table), np.hstack(layers_in(table, columns)), strict=True)
+    failed: list[FailedItem] = []
+    if not note.replaces and (content := _committed(failures, note, "failures")):
+        with readable(failures, SENT_BACK):
+            failed = failed_items(_whole(content))
+    return Kept(
+        {row.id: (row, vector) for row, vector in rows},
+        {each.id: each for each in failed},
+        generation,
+    )
+
+
+def _committed(part: Location, note: Note | None, kind: str) -> bytes | None:
+    """A file of a shard, None where there is none."""
     with readable(part, SENT_BACK):
         try:
             content = part.read_bytes()
         except FileNotFoundError:
-            return {}
-        if not note or hashlib.sha256(content).hexdigest() not in note.allows("embeddings"):
+            return None
+        if not note or hashlib.sha256(content).hexdigest() not in note.allows(kind):
             raise pa.ArrowInvalid("it is not what was committed")
-        with open_parquet(content) as file:
-            table = file.read(use_threads=False)
-    columns = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
-    rows = zip(plain_rows(table), np.hstack(layers_in(table, columns)), strict=True)
-    return {row.id: (row, vector) for row, vector in rows}
+        return content
+
+
+def _whole(content: bytes) -> pa.Table:
+    with open_parquet(content) as file:
+        return file.read(use_threads=False)
 
 
 @contextmanager

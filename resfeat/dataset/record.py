@@ -9,12 +9,12 @@ from typing import Self
 
 from resfeat import __version__
 from resfeat.dataset.layout import Layout
-from resfeat.errors import ResfeatError, first_line
+from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.plan import Plan
 from resfeat.spec import Identity, SourceOptions
 from resfeat.storage import remove, write_json, write_whole
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,24 @@ class Record:
         mark = secrets.token_hex(8)
         about = {"format": FORMAT, "fingerprint": self.identity.fingerprint, "mark": mark}
         write_json(layout.tmp, layout.spec, about | asdict(self))
+
+    def check_same(self, layout: Layout, asked: Self) -> None:
+        """Raise UsageError, naming the field, where a run asks for another kind of embeddings, or
+        for another listing."""
+        there, now = self._choices(), asked._choices()
+        for name, value in there.items():
+            if value != now[name]:
+                raise UsageError(
+                    f"{layout.root} was made with another {name}: {_brief(value)} there, "
+                    f"{_brief(now[name])} now (weights {self.weights} there, {asked.weights} now); "
+                    "repeat its choices to resume it, or give a new -o"
+                )
+
+    def _choices(self) -> dict[str, object]:
+        identity = vars(self.identity) | vars(self.identity.preprocessing)
+        del identity["preprocessing"]
+        others = {"sources": self.sources, "shard_size": self.plan.shard_size}
+        return identity | vars(self.source_options) | others
 
     @staticmethod
     def forget(layout: Layout) -> None:
@@ -77,3 +95,7 @@ class Record:
             return cls(**content)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ResfeatError(f"{layout.spec} is damaged ({error}): restore it") from error
+
+
+def _brief(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

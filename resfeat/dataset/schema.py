@@ -119,6 +119,12 @@ def layers_in(table: pa.Table, columns: Iterable[str]) -> list[NDArray[np.floati
     ]
 
 
+def failed_items(table: pa.Table) -> list[FailedItem]:
+    """The inverse of `failures_table`."""
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    return [FailedItem(row[0], row[1], Failure(*row[2:5]), row[5:]) for row in rows]
+
+
 def failures_table(items: Iterable[FailedItem], schema: pa.Schema) -> pa.Table:
     """The rows of `failures/`. schema: that of the embeddings, for what is carried."""
     rows = [(item.id, item.uri, *vars(item.failure).values(), *item.carried) for item in items]

@@ -179,6 +179,9 @@ def _look_at(dataset: Dataset, shard: Shard, was_committed: bool) -> _Look:
         except (OSError, ValueError, pa.ArrowException) as error:
             look.wrong("unreadable", path, first_line(error))
             return look
+    if note and note.generation < shard.generation:
+        look.wrong("unfinished", part, "an update listed it anew, and it is not done yet")
+        return look
     if note and note.replaces:
         look.wrong("unfinished", part, "a run ended while it replaced this shard")
         return look

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+from resfeat.dataset.layout import ALL
 from resfeat.errors import ResfeatError
 
 
@@ -23,15 +24,18 @@ class Writer:
     began: str  # when the process did, since a process id may be another's by now
     started: str  # when its run did
     token: str  # of the run
+    share: str = ALL  # of the dataset, that its run writes
     beat: str = ""  # in a store: another one each time that it is written
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.started}"
+        which = "" if self.share == ALL else f"partition {self.share.replace('-of-', '/')}, "
+        return f"{which}process {self.pid} on {self.host} since {self.started}"
 
     @classmethod
-    def me(cls) -> Self:
+    def me(cls, share: str = ALL) -> Self:
         now, pid = datetime.now(UTC).isoformat(timespec="seconds"), os.getpid()
-        return cls(socket.gethostname(), _machine(), pid, _began(pid), now, secrets.token_hex(8))
+        token = secrets.token_hex(8)
+        return cls(socket.gethostname(), _machine(), pid, _began(pid), now, token, share)
 
     @classmethod
     def parse(cls, content: str | bytes) -> Self | None:
@@ -89,11 +93,15 @@ def overtaken(output: object) -> ResfeatError:
     )
 
 
-def refused(output: object, writer: Writer | None) -> ResfeatError:
-    return ResfeatError(
-        f"{output} is being written by {writer or 'another process'}: "
-        "wait until that run has ended, or stop it"
-    )
+class HeldError(ResfeatError):
+    """Another holds the lock: writer, where it says who."""
+
+    def __init__(self, output: object, writer: Writer | None) -> None:
+        super().__init__(
+            f"{output} is being written by {writer or 'another process'}: "
+            "wait until that run has ended, or stop it"
+        )
+        self.writer = writer
 
 
 def _machine() -> str:

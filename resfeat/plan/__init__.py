@@ -1,6 +1,18 @@
-"""The frozen listing, cut into shards."""
+"""The frozen listing, cut into shards; what an update changes of it; which shards a run does."""
 
-from resfeat.plan.files import carried_columns, lies_far, read_shard, write_plan
+from resfeat.plan.files import (
+    carried_columns,
+    changed_since,
+    lies_far,
+    read_shard,
+    shard_size_for,
+    write_plan,
+)
+from resfeat.plan.partition import Partition
 from resfeat.plan.plan import Plan, PlanFile, Shard
+from resfeat.plan.update import Changes, Difference
 
-__all__ = ["Plan", "PlanFile", "Shard", "carried_columns", "lies_far", "read_shard", "write_plan"]
+__all__ = [
+    "Changes", "Difference", "Partition", "Plan", "PlanFile", "Shard", "carried_columns",
+    "changed_since", "lies_far", "read_shard", "shard_size_for", "write_plan",
+]  # fmt: skip

@@ -2,12 +2,18 @@
 
 A plan is a folder of Parquet files in which each row group is one shard, so a worker reads its own
 rows and nothing else. Both sides are streamed: memory does not grow with the number of items.
+
+Behind the columns of a listing each row has two more: `since`, the generation of the plan that
+listed it first as it is now, and `change`, what it was then: "added", "changed" or "removed". A row
+that was removed is no item any more. It stays, since its id belongs to that shard for ever.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from resfeat.errors import ResfeatError, first_line
@@ -19,7 +25,8 @@ SHARD_SIZE = 4096
 SHARDS_PER_FILE = 64
 
 # Columns that mostly say the same: a dictionary of ids takes long, and twice the space.
-REPEATED = ["etag", "column", "label", "problem"]
+REPEATED = ["etag", "column", "label", "problem", "since", "change"]
+OURS = (pa.field("since", pa.int32(), nullable=False), pa.field("change", pa.string()))
 
 # A small collection is cut finer, so that all workers have work and a crash costs little.
 SMALL_SHARDS = 32
@@ -44,7 +51,7 @@ def write_plan(
     carried: the columns of `Item.carried`. Where no shard size is given, as many rows as the
     largest default needs are held back until it is clear how long the listing is.
     """
-    schema, tables = schema_of(carried), iter(listing)
+    tables = iter(listing)
     if shard_size is None:
         held, rows_held = list[pa.Table](), 0
         while rows_held < SMALL_SHARDS * SHARD_SIZE and (table := next(tables, None)):
@@ -52,38 +59,84 @@ def write_plan(
             rows_held += table.num_rows
         shard_size = shard_size_for(rows_held)
         tables = itertools.chain(held, tables)
-    cut = _recut(tables, shard_size)
-    files: list[PlanFile] = []
-    for first in cut:  # of each file
-        name = f"plan-{len(files):05d}.parquet"
-        file, rows = draft(drafts, name), []
+    shards = enumerate(marked(table, 0) for table in recut(tables, shard_size))
+    return Plan(shard_size, tuple(write_files(folder, drafts, plan_schema(carried), shards)))
+
+
+def write_files(
+    folder: Location,
+    drafts: Drafts,
+    schema: pa.Schema,
+    shards: Iterable[tuple[int, pa.Table]],
+    generation: int = 0,
+) -> Iterator[PlanFile]:
+    """Write shards by their numbers, each with all its rows, into files of one generation."""
+    shards, prefix = iter(shards), f"plan-{generation}-" if generation else "plan-"
+    for count, first in enumerate(shards):  # of each file
+        name = f"{prefix}{count:05d}.parquet"
+        file, numbers, rows = draft(drafts, name), list[int](), list[int]()
         with pq.ParquetWriter(
             file.sink, schema, compression="zstd", use_dictionary=REPEATED
         ) as writer:
-            for table in itertools.chain([first], itertools.islice(cut, SHARDS_PER_FILE - 1)):
+            for number, table in itertools.chain(
+                [first], itertools.islice(shards, SHARDS_PER_FILE - 1)
+            ):
                 writer.write_table(table, row_group_size=table.num_rows)
-                rows.append(table.num_rows)
-        start = len(files) * SHARDS_PER_FILE
-        shards = tuple(range(start, start + len(rows)))
-        files.append(PlanFile(name, 0, sha256(file), shards, tuple(rows)))
+                numbers.append(number)
+                rows.append(pc.sum(is_listed(table)).as_py())
+        yield PlanFile(name, generation, sha256(file), tuple(numbers), tuple(rows))
         file.publish(folder / name)
-    return Plan(shard_size, tuple(files))
+
+
+def plan_schema(carried: Sequence[pa.Field]) -> pa.Schema:
+    """The columns of a plan. carried: those of `Item.carried`."""
+    return pa.schema([*schema_of(carried), *OURS])
+
+
+def marked(table: pa.Table, generation: int, change: str = "added") -> pa.Table:
+    """Rows of a listing as a plan has them."""
+    since = pa.array(np.full(table.num_rows, generation, np.int32))
+    changes = pa.repeat(pa.scalar(change), table.num_rows)
+    return table.append_column(OURS[0], since).append_column(OURS[1], changes)
+
+
+def is_listed(table: pa.Table) -> pa.ChunkedArray:
+    """Which rows of a plan are items."""
+    return pc.not_equal(table["change"], "removed")
 
 
 def read_shard(folder: Location, shard: Shard) -> list[Item]:
     """The items of one shard, in plan order. Raises ResfeatError where the plan cannot be read."""
+    table = read_rows(folder, shard)
+    return items_of(table.filter(is_listed(table)))
+
+
+def read_rows(folder: Location, shard: Shard) -> pa.Table:
+    """All rows of one shard, those that were removed among them. Raises as `read_shard`."""
     path = folder / shard.file
     try:
         with open_parquet(path) as file:
             table = file.read_row_group(shard.row_group, use_threads=False)
-        if table.num_rows != shard.rows:
+        if pc.sum(is_listed(table)).as_py() != shard.rows:
             raise pa.ArrowInvalid("its rows are not those that were listed")
-        return items_of(table)
+        return table
     except (OSError, ValueError, KeyError, IndexError) as error:  # Arrow's own are of these
         raise ResfeatError(
             f"{path}, the listing of shard {shard.number}, cannot be read ({first_line(error)}): "
             "bring it back, or give a new -o"
         ) from error
+
+
+def changed_since(folder: Location, plan: Plan, generation: int) -> pa.Table:
+    """The items that a later generation than this added, changed or removed, `id` and `change`.
+    Raises as `read_shard`."""
+    found = [pa.table({"id": pa.array([], pa.string()), "change": pa.array([], pa.string())})]
+    for shard in plan.shards.values():
+        if shard.generation > generation:
+            rows = read_rows(folder, shard)
+            later = rows.filter(pc.greater(rows["since"], generation))
+            found.append(pa.table({name: later[name] for name in found[0].column_names}))
+    return pa.concat_tables(found)
 
 
 def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
@@ -107,7 +160,7 @@ def lies_far(folder: Location, plan: Plan) -> bool:
         )
 
 
-def _recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of `rows` each, the last one shorter. A table that is to stay whole
     does so, whatever its length, and ends what came before it."""
     held = None

@@ -1,14 +1,15 @@
 """`Plan`: which shard is listed in which row group of which file."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 
 @dataclass(frozen=True, order=True)
 class Shard:
-    """Where the items of one shard are listed: `rows` of them, in one row group of a file."""
+    """Where the items of one shard are listed: `rows` of them, in one row group of a file.
+    generation: the last one that listed it anew."""
 
     number: int
     file: str
@@ -51,6 +52,22 @@ class Plan:
     @cached_property
     def items(self) -> int:
         return sum(shard.rows for shard in self.shards.values())
+
+    @property
+    def generation(self) -> int:
+        """0, and one more for each update that found something to do."""
+        return max((file.generation for file in self.files), default=0)
+
+    def generation_of(self, shard: int) -> int:
+        """The last generation that listed this shard anew; 0 for one that is not ours."""
+        return self.shards[shard].generation if shard in self.shards else 0
+
+    def followed_by(self, files: Iterable[PlanFile]) -> Self:
+        """The plan of the next generation, which has these files beside those of ours that still
+        list a shard."""
+        every = replace(self, files=(*self.files, *files))
+        current = {shard.file for shard in every.shards.values()}
+        return replace(self, files=tuple(file for file in every.files if file.name in current))
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:

@@ -1,6 +1,7 @@
 """What a run did, and what limits it."""
 
+from resfeat.reporting.preview import Preview, last_rate
 from resfeat.reporting.report import Report, versions
 from resfeat.reporting.tally import Progress, Tally, Watch
 
-__all__ = ["Progress", "Report", "Tally", "Watch", "versions"]
+__all__ = ["Preview", "Progress", "Report", "Tally", "Watch", "last_rate", "versions"]

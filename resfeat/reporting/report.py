@@ -15,6 +15,7 @@ from resfeat.runtimes.hardware import hardware
 
 if TYPE_CHECKING:
     from resfeat.fidelity import Parity
+    from resfeat.plan import Changes
 
 LIBRARIES = "torch torchvision openvino nncf pillow pillow-heif simplejpeg pyarrow ray".split()
 
@@ -23,13 +24,14 @@ LIBRARIES = "torch torchvision openvino nncf pillow pillow-heif simplejpeg pyarr
 class Report:
     """What one run did, and where the dataset stands after it.
 
-    items, embedded, failed, reasons: the whole dataset. images, images_failed: this run alone, in
-    shards that it committed. kept: images in those that were embedded before. changed: files that
-    were not as listed any more when they were read. start_seconds: until the first worker is live.
-    seconds: from then to the last commit. stages: busy seconds by stage, added up over threads and
-    workers; `wait` is the time that the model waited for pixels. skipped: files that were passed
-    over in listing, by extension. parity: how near a sample was to the reference; None for the
-    reference itself.
+    items, embedded, failed, reasons: the whole dataset, or the partition of it that the run was to
+    do. images, images_failed: this run alone, in shards that it committed. kept: images in those
+    whose rows stayed. changed: files that were not as listed any more when they were read.
+    start_seconds: until the first worker is live. seconds: from then to the last commit. stages:
+    busy seconds by stage, added up over threads and workers; `wait` is the time that the model
+    waited for pixels. skipped: files that were passed over in listing, by extension. parity: how
+    near a sample was to the reference; None for the reference itself. update: what an update found;
+    `open_dataset(...).changes` has the ids.
     """
 
     run_id: str
@@ -53,6 +55,8 @@ class Report:
     skipped: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
     parity: Parity | None = None
+    partition: str | None = None
+    update: Changes | None = None
     error: str | None = None
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
-from resfeat.plan import Plan, Shard
+from resfeat.plan import Shard
 from resfeat.reporting.report import Report
 from resfeat.worker import ShardResult
 
@@ -44,13 +44,16 @@ class Watch:
 
 
 class Tally:
-    """Adds up a run as its shards are committed. started: when it was asked for, by
-    `time.monotonic`."""
+    """Adds up a run as its shards are committed. shards: those that it has to see done. started:
+    when it was asked for, by `time.monotonic`."""
 
-    def __init__(self, plan: Plan, todo: Sequence[Shard], watch: Watch, started: float) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], todo: Sequence[Shard], watch: Watch, started: float
+    ) -> None:
         self.todo = todo  # the shards that are to be done
-        self._plan = plan
-        self._before = plan.items - sum(shard.rows for shard in todo)
+        self._shards = shards
+        self._items = sum(shard.rows for shard in shards)
+        self._before = self._items - sum(shard.rows for shard in todo)
         self._watch = watch
         self._started = started
         self._first_worker: float | None = None
@@ -70,7 +73,7 @@ class Tally:
     def add(self, result: ShardResult) -> None:
         self._last_commit = time.monotonic()
         self._counts["shards"] += 1
-        self._counts["images"] += result.embedded + result.failed - result.kept
+        self._counts["images"] += result.embedded + result.failed
         self._counts["kept"] += result.kept
         self._counts["images_failed"] += result.failed
         self._counts["changed"] += result.changed
@@ -92,20 +95,18 @@ class Tally:
             self._first_worker = time.monotonic()
         done += self._before + self._counts["images"] + self._counts["kept"]
         failed += self._counts["images_failed"]
-        self._watch.progress(Progress(self._plan.items, done, failed, workers))
+        self._watch.progress(Progress(self._items, done, failed, workers))
 
-    def report(
-        self, dataset: Dataset, skipped: Mapping[str, int], error: ResfeatError | None
-    ) -> Report:
+    def report(self, dataset: Dataset, error: ResfeatError | None) -> Report:
         """The run as it ended, and the dataset as it stands."""
         # What an engine takes to leave is no part of its speed.
         ended = self._last_commit or time.monotonic()
         begun = self._first_worker or ended
-        commits = dataset.commits()
+        commits = dataset.commits().within(self._shards)
         embedded, failed = commits.embedded, sum(commits.reasons.values())
-        if error is None and embedded + failed != self._plan.items:
+        if error is None and embedded + failed != self._items:
             error = ResfeatError(
-                f"{dataset.layout.root} holds {embedded + failed:,} rows for {self._plan.items:,} "
+                f"{dataset.layout.root} holds {embedded + failed:,} rows for {self._items:,} "
                 "images: a part was changed since its commit; `resfeat verify --repair` names it "
                 "and sends it back to be done again"
             )
@@ -118,7 +119,7 @@ class Tally:
             status=status,
             output=str(dataset.layout.root),
             precision=dataset.record.identity.precision,
-            items=self._plan.items,
+            items=self._items,
             embedded=embedded,
             failed=failed,
             reasons=commits.reasons,
@@ -127,9 +128,8 @@ class Tally:
             seconds=round(ended - begun, 3),
             stages={stage: round(busy, 3) for stage, busy in self._stages.items()},
             engine=self.engine,
-            skipped=dict(skipped),
             notes=self._notes,
             parity=self.parity,
             error=str(error) if error else None,
-            **self._counts,
+            **dict[str, Any](self._counts),
         )

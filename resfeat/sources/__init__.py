@@ -7,6 +7,7 @@ from urllib.parse import unquote_to_bytes
 
 from resfeat.sources import places
 from resfeat.sources.item import (
+    CARRIED,
     Content,
     Item,
     carried_in,
@@ -21,8 +22,9 @@ from resfeat.sources.rules import printable
 from resfeat.storage import is_remote
 
 __all__ = [
-    "RUN_IMAGES", "Content", "Item", "Listing", "Run", "carried_in", "gone", "item_of", "items_of",
-    "listing", "printable", "read", "read_ahead", "runs", "schema_of", "stays_whole", "table_of",
+    "CARRIED", "RUN_IMAGES", "Content", "Item", "Listing", "Run", "carried_in", "gone", "item_of",
+    "items_of", "listing", "printable", "read", "read_ahead", "runs", "schema_of", "stays_whole",
+    "table_of",
 ]  # fmt: skip
 
 

@@ -164,7 +164,7 @@ class Directories:
         uris = [place + part for part in parts]
         sizes = [status.st_size for status in statuses]
         mtimes = [status.st_mtime_ns // 1000 for status in statuses]
-        rest = map(repeat, (None, None, None, label, None, ()))
+        rest = map(repeat, (None, None, None, label, None, (), 0))
         return list(map(tuple.__new__, repeat(Item), zip(ids, uris, sizes, mtimes, *rest)))  # noqa: B905
 
 

@@ -1,6 +1,7 @@
 """`Item`: one input image, and the columns in which a plan has millions of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
@@ -24,9 +25,11 @@ class Item(NamedTuple):
     label: str | None = None  # what `--label-from` makes of its place
     problem: str | None = None  # "reason: message" of a failure that the listing knows already
     carried: tuple[Any, ...] = ()  # what it takes along unchanged: values of `Listing.carried`
+    since: int = 0  # the generation of the plan that listed it first as it is now
 
 
-# The fields of `Item`, in its order. What is carried follows, and may have any name of its own.
+# The fields of `Item`, in its order. What is carried follows, and may have any name of its own; a
+# plan has more behind it.
 CARRIED = "carried."
 _WHOLE = b"whole"
 COLUMNS = (
@@ -49,13 +52,13 @@ def schema_of(carried: Sequence[pa.Field] = ()) -> pa.Schema:
 
 def carried_in(schema: pa.Schema) -> tuple[pa.Field, ...]:
     """The inverse of `schema_of`."""
-    fields = tuple(schema)[len(COLUMNS) :]
+    fields = (field for field in schema if field.name.startswith(CARRIED))
     return tuple(field.with_name(field.name.removeprefix(CARRIED)) for field in fields)
 
 
 def table_of(items: Sequence[Item], carried: Sequence[pa.Field] = ()) -> pa.Table:
     """Items, at least one, as a table of these columns."""
-    *own, taken = zip(*items, strict=True)
+    *own, taken, _ = zip(*items, strict=True)
     schema = schema_of(carried)
     columns = zip(schema.names, [*own, *zip(*taken, strict=True)], strict=True)
     return pa.table(dict(columns), schema=schema)
@@ -74,12 +77,16 @@ def tables_of(lists: Iterable[list[Item]], rows: int) -> Iterator[pa.Table]:
 
 
 def items_of(table: pa.Table) -> list[Item]:
-    """The inverse of `table_of`."""
+    """The inverse of `table_of`; of a plan's table, too."""
+    since = table["since"].to_pylist() if "since" in table.column_names else repeat(0)
     place = table.schema.get_field_index("mtime")
     table = table.set_column(place, "mtime", table["mtime"].cast(pa.int64()))
     own = len(COLUMNS)
-    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    return [Item._make((*row[:own], row[own:])) for row in rows]
+    columns = table.columns[: own + len(carried_in(table.schema))]
+    rows = zip(*(column.to_pylist() for column in columns), strict=True)
+    return [
+        Item._make((*row[:own], row[own:], first)) for row, first in zip(rows, since, strict=False)
+    ]
 
 
 def whole(table: pa.Table) -> pa.Table:

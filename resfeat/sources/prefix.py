@@ -119,7 +119,7 @@ class Prefixes:
         quoted = quote_from_bytes(text.encode(), safe="/\n")
         uris = [lead + key for key in (run.keys if quoted == text else quoted.split("\n"))]
         label = folder_of(_path(lead) + run.folder) if self._labelled else None
-        rest = map(repeat, (None, None, label, None, ()))
+        rest = map(repeat, (None, None, label, None, (), 0))
         known = run.sizes, run.mtimes, run.etags
         return list(map(tuple.__new__, repeat(Item), zip(ids, uris, *known, *rest)))  # noqa: B905
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
@@ -32,14 +33,13 @@ def open_parquet(source: Location | bytes, buffer_size: int = 0) -> pq.ParquetFi
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_size)
 
 
-def dataset_of(folder: Location) -> ds.Dataset:
-    """The Parquet files of a folder, as a `pyarrow.dataset`."""
+def dataset_of(folder: Location, names: Sequence[str] | None = None) -> ds.Dataset:
+    """The Parquet files of a folder, all or those of these names, as a `pyarrow.dataset`."""
     import pyarrow.dataset as ds
 
-    if isinstance(folder, StorePath):
-        system = fs.PyFileSystem(_Objects())
-        return ds.dataset(str(folder), filesystem=system, format="parquet")
-    return ds.dataset(folder, format="parquet")
+    source = str(folder) if names is None else [str(folder / name) for name in names]
+    system = fs.PyFileSystem(_Objects()) if isinstance(folder, StorePath) else None
+    return ds.dataset(source, filesystem=system, format="parquet")
 
 
 class _Objects(fs.FileSystemHandler):  # type: ignore[misc]

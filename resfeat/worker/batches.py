@@ -9,9 +9,8 @@ up. What is under way is bounded: memory grows with neither the shard nor the da
 
 import queue
 import time
-from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock, get_ident
@@ -34,16 +33,16 @@ EARLY_IMAGES = 4096
 CHECK_SECONDS = 1.0
 # Reading that takes longer than this, for an image, waits for a disk or a store.
 SLOW_SECONDS = 0.002
+UNLOADED = Failure("read", "io_error", "it was never read")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A finished batch. first: the place of its first image in the shard."""
+    """A finished batch. first: the place of its first image among all."""
 
     first: int
-    rows: list[Row]
-    vectors: NDArray[np.floating]  # [len(rows), D], in the type that is stored
-    failures: list[FailedItem]
+    images: list[Row | FailedItem]
+    vectors: NDArray[np.floating]  # [len(images), D], in the type that is stored
     changed: int  # images that are not what was listed
 
 
@@ -54,26 +53,18 @@ class _Group:
     first: int
     items: Sequence[Item]
     pixels: NDArray[np.uint8]  # [at least whole batches, crop, crop, 3]
-    outcomes: list[Row | Failure | None]  # None for an image whose row is kept
+    outcomes: list[Row | Failure]  # of images that are loaded
     missing: int  # images that are not loaded yet
     left: int  # batches that are not embedded yet
     started: float
 
 
 class Batches:
-    """What becomes of the items of one shard. seconds: busy seconds by stage, added up over
-    threads."""
+    """What becomes of items of one shard. seconds: busy seconds by stage, added up over threads."""
 
-    def __init__(
-        self,
-        worker: Worker,
-        kept: Mapping[str, tuple[Row, NDArray[np.floating]]],
-        decode: Decoder,
-    ) -> None:
-        """kept: the rows, by id, that are not to be done again, with their vectors."""
+    def __init__(self, worker: Worker, decode: Decoder) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._worker = worker
-        self._kept = kept
         self._decode = decode
         self._size = worker.placement.batch_size
         self._together = -(-RUN_IMAGES // self._size) * self._size  # images in a group
@@ -99,19 +90,17 @@ class Batches:
             self.seconds[stage] += seconds
 
     def of(self, items: Sequence[Item]) -> Iterator[Batch]:
-        """Finished batches in plan order. Raises Stopped soon after the worker is told to stop,
-        DecoderHungError where it cannot go on, and what loading and embedding raise."""
-        worker, size, kept = self._worker, self._size, self._kept
+        """Finished batches in the order of the items. Raises Stopped soon after the worker is told
+        to stop, DecoderHungError where it cannot go on, and what loading and embedding raise."""
+        worker, size = self._worker, self._size
         most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
-        wanted = [n for n, item in enumerate(items) if item.problem or item.id not in kept]
-        coming = runs(items, wanted, self._together)
+        coming = runs(items, range(len(items)), self._together)
         try:
             with worker.feeding:  # the next shard is fed while this one drains, not before
                 run = self._following(coming)
                 for start in range(0, len(items), self._together):
                     end = min(start + self._together, len(items))
-                    missing = bisect_left(wanted, end) - bisect_left(wanted, start)
-                    group = self._begun(start, items[start:end], missing)
+                    group = self._begun(start, items[start:end])
                     while run and run.places[0] < end:
                         worker.loaders.submit(self._load, group, run)
                         run = self._following(coming)
@@ -149,26 +138,20 @@ class Batches:
             raise batch
         return batch
 
-    def _begun(self, first: int, items: Sequence[Item], missing: int) -> _Group:
-        """A group of which so many images are to be loaded, and which is then embedded."""
-        # Always the full shape, and each image at its own place whatever becomes of the others: the
-        # same image gives the same bits in every run.
+    def _begun(self, first: int, items: Sequence[Item]) -> _Group:
+        """A group of images that are to be loaded, and then embedded."""
+        # Always the full shape, whatever becomes of the others: the same image gives the same bits
+        # in every run.
         worker, batches = self._worker, -(-len(items) // self._size)
         try:
             pixels = worker.buffers.get_nowait()
         except queue.Empty:
             crop = worker.job.identity.preprocessing.crop
             pixels = worker.runtime.empty((self._together, crop, crop, 3))
-        outcomes: list[Row | Failure | None] = [None] * len(items)
-        group = _Group(first, items, pixels, outcomes, missing, batches, time.perf_counter())
+        outcomes: list[Row | Failure] = [UNLOADED] * len(items)
+        group = _Group(first, items, pixels, outcomes, len(items), batches, time.perf_counter())
         self._under_way += batches
-        if not missing:
-            self._submit(group)
         return group
-
-    def _submit(self, group: _Group) -> None:
-        for start in range(0, len(group.items), self._size):
-            self._worker.forwards.submit(self._embed, group, start)
 
     def _load(self, group: _Group, run: Run) -> None:
         """Load a run of images; whoever loads a group's last has its batches embedded."""
@@ -184,7 +167,8 @@ class Batches:
             group.missing -= len(run.places)
             is_whole = not group.missing
         if is_whole:
-            self._submit(group)
+            for start in range(0, len(group.items), self._size):
+                self._worker.forwards.submit(self._embed, group, start)
 
     def _read_and_decode(self, group: _Group, run: Run) -> None:
         """Read all of a run, then decode each image into its place."""
@@ -242,18 +226,16 @@ class Batches:
                 with np.errstate(over="ignore"):  # too much for float16 is infinite: a failure
                     vectors = given.astype(job.identity.dtype)
         finite = np.asarray(np.isfinite(vectors).all(axis=1))
-        rows, failures, places, changed = list[Row](), list[FailedItem](), list[int](), 0
-        for place, (item, outcome) in enumerate(zip(items, outcomes, strict=True)):
-            if outcome is None:
-                outcome, vectors[place] = self._kept[item.id]
-            elif isinstance(outcome, Row):
+        images, changed = list[Row | FailedItem](), 0
+        for item, outcome, is_finite in zip(items, outcomes, finite, strict=True):
+            if isinstance(outcome, Row):
                 changed += item.size is not None and (
                     (outcome.size, outcome.mtime) != (item.size, item.mtime)
                 )
-                outcome = outcome if finite[place] else problem
-            if isinstance(outcome, Failure):
-                failures.append(FailedItem(item.id, item.uri, outcome, item.carried))
-            else:
-                places.append(place)
-                rows.append(outcome)
-        return Batch(group.first + start, rows, vectors[places], failures, changed)
+                outcome = outcome if is_finite else problem
+            images.append(
+                FailedItem(item.id, item.uri, outcome, item.carried)
+                if isinstance(outcome, Failure)
+                else outcome
+            )
+        return Batch(group.first + start, images, vectors, changed)

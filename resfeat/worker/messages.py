@@ -84,17 +84,19 @@ class Task:
 
     shard: Shard
     careful: bool = False  # in child processes: what crashes or hangs a decoder is a failure row
+    retry: bool = False  # images that failed are tried again, though nothing changed in them
     parity: Mapping[str, float] | None = None  # how near the reference, if measured; rows say so
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a committed shard gave."""
+    """What a committed shard gave. embedded, failed: images that were done; kept: those of which
+    the rows stayed."""
 
     shard: int
     embedded: int
     failed: int
-    kept: int  # those of the embedded images that were there before
+    kept: int
     changed: int  # images that are not what was listed
     fits: int  # images that the device's memory held at once
     seconds: Mapping[str, float]  # busy seconds by stage, added up over threads

@@ -1,0 +1,126 @@
+"""The output folder, held by one run: by itself, or as one of several that share a dataset.
+
+    a whole run     holds the lock "all", and has seen that nobody holds one of a partition
+    a partition     holds its own lock, "2-of-4", has seen that none of another count is held, and
+                    holds "all" while it writes what is everybody's: the plan, and the record
+
+Each takes its own lock before it looks at those of others, so of two that begin together at least
+one sees the other. A run leaves drafts and, where it comes to nothing, folders; it clears its own.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from resfeat.dataset.layout import ALL, Layout
+from resfeat.dataset.lock import run_lock
+from resfeat.dataset.writer import HeldError, Lock, Writer
+from resfeat.errors import ResfeatError, Stopped
+from resfeat.plan import Partition
+from resfeat.storage import Location, remove_all
+
+WAIT_SECONDS = 0.5  # between two looks at whether another has made the plan
+
+Note = Callable[[str], None]
+
+
+@contextmanager
+def held(layout: Layout, on_wait: Note = lambda why: None) -> Iterator[Lock]:
+    """The output folder, made if it is not there, with the lock of this share of it held.
+
+    Where it ends without a record, what it made is removed again; but nothing in a store, where a
+    request to remove the plan may arrive when it is that of another run, which writes over it, and
+    nothing that others share. on_wait: is told before it takes long. Raises ResfeatError, naming
+    the holder, where another writes there.
+    """
+    root = layout.root
+    with writable(layout):
+        parents = [root, *root.parents] if isinstance(root, Path) else []
+        made = [folder for folder in parents if not folder.exists()]
+        try:
+            for folder in layout.folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            with run_lock(layout, on_wait=on_wait) as lock:
+                lock.killed = _alone(layout, on_wait) or lock.killed
+                try:
+                    _tidy(layout)  # of what a killed run left
+                    yield lock
+                finally:
+                    if lock.is_held():  # else it is another's
+                        _tidy(layout)  # of what workers left that were killed or stopped
+                        if layout.is_on_disk and layout.share == ALL and not layout.spec.exists():
+                            remove_all(layout.private)
+                            layout.card.unlink(missing_ok=True)
+                            _remove_empty([layout.embeddings, *made])
+        except OSError:
+            _remove_empty(made)
+            raise
+
+
+@contextmanager
+def whole(
+    layout: Layout,
+    on_wait: Note = lambda why: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[Layout]:
+    """The dataset as one whole, to write what all its shares have in common; waits for another
+    share that does so. Raises ResfeatError, naming it, where a run writes all of it, and Stopped.
+    """
+    if layout.share == ALL:
+        yield layout
+        return
+    every, told = Layout(str(layout.root)), ""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run_lock(every, is_run=False, share=layout.share))
+                break
+            except HeldError as error:
+                if not error.writer or error.writer.share == ALL:
+                    raise
+                if told != (told := str(error.writer)):
+                    on_wait(f"waiting for {told}, which lists the images for all partitions")
+            if stopping():
+                raise Stopped("stopped while another run was listing")
+            time.sleep(WAIT_SECONDS)
+        yield every
+
+
+@contextmanager
+def writable(layout: Layout) -> Iterator[None]:
+    """Say of what goes wrong with the output's folders what can be done about it."""
+    try:
+        yield
+    except OSError as error:
+        raise ResfeatError(
+            f"cannot write to {layout.root}: {error.strerror or error}; give a folder that can be "
+            "written, with space left, and the same command again"
+        ) from error
+
+
+def _alone(layout: Layout, on_wait: Note) -> Writer | None:
+    """See that nobody writes what is ours, too: raises ResfeatError, naming the holder. Returns who
+    held such a share last, if that run was killed."""
+    killed, mine = None, Partition.of_share(layout.share)
+    for share in layout.shares():
+        other = Partition.of_share(share)
+        if share != layout.share and other and (mine is None or other.of != mine.of):
+            with run_lock(Layout(str(layout.root), share), on_wait=on_wait) as lock:
+                killed = killed or lock.killed
+    return killed
+
+
+def _tidy(layout: Layout) -> None:
+    """Remove the drafts of this share of the dataset, which no run is writing any more."""
+    if isinstance(layout.tmp, Path):
+        every = layout.tmp.parent.iterdir() if layout.share == ALL else [layout.tmp]
+        for drafts in every:
+            for leftover in drafts.iterdir():
+                leftover.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: Sequence[Location]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
