@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
-from resfeat.dataset import Layout, Record
+from resfeat.dataset import FailedItem, Layout, Part, Record, Row
 from resfeat.plan import read_shard
 from resfeat.sources import Item, table_of
 
@@ -32,6 +32,12 @@ def vectors(table: pa.Table) -> NDArray[np.float32]:
     """The embeddings of rows as an array [N, D]."""
     flat = table["embedding"].combine_chunks().flatten().to_numpy()
     return flat.reshape(len(table), -1)
+
+
+def add(part: Part, rows: Sequence[Row], made: NDArray, failed: Sequence[FailedItem] = ()) -> None:
+    """Rows with vectors [len(rows), D], and failures, which have none, to a part."""
+    none = np.zeros((len(failed), made.shape[1]), made.dtype)
+    part.add([*rows, *failed], np.concatenate([made, none]))
 
 
 def planned(layout: Layout, shard: int) -> list[Item]:

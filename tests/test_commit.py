@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tables import add
 
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import (
@@ -22,6 +23,7 @@ from resfeat.dataset import commit as commits
 from resfeat.dataset.commit import digest
 from resfeat.dataset.notes import Note
 from resfeat.errors import Failure, ResfeatError, StoreError
+from resfeat.plan import Plan
 from resfeat.spec import FeatureSpec, Identity
 from resfeat.storage import draft
 
@@ -39,6 +41,10 @@ def layout(tmp_path):
     return layout
 
 
+def commits_of(layout):
+    return Commits.of(layout, Plan(4, ()))
+
+
 def rows(*ids):
     return [Row(name, 640, 480, 1000, 1_700_000_000_123_456, "cats") for name in ids]
 
@@ -53,8 +59,8 @@ FAILED = FailedItem("z.jpg", "file:///z.jpg", Failure("decode", "truncated", "cu
 def test_rows_come_back_as_they_were(layout, identity):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True)
     with Part(layout, 7, schema) as part:
-        part.add(rows("a.jpg"), vectors(1), [FAILED])
-        part.add(rows("b.jpg", "c.jpg"), vectors(2))
+        add(part, rows("a.jpg"), vectors(1), [FAILED])
+        add(part, rows("b.jpg", "c.jpg"), vectors(2))
         part.commit(["a.jpg", "b.jpg", "c.jpg", "z.jpg"])
     table = pq.read_table(layout.embeddings / "part-00007.parquet")
     assert table.schema.equals(schema, check_metadata=True)
@@ -81,7 +87,7 @@ def test_rows_come_back_as_they_were(layout, identity):
 def test_an_exception_leaves_nothing(layout, identity):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
     with pytest.raises(ZeroDivisionError), Part(layout, 0, schema) as part:
-        part.add(rows("a.jpg"), vectors(1), [FAILED])
+        add(part, rows("a.jpg"), vectors(1), [FAILED])
         raise ZeroDivisionError
     assert not layout.committed()
     assert not layout.with_failures()
@@ -93,7 +99,7 @@ def test_rows_that_are_not_the_plans_are_never_committed(planned, layout, identi
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
     refused = pytest.raises(ResfeatError, match="do not match the plan")
     with refused, Part(layout, 0, schema) as part:
-        part.add(rows("a.jpg", "b.jpg"), vectors(2))
+        add(part, rows("a.jpg", "b.jpg"), vectors(2))
         part.commit(planned)
     assert not layout.committed()
     assert not list(layout.tmp.iterdir())
@@ -148,13 +154,13 @@ def test_two_that_write_one_part_do_not_write_one_draft(tmp_path):
 def test_a_new_shard_is_visible_whole_or_not_at_all(step, layout, identity, stop_at):
     stop_at(step, lambda: commit(layout, identity, ["a.jpg"], [FAILED]))
     assert layout.committed() == ([0] if step == "embeddings" else [])
-    assert list(Commits.of(layout).done) == layout.committed()
+    assert list(commits_of(layout).done) == layout.committed()
     assert layout.with_failures() == ([0] if step in ("failures", "embeddings") else [])
     if layout.committed():
         assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
     commit(layout, identity, ["a.jpg"], [FAILED])
     assert ids(layout) == ["a.jpg"] and ids(layout, "failures") == ["z.jpg"]
-    assert Commits.of(layout).done[0].reasons == {"truncated": 1}
+    assert commits_of(layout).done[0].reasons == {"truncated": 1}
 
 
 @pytest.mark.parametrize("again", commits.STEPS)
@@ -167,13 +173,13 @@ def test_a_shard_that_is_replaced_is_never_missing_and_loses_no_row(
     commit(layout, identity, ["a.jpg"], [FAILED, late])
 
     def is_sound():
-        assert ids(layout)[0] == "a.jpg" and "a.jpg" in kept_rows(layout, 0)
+        assert ids(layout)[0] == "a.jpg" and "a.jpg" in kept_rows(layout, 0).rows
         every = set(ids(layout)) | set(ids(layout, "failures"))
         assert every == {"a.jpg", "y.jpg", "z.jpg"}
         assert len(ids(layout)) == len(set(ids(layout)))
         # Done: all of it is as the note says. Half: the next run does it again.
-        done = Commits.of(layout)
-        assert (0 in done.done) != (0 in done.half)
+        done = commits_of(layout)
+        assert (0 in done.done) != (0 in done.behind)
         note = Note.read(layout, 0)
         for kind in note.digests:
             found = digest(layout.root / kind / layout.part_name(0))
@@ -187,7 +193,7 @@ def test_a_shard_that_is_replaced_is_never_missing_and_loses_no_row(
     is_sound()
     commit(layout, identity, ["a.jpg", "y.jpg", "z.jpg"], [])
     assert ids(layout) == ["a.jpg", "y.jpg", "z.jpg"] and not layout.with_failures()
-    assert Commits.of(layout).done[0].embedded == 3
+    assert commits_of(layout).done[0].embedded == 3
 
 
 @pytest.mark.parametrize("is_done", [True, False])
@@ -206,8 +212,8 @@ def test_a_change_of_failures_of_which_the_answer_is_an_error(
     monkeypatch.setattr(commits, "remove", remove_and_fail)
     with pytest.raises(StoreError, match="no answer"):
         commit(layout, identity, ["a.jpg", "z.jpg"], [])
-    assert Commits.of(layout).half == {0}
-    assert list(kept_rows(layout, 0)) == ["a.jpg", "z.jpg"]
+    assert commits_of(layout).behind.keys() == {0}
+    assert list(kept_rows(layout, 0).rows) == ["a.jpg", "z.jpg"]
     monkeypatch.setattr(commits, "remove", remove)
     commit(layout, identity, ["a.jpg", "z.jpg"], [])
     assert ids(layout) == ["a.jpg", "z.jpg"] and not layout.with_failures()
@@ -227,7 +233,7 @@ def test_what_is_carried_stands_in_both_tables(layout, identity):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True, carried=carried)
     good = replace(rows("a.jpg")[0], carried=(3, ["new"]))
     with Part(layout, 0, schema) as part:
-        part.add([good], vectors(1), [replace(FAILED, carried=(None, []))])
+        add(part, [good], vectors(1), [replace(FAILED, carried=(None, []))])
         part.commit(["a.jpg", "z.jpg"])
     table = pq.read_table(layout.embeddings / "part-00000.parquet")
     assert table.schema.names[-3:] == ["label", "price", "tags"]
@@ -235,7 +241,7 @@ def test_what_is_carried_stands_in_both_tables(layout, identity):
     assert [table[name][0].as_py() for name in ("price", "tags")] == [3, ["new"]]
     (failure,) = pq.read_table(layout.failures / "part-00000.parquet").to_pylist()
     assert (failure["reason"], failure["price"], failure["tags"]) == ("truncated", None, [])
-    ((kept, _),) = kept_rows(layout, 0).values()
+    ((kept, _),) = kept_rows(layout, 0).rows.values()
     assert kept == good
 
 
@@ -253,19 +259,19 @@ def test_embeddings_are_written_for_those_who_read_them_whole(layout, identity):
 def test_rows_that_are_kept_are_the_rows_that_were_committed(layout, identity):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True)
     with Part(layout, 0, schema) as part:
-        part.add(rows("a.jpg", "b.jpg"), vectors(2))
+        add(part, rows("a.jpg", "b.jpg"), vectors(2))
         part.commit(["a.jpg", "b.jpg"])
-    kept = kept_rows(layout, 0)
+    kept = kept_rows(layout, 0).rows
     assert [row for row, _ in kept.values()] == rows("a.jpg", "b.jpg")
     assert np.array_equal(np.stack([vector for _, vector in kept.values()]), vectors(2))
-    assert kept_rows(layout, 1) == {}
+    assert kept_rows(layout, 1).rows == {}
 
 
 def commit(layout, identity, embedded, failed, planned=None):
     schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
     with Part(layout, 0, schema) as part:
-        part.add([replace(row, label=None) for row in rows(*embedded)], vectors(len(embedded)))
-        part.add([], vectors(0), failed)
+        add(part, [replace(row, label=None) for row in rows(*embedded)], vectors(len(embedded)))
+        add(part, [], vectors(0), failed)
         part.commit(planned or [*embedded, *(item.id for item in failed)])
 
 
@@ -279,7 +285,7 @@ def test_a_second_attempt_writes_the_same_bytes(layout, identity):
     seen = set()
     for _ in range(2):
         with Part(layout, 0, schema) as part:
-            part.add(rows("a.jpg", "b.jpg"), vectors(2))
+            add(part, rows("a.jpg", "b.jpg"), vectors(2))
             part.commit(["a.jpg", "b.jpg"])
         seen.add((layout.embeddings / "part-00000.parquet").read_bytes())
     assert len(seen) == 1

@@ -9,10 +9,10 @@ import pytest
 
 from resfeat.dataset import Layout
 from resfeat.dataset import lock as locks
+from resfeat.dataset.held import _tidy
 from resfeat.dataset.lock import holder, run_lock
 from resfeat.dataset.writer import Writer
 from resfeat.errors import ResfeatError
-from resfeat.run import _tidy
 from resfeat.storage import file_system_of
 
 
@@ -38,14 +38,16 @@ def test_a_run_that_was_killed_is_told_of_once_and_a_repair_leaves_word_of_it(he
         assert lock.killed is None
 
 
-def test_a_run_leaves_the_drafts_of_another_share_alone(here):
-    mine, other = here
-    other.tmp.mkdir(parents=True, exist_ok=True)
-    (other.tmp / "draft").touch()
-    _tidy(mine)
-    assert (other.tmp / "draft").exists()
-    _tidy(other)
-    assert not (other.tmp / "draft").exists()
+def test_a_partition_leaves_the_drafts_of_others_alone_and_a_whole_run_clears_them(here):
+    every, other = here
+    mine = Layout(every.root, "1-of-2")
+    mine.tmp.mkdir()
+    for clears in (other, every):
+        (other.tmp / "draft").touch()
+        _tidy(mine)
+        assert (other.tmp / "draft").exists()
+        _tidy(clears)
+        assert not (other.tmp / "draft").exists()
 
 
 def test_runs_on_two_shares_hold_a_lock_each(here):

@@ -15,6 +15,7 @@ from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
 from resfeat.dataset.writer import Lock, Writer
 from resfeat.errors import ResfeatError, UsageError
+from resfeat.reporting import Watch
 from resfeat.run import Run
 from resfeat.sources.directory import Directories
 
@@ -169,7 +170,7 @@ def test_a_run_that_was_overtaken_ends_and_touches_nothing(source, tmp_path, mon
         if progress.total:  # it embeds
             locks[0].taken.set()
 
-    monkeypatch.setattr("resfeat.run.run_lock", noted)
+    monkeypatch.setattr("resfeat.dataset.held.run_lock", noted)
     output = tmp_path / "out"
     with pytest.raises(ResfeatError, match="another run took"):
         extract(spec(source, output), on_progress=overtaken)
@@ -180,10 +181,17 @@ def tasks(output, todo, killed=None):
     """The numbers of the shards that a run takes care with."""
     layout = Layout(output)
     record = Record.load(layout)
-    request = SimpleNamespace(layout=layout)
-    tally = SimpleNamespace(todo=[record.plan.shards[number] for number in todo])
-    lock = Lock(str(output), killed)
-    made = Run(request, lock, None, record, False, tally).tasks()
+    shards = [record.plan.shards[number] for number in todo]
+    request = SimpleNamespace(
+        layout=layout,
+        spec=SimpleNamespace(retry_failed=False),
+        watch=Watch(),
+        started=0.0,
+        shards=lambda record: shards,
+        todo=lambda record: shards,
+    )
+    weights = SimpleNamespace(notes=())
+    made = Run(request, Lock(str(output), killed), weights, record, False).tasks()
     assert [task.shard.number for task in made] == todo
     return [task.shard.number for task in made if task.careful]
 

@@ -1,7 +1,5 @@
 """What is named as the limit, from made-up busy seconds."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from resfeat.reporting import Report, Tally, Watch, limits
@@ -105,7 +103,7 @@ def test_the_sentence_says_that_fewer_workers_would_do():
 )
 def test_what_is_said_of_memory_that_was_short(device, says):
     notes = []
-    tally = Tally(SimpleNamespace(items=1), [], Watch(note=notes.append), 0.0)
+    tally = Tally([], [], Watch(note=notes.append), 0.0)
     tally.engine = {"device": device, "batch_size": 128}
     for fits in (128, 32, 32):
         tally.add(ShardResult(0, 1, 0, 0, 0, fits, {}))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tables import listed, planned
+from tables import add, listed, planned
 
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import (
@@ -76,7 +76,7 @@ def do(layout, shard):
     rows = [Row(item.id, 640, 480, item.size, item.mtime) for item in good]
     noise = np.random.default_rng(shard).random((len(good), 2 * DIM), np.float32)
     with Part(layout, shard, embeddings_schema(identity, DIMS, with_label=False)) as part:
-        part.add(rows, noise, failed)
+        add(part, rows, noise, failed)
         part.commit(item.id for item in items)
 
 
@@ -289,13 +289,13 @@ def test_a_shard_that_was_being_replaced_is_unfinished_and_keeps_its_rows(datase
     newer = {"embeddings": "0" * 64, "failures": None}
     replace(note, digests=newer, replaces=note.digests).write(layout, 0)
     assert found(dataset) == [("unfinished", str(part))]
-    assert repair(dataset, verify(dataset)) == [] and len(kept_rows(layout, 0)) == 5
-    assert dataset.commits().half == {0} and 0 not in dataset.commits().done
+    assert repair(dataset, verify(dataset)) == [] and len(kept_rows(layout, 0).rows) == 5
+    assert dataset.commits().behind.keys() == {0} and 0 not in dataset.commits().done
     os.truncate(part, 100)
     assert set(found(dataset)) == {("checksum", str(part)), ("unreadable", str(part))}
     with pytest.raises(ResfeatError, match="verify --repair"):
         kept_rows(layout, 0)
-    assert repair(dataset, verify(dataset)) == [0] and kept_rows(layout, 0) == {}
+    assert repair(dataset, verify(dataset)) == [0] and kept_rows(layout, 0).rows == {}
 
 
 def test_a_repair_that_is_stopped_leaves_no_shard_without_its_failures(dataset, monkeypatch):
@@ -338,13 +338,13 @@ def test_kept_rows_are_those_that_were_committed(dataset):
     layout = dataset.layout
     part = layout.embeddings / layout.part_name(0)
     table = pq.read_table(part)
-    kept = kept_rows(layout, 0)
+    kept = kept_rows(layout, 0).rows
     assert list(kept) == table["id"].to_pylist()
     for place, (row, vector) in enumerate(kept.values()):
         assert row == Row(table["id"][place].as_py(), 640, 480, row.size, row.mtime)
         layers = [table[f"embedding_{layer}"][place].as_py() for layer in DIMS]
         assert vector.tolist() == [value for layer in layers for value in layer]
-    assert kept_rows(layout, 2) == {}  # all of them failed
+    assert kept_rows(layout, 2).rows == {}  # all of them failed
     layout.note(0).unlink()
     with pytest.raises(ResfeatError, match="not what was committed"):
         kept_rows(layout, 0)

@@ -3,11 +3,13 @@
 A note is a small JSON document in `checksums/`. `commit.py` says when it is written.
 """
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 from resfeat.dataset.layout import Layout
@@ -68,7 +70,7 @@ class Commits:
     done: Mapping[int, Note | None]  # by shards whose files are in place; None if a note is lost
     # Shards that hold rows and are to be done: their files were being replaced when a run ended, or
     # an update has listed them anew.
-    behind: frozenset[int]
+    behind: Mapping[int, Note]
     failures: frozenset[int]  # shards that have a file of failures
 
     @classmethod
@@ -78,18 +80,19 @@ class Commits:
         with ThreadPoolExecutor(REQUESTS if isinstance(layout.root, StorePath) else 1) as pool:
             notes = dict(zip(shards, pool.map(lambda n: Note.read(layout, n), shards), strict=True))
         behind = {
-            number
+            number: note
             for number, note in notes.items()
             if note and (note.replaces or note.generation < plan.generation_of(number))
         }
         done = {shard: note for shard, note in notes.items() if shard not in behind}
-        return cls(done, frozenset(behind), frozenset(layout.with_failures()))
+        return cls(done, behind, frozenset(layout.with_failures()))
 
-    def within(self, shards: Iterable[Shard]) -> Self:
+    def within(self, shards: Iterable[Shard]) -> Commits:
         """The same of these shards alone."""
         some = {shard.number for shard in shards}
         done = {number: note for number, note in self.done.items() if number in some}
-        return replace(self, done=done, behind=self.behind & some, failures=self.failures & some)
+        behind = {number: note for number, note in self.behind.items() if number in some}
+        return Commits(done, behind, self.failures & some)
 
     @property
     def embedded(self) -> int:

@@ -88,7 +88,7 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
     )
     record.save(layout)
     todo = list(planned.shards.values())
-    tally = Tally(planned, todo, Watch(), time.monotonic())
+    tally = Tally(list(planned.shards.values()), todo, Watch(), time.monotonic())
     engine.RayWorker = Idle  # type: ignore[misc]
     options = RuntimeOptions(workers=2)
     job = Job.of(layout, record, weights.dims)
