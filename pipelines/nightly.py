@@ -2,8 +2,8 @@
 
     python pipelines/nightly.py SRC OUT [options of `resfeat extract`]
 
-The first night embeds what SRC holds. Every later one embeds what is new or has changed, and removes
-the rows of what is gone; a night that was cut off is finished first. As a line of a crontab:
+The first night embeds what SRC holds. Every later one embeds what is new or has changed, and
+removes the rows of what is gone; a night that was cut off is finished first. In a crontab:
 
     0 2 * * *  python pipelines/nightly.py /data/photos /data/embeddings --model resnet50
 
