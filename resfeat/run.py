@@ -17,6 +17,7 @@ from resfeat.dataset import (
     Record,
     commit_generation,
     held,
+    is_alone,
     whole,
     write_card,
 )
@@ -239,7 +240,7 @@ def begin(request: Request, weights: Weights) -> Iterator[Run]:
     with held(request.layout, watch.note) as lock:
         with whole(request.layout, watch.note, watch.stopping) as layout:
             record = Record.load(layout)
-            if record and not layout.committed():
+            if record and not layout.committed() and is_alone(request.layout):
                 record = _taken_over(request, layout, weights, record)
                 if record is None:
                     Record.forget(layout)
