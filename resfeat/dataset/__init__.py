@@ -3,7 +3,7 @@
 from resfeat.dataset.card import write_card
 from resfeat.dataset.commit import Part
 from resfeat.dataset.generation import commit_generation
-from resfeat.dataset.held import held, whole, writable
+from resfeat.dataset.held import held, is_alone, whole, writable
 from resfeat.dataset.layout import ALL, Layout
 from resfeat.dataset.lease import check_lease
 from resfeat.dataset.lock import holder, run_lock
@@ -15,6 +15,6 @@ from resfeat.dataset.writer import Lock
 
 __all__ = [
     "ALL", "Commits", "Dataset", "FailedItem", "Layout", "Lock", "Part", "Record", "Row",
-    "check_lease", "commit_generation", "embeddings_schema", "held", "holder", "kept_rows",
-    "open_dataset", "run_lock", "whole", "writable", "write_card",
+    "check_lease", "commit_generation", "embeddings_schema", "held", "holder",
+    "is_alone", "kept_rows", "open_dataset", "run_lock", "whole", "writable", "write_card",
 ]  # fmt: skip

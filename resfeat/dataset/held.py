@@ -5,7 +5,9 @@
                     holds "all" while it writes what is everybody's: the plan, and the record
 
 Each takes its own lock before it looks at those of others, so of two that begin together at least
-one sees the other. A run leaves drafts and, where it comes to nothing, folders; it clears its own.
+one sees the other. It also looks before it takes any: what is refused in good time leaves no trace,
+and is in nobody's way. A run leaves drafts and, where it comes to nothing, folders; it clears its
+own.
 """
 
 import time
@@ -14,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from resfeat.dataset.layout import ALL, Layout
-from resfeat.dataset.lock import run_lock
+from resfeat.dataset.lock import refusal, run_lock
 from resfeat.dataset.writer import HeldError, Lock, Writer
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.plan import Partition
@@ -35,6 +37,7 @@ def held(layout: Layout, on_wait: Note = lambda why: None) -> Iterator[Lock]:
     the holder, where another writes there.
     """
     root = layout.root
+    _check_alone(layout)
     with writable(layout):
         parents = [root, *root.parents] if isinstance(root, Path) else []
         made = [folder for folder in parents if not folder.exists()]
@@ -42,7 +45,7 @@ def held(layout: Layout, on_wait: Note = lambda why: None) -> Iterator[Lock]:
             for folder in layout.folders:
                 folder.mkdir(parents=True, exist_ok=True)
             with run_lock(layout, on_wait=on_wait) as lock:
-                lock.killed = _alone(layout, on_wait) or lock.killed
+                lock.killed = see_alone(layout, on_wait) or lock.killed
                 try:
                     _tidy(layout)  # of what a killed run left
                     yield lock
@@ -77,13 +80,18 @@ def whole(
                 stack.enter_context(run_lock(every, is_run=False, share=layout.share))
                 break
             except HeldError as error:
-                if not error.writer or error.writer.share == ALL:
+                # No name, or that of one that is gone: another is just taking it, or giving it up.
+                writer = error.writer if error.writer and _is_there(error.writer, every) else None
+                if writer and writer.share == ALL:
                     raise
-                if told != (told := str(error.writer)):
-                    on_wait(f"waiting for {told}, which lists the images for all partitions")
+                if writer and told != (told := str(writer)):
+                    on_wait(f"waiting for {told}, which writes down what all partitions go by")
             if stopping():
                 raise Stopped("stopped while another run was listing")
             time.sleep(WAIT_SECONDS)
+        if isinstance(every.tmp, Path):
+            every.tmp.mkdir(exist_ok=True)
+            _clear(every.tmp)  # of a partition that was killed while it listed
         yield every
 
 
@@ -99,14 +107,47 @@ def writable(layout: Layout) -> Iterator[None]:
         ) from error
 
 
-def _alone(layout: Layout, on_wait: Note) -> Writer | None:
+def _check_alone(layout: Layout) -> None:
+    """Raise HeldError, naming the holder, where another is known to write what is ours, too."""
+    for other in _others(layout):
+        if (writer := other.writer) and _is_there(writer, layout) and _meets(writer.share, layout):
+            raise other
+
+
+def is_alone(layout: Layout) -> bool:
+    """Whether nobody holds another share than ours."""
+    return not any(_others(layout))
+
+
+def _others(layout: Layout) -> Iterator[HeldError]:
+    """Who holds another share than ours, or may do so, as a run of it would be told."""
+    for share in sorted({ALL, *layout.shares()} - {layout.share}):
+        found = refusal(Layout(str(layout.root), share))
+        if found and not (found.writer and found.writer.share == layout.share):
+            yield found
+
+
+def _meets(share: str, layout: Layout) -> bool:
+    """Whether another share has what is in ours, but for our own."""
+    other, mine = Partition.of_share(share), Partition.of_share(layout.share)
+    return other is None or mine is None or other.of != mine.of
+
+
+def _is_there(writer: Writer, layout: Layout) -> bool:
+    """Whether one that holds a lock is certainly there. On a disk only a process can hold it, but
+    there the name may be that of the last one; in a store the name is all there is."""
+    is_alive = writer.is_alive()
+    return is_alive is not False if layout.is_on_disk else is_alive is True
+
+
+def see_alone(layout: Layout, on_wait: Note, *, is_run: bool = True) -> Writer | None:
     """See that nobody writes what is ours, too: raises ResfeatError, naming the holder. Returns who
-    held such a share last, if that run was killed."""
-    killed, mine = None, Partition.of_share(layout.share)
+    held such a share last, if that run was killed. is_run, on_wait: as `run_lock` has them."""
+    killed = None
     for share in layout.shares():
-        other = Partition.of_share(share)
-        if share != layout.share and other and (mine is None or other.of != mine.of):
-            with run_lock(Layout(str(layout.root), share), on_wait=on_wait) as lock:
+        other = Layout(str(layout.root), share)
+        if share not in (ALL, layout.share) and _meets(share, layout):
+            with run_lock(other, is_run=is_run, on_wait=on_wait) as lock:
                 killed = killed or lock.killed
     return killed
 
@@ -114,10 +155,13 @@ def _alone(layout: Layout, on_wait: Note) -> Writer | None:
 def _tidy(layout: Layout) -> None:
     """Remove the drafts of this share of the dataset, which no run is writing any more."""
     if isinstance(layout.tmp, Path):
-        every = layout.tmp.parent.iterdir() if layout.share == ALL else [layout.tmp]
-        for drafts in every:
-            for leftover in drafts.iterdir():
-                leftover.unlink(missing_ok=True)
+        _clear(layout.tmp.parent if layout.share == ALL else layout.tmp)
+
+
+def _clear(drafts: Path) -> None:
+    for leftover in drafts.rglob("*"):
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
 
 
 def _remove_empty(folders: Sequence[Location]) -> None:

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from resfeat.dataset.layout import Layout
-from resfeat.dataset.writer import HeldError, Lock, Writer, overtaken
+from resfeat.dataset.writer import HeldError, Lock, Writer, is_word, overtaken
 from resfeat.errors import StoreError
 from resfeat.storage import StorePath, Version
 
@@ -117,7 +117,7 @@ def held_in_store(
         yield lease
         lease.check()
     finally:
-        lease.give_up(None if is_run else before)
+        lease.give_up(before if not is_run and is_word(before, layout) else None)
 
 
 def writer_in_store(layout: Layout) -> Writer | None:

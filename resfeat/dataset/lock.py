@@ -15,7 +15,7 @@ from pathlib import Path
 
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.lease import held_in_store, writer_in_store
-from resfeat.dataset.writer import HeldError, Lock, Writer
+from resfeat.dataset.writer import HeldError, Lock, Writer, is_word
 from resfeat.errors import ResfeatError
 from resfeat.storage import StorePath, file_system_of
 
@@ -37,7 +37,8 @@ def run_lock(
 
     is_run: whether what follows goes on with the work of a run that was killed; what does not
     leaves word of that run for the one that will. on_wait: is told before it takes long. share:
-    what the holder writes, where that is not what it locks.
+    what the holder writes, where that is not what it locks: of such a one no word is left, which
+    its own lock has.
     """
     me = Writer.me(share or layout.share)
     if isinstance(layout.lock, StorePath):
@@ -54,19 +55,25 @@ def run_lock(
         try:
             yield Lock(str(layout.root), before)
         finally:
-            _overwrite(descriptor, content if before and not is_run else "")
+            _overwrite(descriptor, content if not is_run and is_word(before, layout) else "")
+
+
+def refusal(layout: Layout) -> HeldError | None:
+    """What a run would be told that wants this lock now; None where nobody has it."""
+    if isinstance(layout.lock, StorePath):
+        writer = writer_in_store(layout)
+        return HeldError(layout.root, writer) if writer else None
+    # Where there are no locks, nobody can tell, and nobody can write.
+    with suppress(FileNotFoundError, ResfeatError), open(layout.lock, encoding="utf-8") as file:
+        if not _try(layout.lock, file.fileno(), fcntl.LOCK_SH, 0):
+            return HeldError(layout.root, Writer.parse(file.read()))
+    return None
 
 
 def holder(layout: Layout) -> str | None:
     """Who is writing the dataset now; None where nobody is."""
-    if isinstance(layout.lock, StorePath):
-        writer = writer_in_store(layout)
-        return str(writer) if writer else None
-    # Where there are no locks, nobody can tell, and nobody can write.
-    with suppress(FileNotFoundError, ResfeatError), open(layout.lock, encoding="utf-8") as file:
-        if not _try(layout.lock, file.fileno(), fcntl.LOCK_SH, 0):
-            return str(Writer.parse(file.read()) or "another process")
-    return None
+    found = refusal(layout)
+    return str(found.writer or "another process") if found else None
 
 
 def _try(path: Path, descriptor: int, kind: int, patience: float) -> bool:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from resfeat.dataset.commit import digest
+from resfeat.dataset.held import see_alone
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
@@ -117,6 +118,7 @@ def repair(
     sent = []
     try:
         with run_lock(layout, is_run=False, on_wait=on_wait) as lock:
+            see_alone(layout, on_wait, is_run=False)  # one that comes now needs this lock first
             for shard in found.bad_shards:
                 # Look again, now that nobody writes: what was in hand may be done by now.
                 was_committed = layout.note(shard).exists()

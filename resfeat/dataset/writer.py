@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from resfeat.dataset.layout import ALL
+from resfeat.dataset.layout import ALL, Layout
 from resfeat.errors import ResfeatError
 
 
@@ -84,6 +84,12 @@ class Lock:
         except ResfeatError:
             return False
         return True
+
+
+def is_word(before: Writer | None, layout: Layout) -> bool:
+    """Whether this is word of a run that wrote what the lock is for. A partition holds that of the
+    whole for a moment; if it is killed then, its own lock has the word of it."""
+    return before is not None and before.share == layout.share
 
 
 def overtaken(output: object) -> ResfeatError:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from resfeat.dataset import Dataset, Layout, Record, commit_generation, write_card
+from resfeat.dataset import Dataset, Layout, Record, commit_generation, is_alone, write_card
 from resfeat.errors import ResfeatError
 from resfeat.plan import Changes, Plan, shard_size_for, write_plan
 from resfeat.reporting import Preview, last_rate, versions
@@ -25,7 +25,7 @@ def settled(
 ) -> tuple[Record, bool, Changes | None]:
     """The record that a run goes by, whether it is new, and what an update found."""
     record = Record.load(layout)
-    if record and request.partition is None and not layout.committed():
+    if record and not layout.committed() and is_alone(request.layout):
         record = _taken_over(request, layout, weights, record)
         if record is None:
             Record.forget(layout)
