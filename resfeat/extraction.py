@@ -83,7 +83,7 @@ def preview(
 
 def _request(spec: ExtractSpec, watch: Watch, started: float) -> Request:
     """The request, once all that can be told at once is known to be in order."""
-    partition = Partition.parse(spec.partition) if spec.partition else None
+    partition = None if spec.partition is None else Partition.parse(spec.partition)
     layout = Layout(spec.output, partition.share if partition else ALL)
     listing = sources.listing(spec.sources, spec.source_options)
     request = Request(spec, layout, listing, watch, started, partition)

@@ -297,7 +297,7 @@ class ExtractSpec(FeatureSpec, SourceOptions):
         _check_range("shard-size", self.shard_size, 1, inf, "at least 1")
         _check_range("max-error-rate", self.max_error_rate, 0, 1, "a share from 0 to 1")
         _check_range("max-gone", self.max_gone, 0, 1, "a share from 0 to 1")
-        if self.update and self.partition:
+        if self.update and self.partition is not None:
             raise UsageError(
                 "--update is for the whole dataset and --partition for a part of it: give --update "
                 "alone, once all partitions are done"

@@ -163,6 +163,9 @@ class Difference:
             column = pc.if_else(pa.array(gone), value, rows[name])
             place = rows.schema.get_field_index(name)
             rows = rows.set_column(place, rows.schema.field(place), column)
+        # Whoever reads a file of several images reads them in the order in which they lie now.
+        if rows["offset"].null_count < rows.num_rows:
+            rows = rows.sort_by([("uri", "ascending"), ("offset", "ascending")])
         return rows
 
 

@@ -59,8 +59,11 @@ def _update(request: Request, record: Record, weights: Weights) -> tuple[Record,
     found = request.difference(record)
     request.check_gone(record, found.changes)
     if found.changes:
-        record = commit_generation(layout, record, found.write(layout.tmp))
-        write_card(layout, record, weights.dims, request.listing.carried)
+        plan = found.write(layout.tmp)
+        # The card first: a run that is killed behind the record finds nothing left to change.
+        now = replace(record, plan=plan)
+        write_card(layout, now, weights.dims, request.listing.carried)
+        record = commit_generation(layout, record, plan)
     return record, found.changes
 
 

@@ -26,6 +26,12 @@ from resfeat.spec import SourceOptions
 # What a column of addresses is often called, whatever else the table has.
 USUAL = ("uri", "url", "path", "file", "filename", "file_name", "file_path", "filepath", "image",
          "image_path", "image_url", "image_uri", "img_path")  # fmt: skip
+_AS_STORED = {
+    pa.date64(): pa.date32(),
+    pa.time32("s"): pa.time32("ms"),
+    pa.string_view(): pa.string(),
+    pa.binary_view(): pa.binary(),
+}
 
 
 @dataclass
@@ -83,7 +89,7 @@ class Tables:
         found: dict[str, pa.Field] = {}
         for table in self._tables:
             for name in self._options.keep:
-                kind = table.file.schema.field(name).type
+                kind = _stored(table.file.schema.field(name).type)
                 if (first := found.setdefault(name, pa.field(name, kind))).type != kind:
                     raise UsageError(
                         f"--keep {name}: it is {first.type} in {self._tables[0].file.name} and "
@@ -134,7 +140,7 @@ class Tables:
     def _whole(self, own: dict[str, pa.Array], some: Stretch) -> pa.Table:
         schema = schema_of(self.carried)
         for field in self.carried:
-            own[CARRIED + field.name] = some.columns[field.name]
+            own[CARRIED + field.name] = some.columns[field.name].cast(field.type)
         return pa.table(
             [own.get(field.name, pa.nulls(some.count, field.type)) for field in schema], schema
         )
@@ -163,6 +169,14 @@ def _numbers(some: Stretch) -> pa.Array:
 def _of_addresses(some: Stretch, addresses: Addresses) -> dict[str, pa.Array]:
     uris, problems = addresses.uris(_text(some.addresses))
     return {"uri": uris, "problem": problems}
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """The type in which values of this one are listed: one that Parquet gives back as it is, so that
+    an update finds no difference, and whose rows Arrow can pick out."""
+    if pa.types.is_timestamp(kind) and kind.unit == "s":
+        return pa.timestamp("ms", kind.tz)
+    return _AS_STORED.get(kind, kind)
 
 
 def _text(column: pa.Array) -> pa.Array:
