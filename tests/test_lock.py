@@ -9,7 +9,7 @@ import pytest
 
 from resfeat.dataset import Layout
 from resfeat.dataset import lock as locks
-from resfeat.dataset.held import _tidy
+from resfeat.dataset.holding import _tidy
 from resfeat.dataset.lock import holder, run_lock
 from resfeat.dataset.writer import Writer
 from resfeat.errors import ResfeatError

@@ -170,7 +170,7 @@ def test_a_run_that_was_overtaken_ends_and_touches_nothing(source, tmp_path, mon
         if progress.total:  # it embeds
             locks[0].taken.set()
 
-    monkeypatch.setattr("resfeat.dataset.held.run_lock", noted)
+    monkeypatch.setattr("resfeat.dataset.holding.run_lock", noted)
     output = tmp_path / "out"
     with pytest.raises(ResfeatError, match="another run took"):
         extract(spec(source, output), on_progress=overtaken)

@@ -3,7 +3,7 @@
 from resfeat.dataset.card import write_card
 from resfeat.dataset.commit import Part
 from resfeat.dataset.generation import commit_generation
-from resfeat.dataset.held import held, is_alone, whole, writable
+from resfeat.dataset.holding import held, is_alone, whole, writable
 from resfeat.dataset.layout import ALL, Layout
 from resfeat.dataset.lease import check_lease
 from resfeat.dataset.lock import holder, run_lock

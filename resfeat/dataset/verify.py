@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from resfeat.dataset.commit import digest
-from resfeat.dataset.held import see_alone
+from resfeat.dataset.holding import see_alone
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
