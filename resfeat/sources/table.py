@@ -172,8 +172,8 @@ def _of_addresses(some: Stretch, addresses: Addresses) -> dict[str, pa.Array]:
 
 
 def _stored(kind: pa.DataType) -> pa.DataType:
-    """The type in which values of this one are listed: one that Parquet gives back as it is, so that
-    an update finds no difference, and whose rows Arrow can pick out."""
+    """The type in which values of this one are listed: one that Parquet gives back as it is, so
+    that an update finds no difference, and whose rows Arrow can pick out."""
     if pa.types.is_timestamp(kind) and kind.unit == "s":
         return pa.timestamp("ms", kind.tz)
     return _AS_STORED.get(kind, kind)
