@@ -95,8 +95,9 @@ class FaultyProxy(Endpoint):
     the body is read; "stall", nothing for `stall` seconds and then the end of the connection; or,
     after it took effect, "cut", half of the answer's body (no answer where it has none), or "lost",
     no answer. "delayed" passes it on after `delay()` seconds, even if the client has given up by
-    then; "late" answers after them. `requests` lists all that came, as `(method, path, fault)`.
-    While `down` is true, all are reset.
+    then; "late" answers after them. `requests` lists all that came, as `(method, path, fault)`, and
+    `extents` which bytes each GET of an object asked for, as `(path, its Range or None)`. While
+    `down` is true, all are reset.
     """
 
     delay = staticmethod(lambda: 1.0)
@@ -104,7 +105,8 @@ class FaultyProxy(Endpoint):
     def __init__(self, upstream, faults=(), stall=60.0):
         self.upstream = urlsplit(upstream).netloc
         self.faults, self.stall, self.down = faults, stall, False
-        self.requests, self.closed, self._lock = [], threading.Event(), threading.Lock()
+        self.requests, self.extents, self._lock = [], [], threading.Lock()
+        self.closed = threading.Event()
         self.turn = threading.Lock()
 
     @property
@@ -128,6 +130,11 @@ class FaultyProxy(Endpoint):
         self.closed.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def clear(self):
+        """Forget what came."""
+        self.requests.clear()
+        self.extents.clear()
 
     def fault(self, method, path):
         with self._lock:
@@ -158,6 +165,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         proxy = self.server.proxy
+        if self.command == "GET" and "prefix=" not in self.path:
+            proxy.extents.append((self.path, self.headers["Range"]))
         fault = proxy.fault(self.command, self.path)
         content = b"" if fault == "reset" else self.content()
         if fault == "reset":

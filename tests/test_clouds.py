@@ -1,5 +1,6 @@
 """The same of S3, Google's and Azure's stores, each a real server on loopback: what obstore makes
-of their answers, and what we make of that. Its traps are numbered as they were met."""
+of their answers, and what we make of that. Its traps are numbered as they were met; the eleventh is
+in test_web.py."""
 
 import ast
 import io

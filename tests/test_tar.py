@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
@@ -18,7 +19,21 @@ from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset
 from resfeat.errors import Failure, UsageError
-from resfeat.sources import gone, listing, prefix, read, read_ahead, reading, runs, stays_whole, tar
+from resfeat.sources import (
+    ahead,
+    gone,
+    listing,
+    prefix,
+    read,
+    read_ahead,
+    reading,
+    runs,
+    stays_whole,
+    tar,
+)
+from resfeat.sources.ahead import Ahead
+from resfeat.sources.headers import Damage, headers
+from resfeat.sources.windowed import IN_STORE, Windowed
 from resfeat.spec import SourceOptions
 from resfeat.storage import remote
 
@@ -516,6 +531,113 @@ def test_members_in_a_store_take_few_requests(bucket, tmp_path, monkeypatch):
     assert list(contents(some).values()) == list(noise(500, 5_000).values())
     assert len(fetched) == 500 // 32 + 1
     assert sum(fetched) <= 1.05 * path.stat().st_size
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def followed(data, pool=None):
+    """What the headers of a tar in a store say, looking ahead where there is a pool for it, and the
+    bytes that were fetched for that."""
+    fetched = []
+
+    def fetch(start, length):
+        fetched.append(len(data[start : start + length]))
+        return data[start : start + length]
+
+    file = Windowed(fetch, len(data), *IN_STORE)
+    found = [
+        each if isinstance(each, Damage)
+        else (each.name, each.type, each.offset, each.offset_data, each.size, each.issparse())
+        for each in headers(Ahead(file, pool) if pool else file)
+    ]  # fmt: skip
+    return found, sum(fetched)
+
+
+def packed(folder, members, **options):
+    return pack(folder / "t.tar", members, **options).read_bytes()
+
+
+def test_headers_far_apart_are_fetched_without_what_lies_between(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "MEMBERS", 16)
+    for form in tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT:
+        long = "a long folder/" * (20 if form != tarfile.USTAR_FORMAT else 1)
+        members = {f"{long}{name}": each for name, each in noise(150, 100_000).items()}
+        data = packed(tmp_path, members, format=form)
+        found, fetched = followed(data, pool)
+        assert found == followed(data)[0] and len(found) == 150
+        assert fetched < 0.12 * len(data)  # of so few a stretch, 0.07 to find the first
+        assert fetched < 0.2 * followed(data)[1]
+
+
+@pytest.mark.parametrize("many", [3, 16])
+def test_looking_ahead_finds_what_following_finds(many, pool, tmp_path, monkeypatch):
+    """However a tar misleads: stretches begin within tars in it, sparse members, damage."""
+    monkeypatch.setattr(ahead, "MEMBERS", many)
+    inner = packed(tmp_path, noise(9, 30_000))
+    lone = tarfile.TarInfo("from within.jpg")
+    lone.size = 170_000
+    folder = unpack(tmp_path / "photos", noise(4, 150_000))
+    for name in ("1.jpg", "2.jpg"):
+        with open(folder / name, "r+b") as file:  # holes, and data between
+            for place in range(10):
+                file.seek(place * 1_000_000)
+                file.write(b"x" * 5000)
+    how = ["tar", "--sparse", "-cf", tmp_path / "s.tar", "-C", folder, "."]
+    subprocess.run(how, check=True)
+    sparse = (tmp_path / "s.tar").read_bytes().rstrip(b"\0")
+    sparse += bytes(-len(sparse) % tarfile.BLOCKSIZE)
+    rng = random.Random(0)
+    plain = list(noise(60, 100_000).items())
+    hostile = plain + [(f"{n}.tar", inner) for n in range(30)]
+    hostile += [(f"{n}.bin", lone.tobuf() * 200) for n in range(30)]
+    rng.shuffle(hostile)
+    data = packed(tmp_path, hostile)
+    assert len(followed(data, pool)[0]) == len(hostile)
+    damaged = bytearray(data)
+    for at in rng.sample(range(len(data) // 512), 50):
+        damaged[at * 512 : at * 512 + 512] = rng.randbytes(512)
+    body = packed(tmp_path, plain)[: 60 * (512 + 100_352)]
+    for each in data, bytes(damaged), body + sparse + body, sparse + data, data[:-1_000_000], body:
+        assert followed(each, pool)[0] == followed(each)[0]
+
+
+def test_a_stretch_that_cannot_be_read_is_met_in_its_turn(pool, tmp_path):
+    data = packed(tmp_path, noise(100, 100_000))
+
+    def fetch(start, length):
+        if start > 5_000_000:
+            raise OSError(errno.ESTALE, "replaced")
+        return data[start : start + length]
+
+    told = []
+    with pytest.raises(OSError, match="replaced"):
+        for each in headers(Ahead(Windowed(fetch, len(data), *IN_STORE), pool)):
+            told.append(each.name)
+    assert len(told) >= 45
+
+
+def test_a_tar_of_large_members_in_a_store_is_read_once_and_little_more(
+    bucket, tmp_path, monkeypatch
+):
+    _, put = bucket
+    monkeypatch.setattr(ahead, "MEMBERS", 16)
+    path = pack(tmp_path / "large.tar", noise(100, 100_000))
+    address = put(path)
+    fetched, real = [], prefix.fetch
+
+    def counted(*place, **options):
+        found = real(*place, **options)
+        fetched.append(len(found.data))
+        return found
+
+    monkeypatch.setattr(prefix, "fetch", counted)
+    there, here = items(address), items(path)
+    assert [(a.id, a.offset, a.size) for a in there] == [(b.id, b.offset, b.size) for b in here]
+    assert sum(fetched) < 0.15 * path.stat().st_size
 
 
 def test_a_glob_in_a_store_stands_for_what_matches(bucket, tmp_path):

@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import ClassVar
-from urllib.parse import unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import urllib3
@@ -50,7 +50,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def on_file(self, rest):
-        body = (self.folder / unquote(self.path[1:])).read_bytes()
+        body = (self.folder / unquote(urlsplit(self.path).path[1:])).read_bytes()
         self.answer(200, body, Last_Modified=WRITTEN)
 
     def on_n(self, rest):
@@ -85,6 +85,17 @@ class Site(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) // 2])
         self.close_connection = True
         return None
+
+    def on_chunked(self, rest):
+        """A picture in pieces, with no length told."""
+        body = sorted(self.folder.rglob("*.*"))[0].read_bytes()
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for start in range(0, len(body), 1000):
+            piece = body[start : start + 1000]
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\n\r\n")
 
     def on_slow(self, rest):
         self.send_response(200)
@@ -194,6 +205,17 @@ def test_trouble_that_passes_is_none(site, caplog):
         data, size, mtime = got(f"{site.root}/{path}")
         assert (data, size, mtime) == (expected, len(expected), None), path
     assert caplog.records == []  # urllib3 would tell of each attempt
+
+
+def test_trap_11_no_length_told_and_an_address_that_is_encoded_already(site):
+    """Of obstore (see test_clouds.py): its own client for the web fails at the one and encodes the
+    other once more."""
+    expected = sorted(Site.folder.rglob("*.*"))[0]
+    address = f"/{quote(str(expected.relative_to(Site.folder)))}?size=100%25&name=a%20b"
+    assert "%20" in address and "%C3%A9" in address
+    for path in "/chunked/1", address:
+        assert got(site.root + path)[0] == expected.read_bytes()
+        assert Site.asked[path] == 1
 
 
 def test_nobody_waits_for_as_long_as_a_server_likes():

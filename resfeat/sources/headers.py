@@ -28,10 +28,10 @@ class Damage(NamedTuple):
     message: str
 
 
-def headers(file: File) -> Iterator[TarInfo | Damage]:
-    """The members of a tar, and what is damaged. Between two, the file may be read, but no further
-    than to the end of the member."""
-    place: int | None = 0
+def headers(file: File, start: int = 0) -> Iterator[TarInfo | Damage]:
+    """The members of a tar, from the header at `start` on, and what is damaged. Between two, the
+    file may be read, but no further than to the end of the member."""
+    place: int | None = start
     while place is not None:
         place = yield from _from(file, place)
 
@@ -67,14 +67,14 @@ def _from(file: File, place: int) -> Generator[TarInfo | Damage, None, int | Non
         yield Damage(place, "the tar has no end mark: it seems to be cut short")
     else:
         yield Damage(place, f"the tar is damaged at byte {place:,}")
-        return _next(file, place + BLOCK) if isinstance(file, Windowed) else None
+        return next_header(file, place + BLOCK, file.size) if isinstance(file, Windowed) else None
     return None
 
 
-def _next(file: Windowed, place: int) -> int | None:
-    """Where the next header is."""
+def next_header(file: Windowed, place: int, end: int) -> int | None:
+    """Where the next block is that looks like a header, from `place` up to `end`."""
     file.seek(place)
-    while blocks := file.read(TOGETHER * BLOCK):
+    while place < end and (blocks := file.read(TOGETHER * BLOCK)):
         for start in range(0, len(blocks), BLOCK):
             if _is_header(blocks[start : start + BLOCK]):
                 return place + start

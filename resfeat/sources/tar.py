@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from tarfile import TarInfo
 from typing import Any
 from urllib.parse import quote, quote_from_bytes
@@ -22,9 +22,10 @@ from urllib.parse import quote, quote_from_bytes
 import pyarrow as pa
 
 from resfeat.sources import directory, rules
+from resfeat.sources.ahead import AT_ONCE, Ahead
 from resfeat.sources.headers import Damage, File, headers
 from resfeat.sources.item import Item, problem, table_of, whole
-from resfeat.sources.windowed import DAMAGED, MOST_BYTES, Unzipped, opened
+from resfeat.sources.windowed import DAMAGED, MOST_BYTES, Unzipped, Windowed, opened
 from resfeat.spec import SourceOptions
 from resfeat.storage import StorePath, is_remote
 
@@ -55,10 +56,11 @@ class Tars:
         self.skipped.clear()
         tars = (_Tar(root, root.removeprefix(self._base), self._options) for root in self._roots)
         ahead = deque[tuple[_Tar, Iterator[pa.Table], Future[pa.Table | None]]]()
-        with ThreadPoolExecutor(TARS_AHEAD, "list") as pool:
+        aside = ThreadPoolExecutor(AT_ONCE, "headers")  # threads start as they are needed
+        with aside, ThreadPoolExecutor(TARS_AHEAD, "list") as pool:
             while True:
                 while len(ahead) < TARS_AHEAD and (tar := next(tars, None)):
-                    tables = tar.tables(self.carried)
+                    tables = tar.tables(self.carried, aside)
                     ahead.append((tar, tables, pool.submit(next, tables, None)))
                 if not ahead:
                     return
@@ -81,12 +83,15 @@ class _Tar:
         self._times: dict[str, int] = {}  # by name: how often a member had it
         self._beside: dict[tuple[str, str], str | None] = {}  # by key and extension
 
-    def tables(self, carried: Sequence[pa.Field]) -> Iterator[pa.Table]:
+    def tables(self, carried: Sequence[pa.Field], aside: Executor) -> Iterator[pa.Table]:
         items, keys, is_zipped = list[Item](), list[str](), False
         try:
             with opened(self._uri) as tar:
-                is_zipped = isinstance(tar.file, Unzipped)
-                for key, item in self._items(tar.file):
+                file, is_zipped = tar.file, isinstance(tar.file, Unzipped)
+                # What is kept lies between the headers, so that all is streamed.
+                if isinstance(file, Windowed) and is_remote(self._uri) and not self._keep:
+                    file = Ahead(file, aside)
+                for key, item in self._items(file):
                     items.append(item._replace(mtime=tar.mtime, etag=tar.etag))
                     keys.append(key)
                     if len(items) == TABLE and not (self._keep or is_zipped):

@@ -29,7 +29,7 @@ class Windowed:
     it lies near the last one."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int, hop: int, on: int) -> None:
-        self._fetch, self._size, self._hop, self._on = fetch, size, hop, on
+        self.fetch, self.size, self.hop, self.on = fetch, size, hop, on
         self._place = self._start = 0
         self._window = self.last = b""  # last: what was read last
 
@@ -43,21 +43,25 @@ class Windowed:
     def read(self, count: int) -> bytes:
         """Raises ValueError for more than `MOST_BYTES`, which only a damaged header asks for."""
         _check(count)
-        count = max(0, min(count, self._size - self._place))
+        count = max(0, min(count, self.size - self._place))
         held = self._start + len(self._window)
         if count and not self._start <= self._place <= held - count:
-            least = self._on if 0 <= self._place - held <= NEAR else self._hop
+            self._window = self._fetched(self._place, count)
             self._start = self._place
-            length = min(max(count, least), self._size - self._place)
-            self._window = self._fetch(self._place, length)
         start = max(0, self._place - self._start)
         self.last = self._window[start : start + count]
         self._place += len(self.last)
         return self.last
 
+    def _fetched(self, place: int, count: int) -> bytes:
+        """So many bytes from this place on, or more."""
+        held = self._start + len(self._window)
+        least = self.on if 0 <= place - held <= NEAR else self.hop
+        return self.fetch(place, min(max(count, least), self.size - place))
+
     def reaches(self, end: int) -> bool:
         """Whether the file has so many bytes."""
-        return end <= self._size
+        return end <= self.size
 
 
 class Unzipped(gzip.GzipFile):

@@ -4,9 +4,10 @@
 
 keys: a million keys in a store, listed and planned. rows: ten million rows of a table. members: a
 hundred thousand members of a tar, without their bytes. latency: a whole job from a store in which
-each request takes 20 ms longer, in turns with the same from a disk. tar: one of a gigabyte, read
-from a store by two workers: bytes that the store sent. All of them by default, each in a process of
-its own, so that its memory is its own. The store is a stub in another process, on loopback.
+each request takes 20 ms longer, in turns with the same from a disk. tar: a gigabyte with members
+of three sizes, read from a store by two workers: bytes that the store sent. All of them by default,
+each in a process of its own, so that its memory is its own. The store is a stub in another process,
+on loopback.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from resfeat.storage import remote
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "pipelines")]
 
 LATENCY = 0.02
+MEMBERS = 40_000, 100_000, 300_000
 PAGE = 1000
 MODEL = ["--model", "resnet18", "--weights", "random:0", "--workers", "0"]
 
@@ -274,29 +276,37 @@ def extracted(source: object, output: Path, *options: str) -> float:
 
 
 def tar(scale: float) -> None:
-    from bench import USUAL, prepare
+    for size in MEMBERS:
+        with tempfile.TemporaryDirectory() as name:
+            _tar_of_members(Path(name), int(1e9 * scale / size), size)
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, 100, USUAL, "resnet18")
-        one = min((folder / "in").rglob("*.jpg")).read_bytes()
-        path = folder / "photos.tar"
-        tar_of(path, int(1e9 * scale / len(one)), 0, one)
-        size = path.stat().st_size
-        with store(["photos.tar"], folder) as address:
-            command = [sys.executable, "-m", "resfeat", "extract", "s3://bucket/photos.tar", "-o",
-                       str(folder / "out"), "--model", "cifar_resnet20", "--weights", "random:0",
-                       "--workers", "2", "--log-json"]  # fmt: skip
-            planned("s3://bucket/photos.tar")
-            listed = counts(address)
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            sent = counts(address)
-    read = sent["bytes"] - listed["bytes"]  # by the workers: the run lists it, too
+
+def _tar_of_members(folder: Path, count: int, size: int) -> None:
+    """A tar of small pictures with bytes behind them: it is about reading, not about decoding."""
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.effect_noise((64, 64), 80).convert("RGB").save(picture, "JPEG")
+    tar_of(folder / "photos.tar", count, size, picture.getvalue().ljust(size, b"\0"))
+    size = (folder / "photos.tar").stat().st_size
+    command = [sys.executable, "-m", "resfeat", "extract", "s3://bucket/photos.tar", "-o",
+               str(folder / "out"), "--model", "cifar_resnet20", "--weights", "random:0",
+               "--workers", "2", "--log-json"]  # fmt: skip
+    with store(["photos.tar"], folder) as address:
+        _, seconds = planned("s3://bucket/photos.tar")
+        listed = counts(address)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["failed"] == 0
+        sent = counts(address)
+    with store(["photos.tar"], folder, LATENCY):
+        _, late = planned("s3://bucket/photos.tar")
     print(
-        f"a tar of {size / 1e9:.2f} GB by two workers: {read / size:.3f} of its bytes in "
-        f"{sent['requests'] - listed['requests']:,} requests; its headers "
-        f"{listed['bytes'] / size:.3f} in {listed['requests']:,}"
+        f"a tar of {size / 1e9:.2f} GB, {count:,} members: headers {listed['bytes'] / size:.3f} of "
+        f"its bytes in {listed['requests']:,} requests and {seconds:.1f} s ({late:.1f} s with "
+        f"{LATENCY * 1000:.0f} ms); in all, read by two workers, {sent['bytes'] / size:.3f} in "
+        f"{sent['requests']:,}",
+        flush=True,
     )
 
 
