@@ -191,7 +191,10 @@ def _fetch(source: str) -> bytes:
         )
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"weights file {public(source)} does not exist") from error
-    except (OSError, StoreError, ValueError) as error:
+    except StoreError as error:  # which says where, and what to do
+        told = first_line(error).removeprefix(f"{StorePath.of(source)}: ")
+        raise ResfeatError(f"cannot read weights {public(source)}: {told}") from error
+    except (OSError, ValueError) as error:
         hint = "check its address, your credentials and the network" if scheme else "check it"
         raise ResfeatError(
             f"cannot read weights {public(source)}: {first_line(error)}; {hint}"

@@ -3,6 +3,7 @@
 import datetime
 import http.server
 import ipaddress
+import re
 import ssl
 import threading
 
@@ -165,5 +166,10 @@ def test_azure(checkpoint, expected, monkeypatch):
 def test_a_store_that_is_not_there_is_given_up(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     remote.store.cache_clear()
-    with pytest.raises(ResfeatError, match=r"cannot read weights s3://.*check its address"):
+    with pytest.raises(ResfeatError) as told:
         load("s3://models/checkpoint.pth")
+    assert re.fullmatch(
+        r"cannot read weights s3://models/checkpoint\.pth: [^;]*; check the address, the AWS_\* "
+        "variables and the network, and give the same command again",
+        str(told.value),
+    )
