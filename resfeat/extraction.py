@@ -50,6 +50,7 @@ def extract(
     request = Request(spec, Layout(spec.output), listing, watch, started)
     with writable(request.layout):
         request.check_free()
+    request.check_sources()
     check_name(spec.model)
     runtimes.check(spec.runtime, spec.model, spec.precision)
     with engines.prepare(spec.runtime, watch.step) as cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from resfeat.dataset import Commits, Dataset, Layout, Lock, Record, run_lock, write_card
 from resfeat.errors import ChoiceError, ResfeatError, Stopped, StoreError, UsageError
-from resfeat.plan import Plan, Shard, write_plan
+from resfeat.plan import Plan, Shard, carried_columns, write_plan
 from resfeat.reporting import Progress, Report, Tally, Watch, versions
 from resfeat.sources import Listing, printable
 from resfeat.spec import ExtractSpec, Identity
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from resfeat.backbones.weights import Weights
 
-LISTED_BETWEEN_CALLS = 10_000
+SECONDS_BETWEEN_CALLS = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Request:
         if not layout.private.exists() and any(root.iterdir()):
             hint = "give a new folder, or that of a dataset to resume"
             raise UsageError(f"output {root} holds other files: {hint}")
+
+    def check_sources(self) -> None:
+        """Raise UsageError where the sources have to be listed, and cannot."""
+        if not self.layout.spec.exists():
+            self.listing.open()
 
 
 @dataclass
@@ -132,6 +138,7 @@ def begin(request: Request, weights: Weights) -> Iterator[Run]:
         if record and not request.layout.committed():
             record = _taken_over(request, weights, record)
             if record is None:
+                request.listing.open()  # before the listing that is there is given up
                 Record.forget(request.layout)
         if record and is_remote(str(request.layout.root)):
             record.save(request.layout)  # what an earlier holder sent comes too late now
@@ -243,21 +250,23 @@ def _written(request: Request, weights: Weights, plan: Plan, created: str) -> Re
         created=created,
         versions=versions(),
     )
-    write_card(request.layout, record, weights.dims, request.listing.carried)
+    carried = carried_columns(request.layout.plan, plan)
+    write_card(request.layout, record, weights.dims, carried)
     record.save(request.layout)
     return record
 
 
 def _watched(request: Request) -> Iterator[pa.Table]:
-    listed = told = 0
+    listed, told = 0, time.monotonic()
     for table in request.listing.tables():
         listed += table.num_rows
-        if listed - told >= LISTED_BETWEEN_CALLS:
-            told = listed
+        if time.monotonic() - told >= SECONDS_BETWEEN_CALLS:
+            told = time.monotonic()
             request.watch.progress(Progress(None, listed, doing="listing"))
             if request.watch.stopping():
                 raise Stopped("stopped while listing: nothing was written")
-        yield table
+        if table:  # else it is only there for a look at signals
+            yield table
 
 
 def _check_same(request: Request, record: Record, weights: Weights) -> None:

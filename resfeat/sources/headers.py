@@ -28,15 +28,15 @@ class Damage(NamedTuple):
     message: str
 
 
-def headers(file: File) -> Iterator[TarInfo | Damage]:
-    """The members of a tar, and what is damaged. Between two, the file may be read, but no further
-    than to the end of the member."""
+def headers(file: File) -> Iterator[TarInfo | Damage | None]:
+    """The members of a tar, and what is damaged; None now and then, where the next one is far to
+    seek. Between two, the file may be read, but no further than to the end of the member."""
     place: int | None = 0
     while place is not None:
         place = yield from _from(file, place)
 
 
-def _from(file: File, place: int) -> Generator[TarInfo | Damage, None, int | None]:
+def _from(file: File, place: int) -> Generator[TarInfo | Damage | None, None, int | None]:
     """The members from the header at this place on. Returns where there are more, if anywhere."""
     start = place
     try:
@@ -67,11 +67,12 @@ def _from(file: File, place: int) -> Generator[TarInfo | Damage, None, int | Non
         yield Damage(place, "the tar has no end mark: it seems to be cut short")
     else:
         yield Damage(place, f"the tar is damaged at byte {place:,}")
-        return _next(file, place + BLOCK) if isinstance(file, Windowed) else None
+        if isinstance(file, Windowed):
+            return (yield from _next(file, place + BLOCK))
     return None
 
 
-def _next(file: Windowed, place: int) -> int | None:
+def _next(file: Windowed, place: int) -> Generator[None, None, int | None]:
     """Where the next header is."""
     file.seek(place)
     while blocks := file.read(TOGETHER * BLOCK):
@@ -79,6 +80,7 @@ def _next(file: Windowed, place: int) -> int | None:
             if _is_header(blocks[start : start + BLOCK]):
                 return place + start
         place += len(blocks)
+        yield None
     return None
 
 
