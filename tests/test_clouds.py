@@ -6,7 +6,10 @@ import io
 import os
 import tomllib
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import azure
@@ -329,6 +332,64 @@ def test_images_are_listed_and_read_from_each(cloud):
         data, size, mtime = read(item)[:3]
         assert (data.decode(), size, mtime) == (item.id, item.size, item.mtime)
     assert read(item_of(f"{folder}/none.jpg")).reason == "not_found"
+
+
+KEYS = {"in": "directory", "in/a": "directory", "in/a/1.jpg": "file", "in/empty": "directory"}
+
+
+class WithFolders(BaseHTTPRequestHandler):
+    """What an account of Azure's with a hierarchical namespace answers: its folders are keys."""
+
+    BLOB = (
+        "<Blob><Name>{}</Name><Properties><Last-Modified>Thu, 01 Jan 2026 00:00:00 GMT"
+        "</Last-Modified><Etag>0x1</Etag><ResourceType>{}</ResourceType><Content-Length>{}"
+        "</Content-Length><Content-Type>image/jpeg</Content-Type><BlobType>BlockBlob</BlobType></Properties></Blob>"
+    )
+
+    def do_GET(self):
+        if "comp=list" not in self.path:
+            self.send_error(404)
+            return
+        asked = {name: some[0] for name, some in parse_qs(urlsplit(self.path).query).items()}
+        every = (
+            self.BLOB.format(key, kind, 3 * (kind == "file"))
+            for key, kind in KEYS.items()
+            if key.startswith(asked.get("prefix", ""))
+        )
+        blobs = f"<Blobs>{''.join(every)}</Blobs><NextMarker/>"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"<EnumerationResults>{blobs}</EnumerationResults>".encode())
+
+    def do_HEAD(self):
+        key = unquote(urlsplit(self.path).path.removeprefix("/mine/container/"))
+        kind = KEYS.get(key)
+        self.send_response(200 if kind else 404)
+        self.send_header("x-ms-resource-type", kind or "")
+        self.send_header("Content-Length", str(3 * (kind == "file")))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("ETag", "0x1")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_folders_that_azure_has_as_keys_are_no_images(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WithFolders)
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "mine")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", azure.KEY)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/mine")
+    remote.store.cache_clear()
+    for source in "az://container/in", "az://container":
+        assert [item.uri for item in listing([source])] == ["az://container/in/a/1.jpg"]
+    folder = locate("az://container/in")
+    assert folder.is_dir() and folder.exists() and folder.version() is None
+    assert not (folder / "empty").exists()
+    remote.store.cache_clear()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -134,6 +134,8 @@ def test_a_lock_says_who_writes_beats_and_names_nobody_afterwards(layout, elsewh
         assert later.pop("beat") != first.pop("beat") and later == first
         lock.check()
     assert lock.killed is None and not lock.is_held()
+    with pytest.raises(ResfeatError, match=r"^the run has given s3://.*/out up: nothing more is"):
+        lock.check()
     assert elsewhere.names_nobody()
     assert holder(layout) is None
 
