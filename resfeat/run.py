@@ -16,7 +16,7 @@ from resfeat.plan import Plan, Shard, carried_columns, write_plan
 from resfeat.reporting import Progress, Report, Tally, Watch, versions
 from resfeat.sources import Listing, printable
 from resfeat.spec import ExtractSpec, Identity
-from resfeat.storage import Location, is_remote, remove_all, write_json
+from resfeat.storage import is_remote, remove_all, write_json
 from resfeat.worker import SHARDS_IN_HAND, Task
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _held(request: Request) -> Iterator[Lock]:
                         if isinstance(root, Path) and not layout.spec.exists():
                             remove_all(layout.private)
                             layout.card.unlink(missing_ok=True)
-                            _remove_empty([layout.embeddings, *made])
+                            _remove_empty([Path(str(layout.embeddings)), *made])
         except OSError:
             _remove_empty(made)
             raise
@@ -203,7 +203,7 @@ def _tidy(layout: Layout) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _remove_empty(folders: Sequence[Location]) -> None:
+def _remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

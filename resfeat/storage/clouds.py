@@ -45,13 +45,10 @@ _CAUSE = re.compile(r'message: "([^"]+)"|\b(TimedOut)\b')
 # A missing bucket, in the words of each cloud. In a listing, 404 can mean nothing else.
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|list request.*404 Not Found", re.DOTALL)
 _REFUSED = re.compile(r"status code: 40[13] ")
+_WRONG_CREDENTIALS = re.compile(
+    r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AuthenticationFailed"
+)
 # Where a machine in a cloud is given credentials: asked once all else has given none.
-_WRONG_CREDENTIALS = re.compile(
-    r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AuthenticationFailed"
-)
-_WRONG_CREDENTIALS = re.compile(
-    r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AuthenticationFailed"
-)
 _NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|token request")
 
 

@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import FeatureSpec
-from resfeat.storage import locate, remote
+from resfeat.storage import Fence, locate, remote, write_whole
 
 
 def load(weights):
@@ -157,7 +157,8 @@ def test_azure(checkpoint, expected, monkeypatch):
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
         remote.store.cache_clear()
-        locate("az://models/nets/checkpoint.pth").write_bytes(checkpoint.read_bytes())
+        place = locate("az://models/nets/checkpoint.pth")
+        write_whole(Fence(), place, checkpoint.read_bytes())
         weights = load("az://models/nets/checkpoint.pth")
         assert weights.identity == expected
         assert weights.origin == "az://models/nets/checkpoint.pth"
