@@ -13,7 +13,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import azure
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,11 +43,7 @@ SOURCES = sorted(Path(resfeat.__file__).parent.rglob("*.py"))
 @pytest.fixture(scope="module")
 def amazon():
     with ObjectStore() as store:
-        client = boto3.client(
-            "s3", endpoint_url=store.endpoint, region_name="us-east-1",
-            aws_access_key_id="testing", aws_secret_access_key="testing",
-        )  # fmt: skip
-        client.create_bucket(Bucket="bucket")
+        store.client().create_bucket(Bucket="bucket")
         yield store.endpoint, "s3://bucket"
 
 

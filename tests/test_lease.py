@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 
-import boto3
 import pytest
 from azure import AzureStore, azurite, environment
 from contenders import Contenders, hurry
@@ -64,10 +63,7 @@ class Elsewhere:
     """The dataset as another machine sees it."""
 
     def __init__(self, server):
-        self.client = boto3.client(
-            "s3", endpoint_url=server.endpoint, region_name="us-east-1",
-            aws_access_key_id="testing", aws_secret_access_key="testing",
-        )  # fmt: skip
+        self.client = server.client()
         self.bucket = f"bucket-{uuid.uuid4().hex}"
         self.client.create_bucket(Bucket=self.bucket)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from object_store import FaultyProxy, ObjectStore
-from small import embed, failures_of, image_table, vectors_of, write_pictures
+from small import embed, embedded_pictures, failures_of, image_table, vectors_of
 from tables import rows
 
 from resfeat.dataset import open_dataset
@@ -28,11 +28,7 @@ from resfeat.storage import remote as stores
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Pictures, and the bits of their embeddings from the directory. Not to change."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = write_pictures(folder)
-    embed(folder / "out", *{path.parent for path in paths})
-    return paths, sorted(vectors_of(folder / "out").values())
+    return embedded_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def listed(*sources, **options):

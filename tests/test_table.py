@@ -13,7 +13,7 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small import embed, failures_of, image_table, messages_of, vectors_of, write_pictures
+from small import embed, embedded_pictures, failures_of, image_table, messages_of, vectors_of
 from tables import rows
 
 from resfeat.errors import ResfeatError, UsageError
@@ -26,11 +26,7 @@ from resfeat.spec import SourceOptions
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder of pictures, as the directory that the tables are held against. Not to change."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = write_pictures(folder)
-    embed(folder / "out", *{path.parent for path in paths})
-    return paths, sorted(vectors_of(folder / "out").values())
+    return embedded_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def listed(path, **options):
