@@ -89,6 +89,7 @@ def _request(spec: ExtractSpec, watch: Watch, started: float) -> Request:
     request = Request(spec, layout, listing, watch, started, partition)
     with writable(layout):
         request.check_free()
+    request.check_sources()
     check_name(spec.model)
     runtimes.check(spec.runtime, spec.model, spec.precision)
     return request

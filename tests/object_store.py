@@ -22,6 +22,7 @@ from contextlib import closing, nullcontext
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+import boto3
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import S3FileSystem, SubTreeFileSystem
 
@@ -49,6 +50,11 @@ class Endpoint:
         """The S3FileSystem of this endpoint, whatever the environment says."""
         keys = {"access_key": "testing", "secret_key": "testing", "region": "us-east-1"}
         return S3FileSystem(**{"endpoint_override": self.endpoint, **keys, **options})
+
+    def client(self):
+        """Amazon's own client of this endpoint, whatever the environment says."""
+        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+        return boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **keys)
 
 
 class ObjectStore(Endpoint):

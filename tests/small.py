@@ -46,6 +46,13 @@ def vectors_of(output: Path) -> dict[str, bytes]:
     }
 
 
+def embedded_pictures(folder: Path) -> tuple[list[Path], list[bytes]]:
+    """Pictures, and the bits of their embeddings from the directory. Not to be changed."""
+    paths = write_pictures(folder)
+    embed(folder / "out", *{path.parent for path in paths})
+    return paths, sorted(vectors_of(folder / "out").values())
+
+
 def failures_of(output: Path) -> dict[str, str]:
     """The reason of each failure, by id."""
     if not (output / "failures").exists():

@@ -7,11 +7,13 @@ import io
 import os
 import tomllib
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import azure
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +25,7 @@ from resfeat.errors import StoreError, UsageError
 from resfeat.sources import item_of, listing, read
 from resfeat.storage import (
     ChangedError,
+    Fence,
     MissingBucketError,
     RefusedError,
     dataset_of,
@@ -32,6 +35,7 @@ from resfeat.storage import (
     open_parquet,
     remote,
     stat,
+    write_whole,
 )
 
 SOURCES = sorted(Path(resfeat.__file__).parent.rglob("*.py"))
@@ -40,11 +44,7 @@ SOURCES = sorted(Path(resfeat.__file__).parent.rglob("*.py"))
 @pytest.fixture(scope="module")
 def amazon():
     with ObjectStore() as store:
-        client = boto3.client(
-            "s3", endpoint_url=store.endpoint, region_name="us-east-1",
-            aws_access_key_id="testing", aws_secret_access_key="testing",
-        )  # fmt: skip
-        client.create_bucket(Bucket="bucket")
+        store.client().create_bucket(Bucket="bucket")
         yield store.endpoint, "s3://bucket"
 
 
@@ -84,6 +84,10 @@ def cloud(request, monkeypatch):
     remote.store.cache_clear()
 
 
+def put(path, content):
+    write_whole(Fence(), path, content)
+
+
 def test_objects_are_written_read_listed_and_removed(cloud):
     _, folder = cloud
     for name, content in {
@@ -91,13 +95,14 @@ def test_objects_are_written_read_listed_and_removed(cloud):
         "b/\u00e9.jpg": b"",
         "b/2": b"x" * 3_000_000,
     }.items():
-        (folder / name).write_bytes(content)
+        put(folder / name, content)
         assert (folder / name).read_bytes() == content
     assert {each.name for each in folder.iterdir()} == {"a b%41.jpg", "b"}
     assert (folder / "b").is_dir() and not (folder / "b" / "2").is_dir()
     (folder / "b" / "2").unlink()
     assert not (folder / "b" / "2").exists()
-    folder.remove_all()
+    for name in "a b%41.jpg", "b/\u00e9.jpg":
+        (folder / name).unlink()
     assert not folder.exists() and list(folder.iterdir()) == []
 
 
@@ -147,13 +152,13 @@ def test_trap_4_what_is_missing_refused_and_broken_is_told_apart(cloud, monkeypa
     with pytest.raises(FileNotFoundError):
         (folder / "none").read_bytes()
     nowhere = locate(f"{folder.root}-not") / "key"
-    for operation in (nowhere.read_bytes, nowhere.is_dir, lambda: nowhere.write_bytes(b"x")):
+    for operation in (nowhere.read_bytes, nowhere.is_dir, lambda: nowhere.create(b"x")):
         with pytest.raises(MissingBucketError, match=f"there is no bucket {folder.root}-not"):
             operation()
     for fault, error in {"403": RefusedError, "503": StoreError}.items():
         proxy.faults = lambda *_, fault=fault: fault
         for operation in (
-            (folder / "x").read_bytes, lambda: (folder / "x").write_bytes(b"x"), folder.is_dir,
+            (folder / "x").read_bytes, folder.is_dir,
             lambda: (folder / "x").create(b"x"), (folder / "x").unlink,
         ):  # fmt: skip
             with pytest.raises(StoreError, match=fault) as told:
@@ -166,8 +171,8 @@ def test_trap_5_a_key_that_no_path_has_does_not_end_the_listing(key, google, clo
     proxy, folder = cloud
     if folder.root != "gs://bucket":
         pytest.skip("S3's is in test_prefix.py; azurite takes no such key")
-    (folder / "a/0.jpg").write_bytes(b"x")
-    (folder / "z.jpg").write_bytes(b"x")
+    put(folder / "a/0.jpg", b"x")
+    put(folder / "z.jpg", b"x")
     odd = f"{proxy.endpoint}/bucket/{folder.key}/{key}"
     urlopen(Request(odd, data=b"x", method="PUT")).close()
     there = listing([str(folder)])
@@ -200,7 +205,7 @@ def test_trap_7_what_stalls_is_given_up_and_asked_again(kind, cloud, monkeypatch
     proxy, folder = cloud
     monkeypatch.setattr(remote, "REQUEST_SECONDS", 1)
     remote.store.cache_clear()
-    (folder / "there").write_bytes(b"x")
+    put(folder / "there", b"x")
     proxy.faults = ["stall"]
     if kind == "get":
         assert (folder / "there").read_bytes() == b"x"
@@ -258,7 +263,7 @@ def test_trap_10_parquet_is_read_from_each(cloud):
     written = io.BytesIO()
     pq.write_table(table, written)
     for name in ("1.parquet", "2.parquet"):
-        (folder / name).write_bytes(written.getvalue())
+        put(folder / name, written.getvalue())
     with open_parquet(folder / "1.parquet") as file:
         assert file.read(use_threads=False).equals(table)
     dataset = dataset_of(folder)
@@ -274,7 +279,7 @@ def test_trap_12_the_oldest_python_is_what_obstore_needs():
 def test_trap_13_pieces_that_lie_apart_are_asked_for_apart(cloud):
     proxy, folder = cloud
     content = bytes(range(256)) * 1000
-    (folder / "x").write_bytes(content)
+    put(folder / "x", content)
     proxy.requests.clear()
     with open_binary(folder / "x", window=1000) as file:
         for start in (0, 500, 100_000, 100_500):
@@ -287,7 +292,7 @@ def test_trap_13_pieces_that_lie_apart_are_asked_for_apart(cloud):
 def test_a_piece_comes_with_what_is_known_of_the_whole(cloud):
     proxy, folder = cloud
     path = folder / "a b%41.jpg"
-    path.write_bytes(b"0123456789")
+    put(path, b"0123456789")
     size, mtime, etag = stat(path)
     assert size == 10 and mtime % 1_000_000 == 0
     proxy.requests.clear()
@@ -297,7 +302,7 @@ def test_a_piece_comes_with_what_is_known_of_the_whole(cloud):
     assert fetch(path, most=9) == (b"", 10, mtime, etag)
     assert [method for method, *_ in proxy.requests] == ["GET"] * 4
     assert fetch(path, 10, 4) == (b"", 10, mtime, etag)
-    path.write_bytes(b"another")
+    put(path, b"another")
     with pytest.raises(ChangedError, match="was replaced"):
         fetch(path, etag=etag)
     with pytest.raises(FileNotFoundError):
@@ -306,10 +311,10 @@ def test_a_piece_comes_with_what_is_known_of_the_whole(cloud):
 
 def test_an_open_file_that_is_replaced_is_told(cloud):
     _, folder = cloud
-    (folder / "x").write_bytes(b"1" * 5000)
+    put(folder / "x", b"1" * 5000)
     with open_binary(folder / "x", window=1000) as file:
         assert file.read(10) == b"1" * 10
-        (folder / "x").write_bytes(b"2" * 5000)
+        put(folder / "x", b"2" * 5000)
         file.seek(3000)
         with pytest.raises(ChangedError):
             file.read(10)
@@ -319,9 +324,9 @@ def test_images_are_listed_and_read_from_each(cloud):
     _, folder = cloud
     names = ["a b%41.jpg", "b-/1.jpg", "b/1.jpg", "b.jpg", "\u65e5/\u8a9e.png"]
     for name in names:
-        (folder / "in" / name).write_bytes(name.encode())
-    (folder / "in" / "out/_resfeat/spec.json").write_bytes(b"{}")
-    (folder / "in" / "out/9.jpg").write_bytes(b"x")
+        put(folder / "in" / name, name.encode())
+    put(folder / "in" / "out/_resfeat/spec.json", b"{}")
+    put(folder / "in" / "out/9.jpg", b"x")
     there = listing([str(folder / "in")])
     items = list(there)
     assert [item.id for item in items] == sorted(names, key=str.encode)
@@ -330,6 +335,64 @@ def test_images_are_listed_and_read_from_each(cloud):
         data, size, mtime = read(item)[:3]
         assert (data.decode(), size, mtime) == (item.id, item.size, item.mtime)
     assert read(item_of(f"{folder}/none.jpg")).reason == "not_found"
+
+
+KEYS = {"in": "directory", "in/a": "directory", "in/a/1.jpg": "file", "in/empty": "directory"}
+
+
+class WithFolders(BaseHTTPRequestHandler):
+    """What an account of Azure's with a hierarchical namespace answers: its folders are keys."""
+
+    BLOB = (
+        "<Blob><Name>{}</Name><Properties><Last-Modified>Thu, 01 Jan 2026 00:00:00 GMT"
+        "</Last-Modified><Etag>0x1</Etag><ResourceType>{}</ResourceType><Content-Length>{}"
+        "</Content-Length><Content-Type>image/jpeg</Content-Type><BlobType>BlockBlob</BlobType></Properties></Blob>"
+    )
+
+    def do_GET(self):
+        if "comp=list" not in self.path:
+            self.send_error(404)
+            return
+        asked = {name: some[0] for name, some in parse_qs(urlsplit(self.path).query).items()}
+        every = (
+            self.BLOB.format(key, kind, 3 * (kind == "file"))
+            for key, kind in KEYS.items()
+            if key.startswith(asked.get("prefix", ""))
+        )
+        blobs = f"<Blobs>{''.join(every)}</Blobs><NextMarker/>"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"<EnumerationResults>{blobs}</EnumerationResults>".encode())
+
+    def do_HEAD(self):
+        key = unquote(urlsplit(self.path).path.removeprefix("/mine/container/"))
+        kind = KEYS.get(key)
+        self.send_response(200 if kind else 404)
+        self.send_header("x-ms-resource-type", kind or "")
+        self.send_header("Content-Length", str(3 * (kind == "file")))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("ETag", "0x1")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_folders_that_azure_has_as_keys_are_no_images(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WithFolders)
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "mine")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", azure.KEY)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/mine")
+    remote.store.cache_clear()
+    for source in "az://container/in", "az://container":
+        assert [item.uri for item in listing([source])] == ["az://container/in/a/1.jpg"]
+    folder = locate("az://container/in")
+    assert folder.is_dir() and folder.exists() and folder.version() is None
+    assert not (folder / "empty").exists()
+    remote.store.cache_clear()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize("bad", [False, True])

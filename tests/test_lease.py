@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 
-import boto3
 import pytest
 from azure import AzureStore, azurite, environment
 from contenders import Contenders, hurry
@@ -64,10 +63,7 @@ class Elsewhere:
     """The dataset as another machine sees it."""
 
     def __init__(self, server):
-        self.client = boto3.client(
-            "s3", endpoint_url=server.endpoint, region_name="us-east-1",
-            aws_access_key_id="testing", aws_secret_access_key="testing",
-        )  # fmt: skip
+        self.client = server.client()
         self.bucket = f"bucket-{uuid.uuid4().hex}"
         self.client.create_bucket(Bucket=self.bucket)
 
@@ -134,6 +130,8 @@ def test_a_lock_says_who_writes_beats_and_names_nobody_afterwards(layout, elsewh
         assert later.pop("beat") != first.pop("beat") and later == first
         lock.check()
     assert lock.killed is None and not lock.is_held()
+    with pytest.raises(ResfeatError, match=r"^the run has given s3://.*/out up: nothing more is"):
+        lock.check()
     assert elsewhere.names_nobody()
     assert holder(layout) is None
 

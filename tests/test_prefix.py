@@ -5,7 +5,6 @@ from collections import Counter
 from datetime import UTC, datetime
 from urllib.parse import quote
 
-import boto3
 import pytest
 from object_store import FaultyProxy, ObjectStore
 
@@ -39,10 +38,7 @@ def proxy(server, monkeypatch):
 def put(server, proxy):
     """Put objects, each of which holds its own key; gives the address of their bucket."""
     name = f"bucket-{uuid.uuid4().hex}"
-    client = boto3.client(
-        "s3", endpoint_url=server.endpoint, region_name="us-east-1",
-        aws_access_key_id="testing", aws_secret_access_key="testing",
-    )  # fmt: skip
+    client = server.client()
     client.create_bucket(Bucket=name)
 
     def put(*keys, body=None):

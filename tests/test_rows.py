@@ -13,8 +13,8 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from object_store import ObjectStore
-from small import embed, failures_of, image_table, vectors_of, write_pictures
+from object_store import FaultyProxy, ObjectStore
+from small import embed, embedded_pictures, failures_of, image_table, vectors_of
 from tables import rows
 
 from resfeat.dataset import open_dataset
@@ -28,11 +28,7 @@ from resfeat.storage import remote as stores
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Pictures, and the bits of their embeddings from the directory. Not to change."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = write_pictures(folder)
-    embed(folder / "out", *{path.parent for path in paths})
-    return paths, sorted(vectors_of(folder / "out").values())
+    return embedded_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def listed(*sources, **options):
@@ -77,6 +73,8 @@ def write(kind: str, paths: list[Path], folder: Path) -> Path:
             pandas.DataFrame(plain).to_parquet(folder / "t.parquet")
         case "polars":
             polars.DataFrame(plain).write_parquet(folder / "t.parquet", row_group_size=3)
+        case "parquet":
+            pq.write_table(image_table(paths), folder / "t.parquet")
         case "arrow":
             polars.DataFrame(plain).write_ipc(folder / "t.arrow", compat_level=None)
             return folder / "t.arrow"
@@ -319,6 +317,33 @@ def test_tables_and_rows_in_a_store(pictures, tmp_path, monkeypatch):
         pq.write_table(image_table(paths), tmp_path / "t.parquet", row_group_size=3)
         put(files, "in/t.parquet", (tmp_path / "t.parquet").read_bytes())
         assert {each.reason for each in contents_of(items)} == {"bad_container"}
+    stores.store.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_file_in_a_store_that_is_replaced_while_it_is_opened(
+    kind, pictures, tmp_path, monkeypatch
+):
+    """By one of other images, behind the first request for it."""
+    paths, asked = pictures[0], []
+    with ObjectStore() as server, FaultyProxy(server.endpoint) as proxy:
+        for name, value in proxy.environment.items():
+            monkeypatch.setenv(name, value)
+        stores.store.cache_clear()
+        files = server.files("rows")
+        put(files, f"t.{kind}", write(kind, paths, tmp_path).read_bytes())
+        items = listed(f"s3://rows/t.{kind}")
+        other = write(kind, paths[::-1], tmp_path).read_bytes()
+
+        def replaced(method, path):
+            asked.append(method)
+            if len(asked) == 2:
+                put(files, f"t.{kind}", other)
+
+        proxy.faults = replaced
+        found = contents_of(items)
+        assert {each.message for each in found} == {cells.CHANGED}
+        assert asked == ["HEAD", "GET"]
     stores.store.cache_clear()
 
 

@@ -23,11 +23,10 @@ from resfeat.storage import (
     draft,
     locate,
     open_parquet,
-    remove_all,
+    remote,
     sha256,
     write_whole,
 )
-from resfeat.storage.remote import ATTEMPTS
 
 LARGE = 12 * 1024**2  # more than obstore would send in one piece
 MANY = 5  # faults, one after the other
@@ -117,8 +116,8 @@ def test_an_address_of_another_kind_is_refused_and_not_taken_for_a_folder(addres
 
 
 def test_what_was_written_is_read_listed_and_removed(elsewhere, root, objects):
-    elsewhere((root / "a/b/1").write_bytes, b"one")
-    elsewhere((root / "a/2").write_bytes, b"")
+    elsewhere(write_whole, Fence(), root / "a/b/1", b"one")
+    elsewhere(write_whole, Fence(), root / "a/2", b"")
     assert content(objects) == {"a/b/1": b"one", "a/2": b""}
     assert elsewhere((root / "a/b/1").read_bytes) == b"one"
     assert elsewhere((root / "a/2").read_bytes) == b""
@@ -127,10 +126,6 @@ def test_what_was_written_is_read_listed_and_removed(elsewhere, root, objects):
     assert elsewhere((root / "a/2").exists) and not elsewhere((root / "a/3").exists)
     elsewhere((root / "a/2").unlink)
     assert content(objects) == {"a/b/1": b"one"}
-    elsewhere((root / "c").write_bytes, b"one")
-    elsewhere(remove_all, root / "a")
-    elsewhere(remove_all, root / "never")
-    assert content(objects) == {"c": b"one"}
 
 
 def names_below(path):
@@ -151,9 +146,10 @@ def test_what_is_not_there_is_not_found(elsewhere, root, proxy):
     [("503", 3), ("lost", 3), ("500", LARGE), ("reset", LARGE), ("lost", LARGE), ("cut", LARGE)],
 )
 def test_a_write_gets_through_and_is_whole(fault, size, elsewhere, root, objects, proxy):
-    proxy.faults = [fault] * MANY
-    elsewhere((root / "key").write_bytes, b"x" * size)
-    assert len(faults(proxy)) == MANY
+    coming = iter([fault] * MANY)
+    proxy.faults = lambda method, _: next(coming, None) if method == "PUT" else None
+    elsewhere(write_whole, Fence(), root / "key", b"x" * size)
+    assert 1 < len(faults(proxy)) <= MANY  # fewer, where it is seen to be there
     assert content(objects) == {"key": b"x" * size}
 
 
@@ -170,27 +166,38 @@ def test_a_write_that_fails_for_good_leaves_what_was_there(size, elsewhere, root
     objects.put_object(Key="key", Body=b"before")
     proxy.faults = lambda method, _: "500" if method in ("PUT", "POST") else None
     with pytest.raises(StoreError, match=f"^{root}/key: .*give the same command again"):
-        elsewhere((root / "key").write_bytes, b"x" * size)
-    assert len(faults(proxy)) == ATTEMPTS + 1
+        elsewhere(write_once, root / "key", b"x" * size)
+    assert len(faults(proxy)) == 2
     assert content(objects) == {"key": b"before"}
+
+
+def write_once(path, content):
+    """Without patience."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "ATTEMPTS", 1)
+        remote.store.cache_clear()
+        try:
+            write_whole(Fence(), path, content)
+        finally:
+            remote.store.cache_clear()
 
 
 def test_a_refusal_is_not_asked_again(elsewhere, root, proxy):
     proxy.faults = lambda *_: "403"
     with pytest.raises(StoreError, match=r"403 Forbidden .AccessDenied"):
-        elsewhere((root / "key").write_bytes, b"x")
+        elsewhere((root / "key").create, b"x")
     assert len(proxy.requests) <= 2
 
 
 def test_a_bucket_that_is_missing_is_not_asked_for_again(elsewhere, root, proxy):
     nowhere = locate(f"{root}-not/key")
     with pytest.raises(StoreError, match=f"^{nowhere}: there is no bucket {root}-not"):
-        elsewhere(nowhere.write_bytes, b"x")
+        elsewhere(nowhere.create, b"x")
     assert len(proxy.requests) <= 2
 
 
 def test_nothing_is_left_of_an_upload_in_parts(elsewhere, root, objects, server):
-    elsewhere((root / "key").write_bytes, b"x" * LARGE)
+    elsewhere(write_whole, Fence(), root / "key", b"x" * LARGE)
     client = objects.meta.client
     assert not client.list_multipart_uploads(Bucket=objects.name).get("Uploads")
 

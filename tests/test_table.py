@@ -13,23 +13,20 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small import embed, failures_of, messages_of, vectors_of, write_pictures
+from small import embed, embedded_pictures, failures_of, image_table, messages_of, vectors_of
 from tables import rows
 
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.plan import lies_far, write_plan
+from resfeat.run import Run
 from resfeat.sources import gone, listing, unique
-from resfeat.sources.unique import Repeated
+from resfeat.sources.formats import RowFile
 from resfeat.spec import SourceOptions
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder of pictures, as the directory that the tables are held against. Not to change."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = write_pictures(folder)
-    embed(folder / "out", *{path.parent for path in paths})
-    return paths, sorted(vectors_of(folder / "out").values())
+    return embedded_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def listed(path, **options):
@@ -129,6 +126,16 @@ def test_what_a_row_means(tmp_path):
     )
 
 
+def test_an_image_in_a_data_uri_is_a_failure_that_is_called_by_its_place(tmp_path):
+    image = "data:image/png;base64,iVBORw0KGgo="
+    there = listed(text_list(tmp_path, image, "DATA:;charset=x,1", "data:1.jpg", f"/{image}"))
+    assert [item.id for item in there] == ["list.txt#0", "list.txt#1", "data:1.jpg", f"/{image}"]
+    for item in there[:2]:
+        assert item.uri == "data:"
+        assert item.problem.startswith("io_error: data: is not read: give a path, or one of file:")
+    assert [item.problem for item in there[2:]] == [None, None]
+
+
 def test_a_row_that_means_nothing_is_a_failure_that_keeps_its_columns(pictures, tmp_path):
     paths, _ = pictures
     table = pa.table({
@@ -190,6 +197,45 @@ def test_an_id_that_a_folder_has_as_well(tmp_path):
     ]  # fmt: skip
 
 
+def test_an_address_may_look_like_the_place_of_a_row(pictures, tmp_path):
+    pq.write_table(image_table(pictures[0]), tmp_path / "b.parquet")
+    table = text_list(tmp_path, "b.parquet#3")
+    there = list(listing([str(table), str(tmp_path / "b.parquet")]))
+    assert {item.id for item in there} == {
+        *(f"b.parquet#{n}" for n in range(len(pictures[0]))), "b.parquet#3;2"
+    }  # fmt: skip
+
+
+def test_beside_other_sources_a_table_is_read_twice_like_alone(tmp_path, monkeypatch):
+    """Once for the ids, and once for the items."""
+    begun, batches = [], RowFile.batches
+    monkeypatch.setattr(RowFile, "batches", lambda *given: begun.append(given) or batches(*given))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.jpg").touch()
+    table = text_list(tmp_path, "/a.jpg")
+    assert len(list(listing([str(table)]))) == 1 and len(begun) == 2
+    begun.clear()
+    assert len(list(listing([str(table), str(tmp_path / "in")]))) == 2 and len(begun) == 2
+
+
+def test_a_table_that_is_written_while_it_is_listed_is_refused(tmp_path):
+    """Its ids were looked at before: two of them might be one now."""
+    table = text_list(tmp_path, "/a.jpg", "/b.jpg")
+    tables = listing([str(table)]).tables()
+    assert next(tables).num_rows == 0  # of the first look
+    with open(table, "a") as file:
+        file.write("\n/a.jpg\n")
+    with pytest.raises(ResfeatError, match=r"list\.txt was changed while it was listed: give"):
+        list(tables)
+
+
+def test_the_first_look_at_a_long_table_may_be_stopped(tmp_path):
+    path, seen = text_list(tmp_path, *(f"/{n:07}.jpg" for n in range(300_000))), []
+    for table in listing([str(path)]).tables():
+        seen.append(table.num_rows)
+    assert seen.count(0) > 4 and seen == sorted(seen, key=bool)
+
+
 def test_bytes_are_no_text(tmp_path):
     pq.write_table(pa.table({"key": [b"\xff"], "path": ["/a.jpg"]}), tmp_path / "t.parquet")
     for options in ({"id_column": "key", "uri_column": "path"}, {"uri_column": "key"}):
@@ -209,11 +255,20 @@ def test_what_nobody_has_cannot_be_kept(tmp_path):
         listed(tmp_path, keep=("nope",))
 
 
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(pictures, tmp_path):
+    table = text_list(tmp_path, *map(str, pictures[0]))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"--keep nope: table .* has no such column"):
+            embed(tmp_path / "out", table, keep=("nope",))
+        assert not (tmp_path / "out").exists()
+
+
 def test_hashes_that_are_alike_only_cost_a_second_look(monkeypatch):
     monkeypatch.setattr(unique, "_hashes", lambda ids: np.zeros(len(ids), np.int64))
     names = pa.array(["a", "b", "c"])
     table = pa.table({"id": names, "problem": pa.nulls(3, pa.string())})
-    assert Repeated([names]).resolve(table) == table
+    *_, resolved = unique.resolved([names], [table])
+    assert resolved == table
 
 
 def test_which_column_has_the_addresses(tmp_path):
@@ -290,6 +345,49 @@ def test_more_is_read_ahead_where_images_lie_far(tmp_path):
         there = listing([str(text_list(tmp_path, "/b.jpg", line))])
         plan = write_plan(tmp_path / name, tmp_path, there.tables(), None)
         assert lies_far(tmp_path / name, plan) is far
+
+
+@pytest.mark.parametrize("change", ["removed", "no table", "other columns"])
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "*.parquet"])
+def test_a_resume_does_without_the_table(pictures, tmp_path, name, change):
+    paths, expected = pictures
+    table = save(tmp_path / name.replace("*", "t"), list(map(str, paths)), ["" for _ in paths])
+    source, output = tmp_path / name, tmp_path / "out"
+    embed(output, source, shard_size=3, keep=("caption",))
+    (output / "embeddings" / "part-00001.parquet").unlink()
+    match change:
+        case "removed":
+            table.unlink()
+        case "no table":
+            table.write_text("")
+        case "other columns":
+            table = save(table.with_suffix(".jsonl"), ["/x"], ["y"]).rename(table)
+    assert embed(output, source, shard_size=3, keep=("caption",)).images == 3
+    assert sorted(vectors_of(output).values()) == expected
+    assert rows(output)["caption"].to_pylist() == ["" for _ in paths]
+    with pytest.raises(UsageError, match="source"):
+        embed(output, tmp_path / "gone", shard_size=3, keep=("caption",))
+    with pytest.raises(UsageError, match="made with another keep"):
+        embed(output, source, shard_size=3)
+
+
+def test_a_listing_that_nobody_began_on_stays_where_the_next_command_is_wrong(
+    pictures, tmp_path, monkeypatch
+):
+    """And with other choices it is taken over, without the table."""
+    table, output = text_list(tmp_path, *map(str, pictures[0])), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "tasks", no_worker)
+        with pytest.raises(ResfeatError, match="could not start"):
+            embed(output, table)
+    with pytest.raises(UsageError, match="--keep nope"):
+        embed(output, table, keep=("nope",))
+    table.unlink()
+    assert embed(output, table, normalize=True).images == len(pictures[0])
+
+
+def no_worker(run):
+    raise ResfeatError("could not start")
 
 
 def test_a_run_that_stopped_resumes_without_reading_what_is_committed(pictures, tmp_path):

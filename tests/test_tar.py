@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import os
 import random
 import subprocess
 import tarfile
+import time
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ from object_store import FaultyProxy, ObjectStore
 from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset
-from resfeat.errors import Failure, UsageError
+from resfeat.errors import Failure, Stopped, UsageError
 from resfeat.sources import (
     ahead,
     gone,
@@ -33,7 +35,7 @@ from resfeat.sources import (
 )
 from resfeat.sources.ahead import Ahead
 from resfeat.sources.headers import Damage, headers
-from resfeat.sources.windowed import IN_STORE, Windowed
+from resfeat.sources.windowed import IN_STORE, Windowed, opened
 from resfeat.spec import SourceOptions
 from resfeat.storage import remote
 
@@ -469,6 +471,38 @@ def test_many_tars_come_in_their_order_however_many_are_listed_at_once(tmp_path,
     assert [item.id for item in there] == expected
     assert there.skipped == Counter({".txt": 8})
     assert max(table.num_rows for table in there.tables()) == 4
+
+
+def test_a_long_listing_is_stopped_and_shown_meanwhile(tmp_path):
+    """Of a tar that takes seconds to decompress: zeros, and all of them one member."""
+    zeros, count = 64 * 1024**2, 64
+    member = tarfile.TarInfo("1.png")
+    member.size = zeros * count
+    piece = gzip.compress(bytes(zeros))
+    path = tmp_path / "t.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf()) + piece * count + gzip.compress(bytes(1024)))
+    shown = []
+    spec = ExtractSpec(
+        sources=(str(path),), output=str(tmp_path / "out"), model="cifar_resnet20",
+        weights="random:0", runtime=RuntimeOptions(workers=0),
+    )  # fmt: skip
+    with pytest.raises(Stopped, match="stopped while listing"):
+        extract(
+            spec,
+            on_progress=lambda progress: shown.append((progress.doing, time.monotonic())),
+            stopping=lambda: len(shown) > 1,
+        )
+    (doing, first), (_, second) = shown
+    assert doing == "listing" and second - first < 5
+    assert time.monotonic() - second < 2 and not (tmp_path / "out").exists()
+
+
+def test_looking_for_the_next_header_of_a_damaged_tar_lets_others_look_around(tmp_path):
+    path = tmp_path / "t.tar"
+    path.write_bytes(pack(path, {"1.png": b"1"}).read_bytes()[:1024] + b"?" * 10**6)
+    with opened(path.as_uri()) as file:
+        found = list(headers(file.file))
+    assert found[0].name == "1.png" and found[1].place == 1024 and found.count(None) > 10
 
 
 @pytest.fixture(scope="module")

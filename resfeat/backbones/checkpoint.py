@@ -22,8 +22,6 @@ from resfeat.errors import ResfeatError, StoreError, UsageError, first_line
 from resfeat.storage import SCHEMES, StorePath, is_remote, web
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")
-WEB = ("http", "https")
-CONNECT_SECONDS = 10
 
 # Where training scripts put the network; first the copy that is meant for use: averaged weights
 # before the last ones, DINO's teacher before its student.
@@ -48,7 +46,7 @@ def public(source: str) -> str:
     user, _, host = parts.netloc.rpartition("@")
     if parts.scheme.startswith("abfs") and ":" not in user:  # CONTAINER@ACCOUNT
         host = parts.netloc
-    query = "" if parts.scheme in WEB else parts.query
+    query = "" if f"{parts.scheme}://" in web.WEB else parts.query
     return urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
 
 
@@ -176,7 +174,7 @@ def _fetch(source: str) -> bytes:
     try:
         if not scheme:
             return Path(source).expanduser().read_bytes()
-        if scheme in WEB:
+        if f"{scheme}://" in web.WEB:
             if "@" in host:
                 raise UsageError(
                     f"weights {public(source)}: a password in an address is not sent; give an "
@@ -185,13 +183,16 @@ def _fetch(source: str) -> bytes:
             return web.get(source)[0]
         if is_remote(source):
             return StorePath.of(source).read_bytes()
-        known = ", ".join(f"{each}://" for each in (*WEB, *SCHEMES))
+        known = ", ".join((*web.WEB, *(f"{each}://" for each in SCHEMES)))
         raise UsageError(
             f"weights {public(source)}: {scheme}:// is not read; give a path or {known}"
         )
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"weights file {public(source)} does not exist") from error
-    except (OSError, StoreError, ValueError) as error:
+    except StoreError as error:  # which says where, and what to do
+        told = first_line(error).removeprefix(f"{StorePath.of(source)}: ")
+        raise ResfeatError(f"cannot read weights {public(source)}: {told}") from error
+    except (OSError, ValueError) as error:
         hint = "check its address, your credentials and the network" if scheme else "check it"
         raise ResfeatError(
             f"cannot read weights {public(source)}: {first_line(error)}; {hint}"

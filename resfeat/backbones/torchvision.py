@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from resfeat.backbones import Published
 from resfeat.backbones.backbone import Adapted, Backbone
-from resfeat.backbones.checkpoint import CONNECT_SECONDS, read_tensors
+from resfeat.backbones.checkpoint import read_tensors
 from resfeat.errors import ResfeatError
 from resfeat.spec import Interpolation, Preprocessing
 
 CLASSES = 1000
+CONNECT_SECONDS = 10
 # Their published weights want values from -1 to 1. torchvision normalises as for others, and undoes
 # that before the first layer (`transform_input`). Here it is not done at all.
 FROM_MINUS_ONE_TO_ONE = ("googlenet", "inception_v3")

@@ -20,7 +20,7 @@ from resfeat.dataset.lock import refusal, run_lock
 from resfeat.dataset.writer import HeldError, Lock, Writer
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.plan import Partition
-from resfeat.storage import Location, remove_all
+from resfeat.storage import remove_all
 
 WAIT_SECONDS = 0.5  # between two looks at whether another has made the plan
 
@@ -55,7 +55,7 @@ def held(layout: Layout, on_wait: Note = lambda why: None) -> Iterator[Lock]:
                         if layout.is_on_disk and layout.share == ALL and not layout.spec.exists():
                             remove_all(layout.private)
                             layout.card.unlink(missing_ok=True)
-                            _remove_empty([layout.embeddings, *made])
+                            _remove_empty([Path(str(layout.embeddings)), *made])
         except OSError:
             _remove_empty(made)
             raise
@@ -164,7 +164,7 @@ def _clear(drafts: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _remove_empty(folders: Sequence[Location]) -> None:
+def _remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

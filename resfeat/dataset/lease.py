@@ -29,7 +29,7 @@ from dataclasses import replace
 
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.writer import HeldError, Lock, Writer, is_word, overtaken
-from resfeat.errors import StoreError
+from resfeat.errors import ResfeatError, StoreError
 from resfeat.storage import StorePath, Version
 
 BEAT_SECONDS = 10.0
@@ -56,11 +56,13 @@ class Lease(Lock):
 
     def check(self) -> None:
         """Raise ResfeatError unless it is certainly ours; StoreError where that cannot be told."""
-        while self._is_expired() and not self.taken.is_set():
+        while self._is_expired() and not (self.taken.is_set() or self._ended.is_set()):
             with self._swapping:
                 if self._is_expired():  # still: the thread may just have renewed it
                     self._renew()
         super().check()
+        if self._ended.is_set():
+            raise ResfeatError(f"the run has given {self.output} up: nothing more is written")
 
     def give_up(self, word: Writer | None) -> None:
         """Leave the lock to whoever comes. word: of a run that was killed, for the next one."""
@@ -69,7 +71,6 @@ class Lease(Lock):
         with self._swapping, suppress(StoreError):  # it is then stale after a while
             if not self.taken.is_set():
                 self._swap(_named(word) if word else _nobody())
-        self.taken.set()
 
     def _is_expired(self) -> bool:
         return _now() > self._sent + LEASE_SECONDS

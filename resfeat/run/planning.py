@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from resfeat.dataset import Dataset, Layout, Record, commit_generation, is_alone, write_card
 from resfeat.errors import ResfeatError
-from resfeat.plan import Changes, Plan, shard_size_for, write_plan
+from resfeat.plan import Changes, Plan, carried_columns, shard_size_for, write_plan
 from resfeat.reporting import Preview, last_rate, versions
 from resfeat.run.request import Request
 from resfeat.storage import remove_all
@@ -28,6 +28,7 @@ def settled(
     if record and not layout.committed() and is_alone(request.layout):
         record = _taken_over(request, layout, weights, record)
         if record is None:
+            request.listing.open()  # before the listing that is there is given up
             Record.forget(layout)
     if record and not layout.is_on_disk:
         record.save(layout)  # what an earlier holder sent comes too late now
@@ -83,7 +84,7 @@ def _taken_over(
 
 def _written(request: Request, layout: Layout, record: Record, weights: Weights) -> Record:
     """The record of a dataset that has no rows yet, written down, and its card."""
-    write_card(layout, record, weights.dims, request.listing.carried)
+    write_card(layout, record, weights.dims, carried_columns(layout.plan, record.plan))
     record.save(layout)
     return record
 

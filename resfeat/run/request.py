@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from resfeat.spec import ExtractSpec
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LISTED_BETWEEN_CALLS = 10_000
+SECONDS_BETWEEN_CALLS = 0.5
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,24 @@ class Request:
             hint = "give a new folder, or that of a dataset to resume"
             raise UsageError(f"output {root} holds other files: {hint}")
 
+    def check_sources(self) -> None:
+        """Raise UsageError where the sources have to be listed, and cannot."""
+        if self.spec.update or not self.layout.spec.exists():
+            self.listing.open()
+
     def listed(self) -> Iterator[pa.Table]:
         """The tables of the listing, while the user is told how far it is. Raises Stopped."""
         self.watch.step(f"listing {', '.join(self.spec.sources)}")
-        listed = told = 0
+        listed, told = 0, time.monotonic()
         for table in self.listing.tables():
             listed += table.num_rows
-            if listed - told >= LISTED_BETWEEN_CALLS:
-                told = listed
+            if time.monotonic() - told >= SECONDS_BETWEEN_CALLS:
+                told = time.monotonic()
                 self.watch.progress(Progress(None, listed, doing="listing"))
                 if self.watch.stopping():
                     raise Stopped("stopped while listing: nothing was written")
-            yield table
+            if table:  # else it is only there for a look at signals
+                yield table
 
     def no_images(self) -> UsageError:
         """What is said where the sources hold no image."""

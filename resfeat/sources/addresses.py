@@ -31,6 +31,7 @@ _PLAIN = rf"^(?:/|file:///|(?:{_STORES})[A-Za-z0-9_.-]+/)?{_PART}(?:/{_PART})*$"
 _PLAIN_ON_DISK = _PLAIN.replace("^(?:/", r"^(?:/|(?:\.\.?/)+")
 _PLAIN_WEB = r"^https?://[A-Za-z0-9_.~-]+(?::[0-9]+)?/[A-Za-z0-9_.~/?&=%+,:;-]*$"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_DATA = r"(?i)^data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^,/]*)*,"  # a whole image follows
 _PASSWORD = r"^((?i:https?|s?ftps?)://)[^/?#]*@"
 _IN_WEB = "%/:?#[]@!$&'()*+,;=~"
 
@@ -72,6 +73,8 @@ class Addresses:
         """The same of one address."""
         if not text or text.isspace():
             return self._start, problem("not_found", "the table has no address there")
+        if re.match(_DATA, text):
+            return _unknown("data:", "data:")
         found = _SCHEME.match(text)
         if not found:
             return self._path(text)
@@ -113,8 +116,10 @@ def _on_the_web(scheme: str, rest: str) -> tuple[str, str | None]:
             return without_password(uri), problem("permission", message)
     except ValueError as error:  # of brackets that do not match
         return without_password(uri), problem("not_found", f"no address: {error}")
-    if scheme in WEB:
-        return uri, None
+    return (uri, None) if scheme in WEB else _unknown(uri, scheme)
+
+
+def _unknown(uri: str, scheme: str) -> tuple[str, str | None]:
     known = ", ".join(("file://", *STORES, *WEB))
     return uri, problem("io_error", f"{scheme} is not read: give a path, or one of {known}")
 
@@ -129,7 +134,9 @@ def without_password(address: str) -> str:
 
 
 def shown(texts: pa.Array) -> pa.Array:
-    """The same of many."""
+    """The same of many; null for those that are images themselves."""
+    if pc.any(pc.starts_with(texts, "data:", ignore_case=True)).as_py():
+        texts = pc.if_else(pc.match_substring_regex(texts, _DATA), None, texts)
     if pc.any(pc.match_substring(texts, "@")).as_py():
         return pc.replace_substring_regex(texts, _PASSWORD, r"\1")
     return texts

@@ -12,8 +12,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from concurrent.futures import Executor
 from contextlib import suppress
+from tarfile import TarInfo
 
-from resfeat.sources.headers import BLOCK, Damage, headers, next_header
+from resfeat.sources.headers import BLOCK, headers, next_header
 from resfeat.sources.windowed import Windowed
 
 # Stretches that are followed at once, and members of each. To find the first takes half a member.
@@ -71,10 +72,10 @@ class Ahead(Windowed):
 
         file = Windowed(fetch, self.size, HEADER, HEADER)
         with suppress(OSError):  # whoever reads the tar will meet it, too
-            if (place := next_header(file, start, end)) is None:
+            if (place := next(filter(None, next_header(file, start, end)), None)) is None:
                 return {}
             found = dict(list(found.items())[-1:])
             for member in headers(file, place):
-                if isinstance(member, Damage) or member.offset_data + member.size >= end:
+                if not isinstance(member, TarInfo) or member.offset_data + member.size >= end:
                     break
         return found

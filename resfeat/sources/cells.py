@@ -19,18 +19,18 @@ import pyarrow as pa
 from resfeat.errors import Failure, first_line
 from resfeat.sources.addresses import Addresses
 from resfeat.sources.directory import path_of
-from resfeat.sources.formats import PARQUET_BUFFER, is_parquet, open_arrow
+from resfeat.sources.formats import PARQUET_BUFFER, is_parquet, open_arrow, version
 from resfeat.sources.item import Content, Item
 from resfeat.sources.rows import BYTES, PATH, Leaf
 from resfeat.sources.rules import MAX_BYTES
 from resfeat.storage import (
     ChangedError,
+    Known,
     Location,
     RefusedError,
     is_remote,
     locate,
     open_parquet,
-    stat,
 )
 
 # Of images that are read together.
@@ -67,7 +67,8 @@ def _ascending(items: Sequence[Item]) -> Iterator[Cell]:
     location = locate(first.uri if is_remote(first.uri) else path_of(first.uri))
     read = _of_parquet if is_parquet(location) else _of_arrow
     try:
-        _check_same(location, first)
+        if isinstance(location, Path):  # of a store only the version that was listed is opened
+            _check_same(location, first)
         for cell in read(location, items):
             yield cell
             done += 1
@@ -88,7 +89,7 @@ def _broken(error: Exception) -> Failure:
 
 
 def _of_parquet(location: Location, items: Sequence[Item]) -> Iterator[Cell]:
-    with open_parquet(location, PARQUET_BUFFER) as file:
+    with open_parquet(location, PARQUET_BUFFER, _listed(items[0])) as file:
         about = file.metadata
         counts = (about.row_group(group).num_rows for group in range(about.num_row_groups))
         ends = list(accumulate(counts))
@@ -128,7 +129,7 @@ def _batch_rows(group: Any, leaf: str) -> int:
 
 
 def _of_arrow(location: Location, items: Sequence[Item]) -> Iterator[Cell]:
-    with open_arrow(location) as (reader, batches):
+    with open_arrow(location, _listed(items[0])) as (reader, batches):
         leaf = _leaf(items[0], reader.schema)
         yield from _cells(location, leaf, _counted(batches, 0), items)
 
@@ -183,13 +184,10 @@ def _row(item: Item) -> int:
     return item.offset or 0
 
 
+def _listed(item: Item) -> Known:
+    return item.mtime, item.etag
+
+
 def _check_same(location: Location, item: Item) -> None:
-    if version(location) != (item.mtime, item.etag):
+    if version(location) != _listed(item):
         raise _Changed
-
-
-def version(location: Location) -> tuple[int | None, str | None]:
-    """The mtime (microseconds) and the etag of a file of rows, as of an `Item`."""
-    if isinstance(location, Path):
-        return location.stat().st_mtime_ns // 1000, None
-    return stat(location)[1:]

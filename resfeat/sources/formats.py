@@ -20,7 +20,7 @@ import pyarrow.json
 
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.sources.rules import printable
-from resfeat.storage import Location, locate, open_binary, open_parquet
+from resfeat.storage import Known, Location, locate, open_binary, open_parquet, stat
 
 ROWS = 65536
 BLOCK = 8 * 1024**2
@@ -35,13 +35,14 @@ COLUMNAR = (_PARQUET, _ARROW)
 
 
 class RowFile:
-    """A file of rows. schema: its columns."""
+    """A file of rows. version: what it was when it was first looked at. schema: its columns."""
 
     def __init__(self, path: str) -> None:
         """path: or address. Raises UsageError where it is no such file."""
         self.path, self.location = path, locate(path)
         self.kind = _kind(self.location)
         with self.told(UsageError):
+            self.version = version(self.location)
             self.schema = self._schema()
 
     @property
@@ -63,6 +64,16 @@ class RowFile:
                     f"--{option} {column}: table {self.name} has no such column: "
                     f"it has {', '.join(self.schema.names) or 'none'}"
                 )
+
+    def check_same(self) -> None:
+        """Raise ResfeatError if it is not what it was: rows of two files may have been mixed."""
+        with self.told():
+            now = version(self.location)
+        if now != self.version:
+            raise ResfeatError(
+                f"table {self.name} was changed while it was listed: give the same command again "
+                "once it is whole"
+            )
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows, at most `ROWS` at a time, of these columns."""
@@ -137,6 +148,13 @@ class RowFile:
             yield reader
 
 
+def version(location: Location) -> Known:
+    """The mtime and the etag of a file of rows, as of an `Item`."""
+    if isinstance(location, Path):
+        return location.stat().st_mtime_ns // 1000, None
+    return stat(location)[1:]
+
+
 def is_parquet(location: Location) -> bool:
     return _kind(location) == _PARQUET
 
@@ -145,19 +163,21 @@ def _kind(location: Location) -> str:
     return location.name[location.name.rfind(".") :].lower()
 
 
-def opened(location: Location, *, mapped: bool = False) -> Any:
+def opened(location: Location, *, mapped: bool = False, version: Known | None = None) -> Any:
     """A file, of Arrow's own kind where it lies on a disk: no thread of Arrow's then has to do with
-    what is Python's (apache/arrow#34314)."""
+    what is Python's (apache/arrow#34314). version: as of `open_binary`."""
     if not isinstance(location, Path):
-        return open_binary(location)
+        return open_binary(location, version=version)
     return pa.memory_map(str(location)) if mapped else pa.OSFile(str(location))
 
 
 @contextmanager
-def open_arrow(location: Location) -> Iterator[tuple[Any, Iterator[pa.RecordBatch]]]:
+def open_arrow(
+    location: Location, version: Known | None = None
+) -> Iterator[tuple[Any, Iterator[pa.RecordBatch]]]:
     """An Arrow file, or a stream as `datasets` saves it: its reader, and its batches. On a disk it
-    is mapped into memory, so that only what is looked at is read."""
-    with opened(location, mapped=True) as file:
+    is mapped into memory, so that only what is looked at is read. version: as of `open_binary`."""
+    with opened(location, mapped=True, version=version) as file:
         try:
             reader = pa.ipc.open_file(file)
         except pa.ArrowInvalid:

@@ -28,15 +28,16 @@ class Damage(NamedTuple):
     message: str
 
 
-def headers(file: File, start: int = 0) -> Iterator[TarInfo | Damage]:
-    """The members of a tar, from the header at `start` on, and what is damaged. Between two, the
-    file may be read, but no further than to the end of the member."""
+def headers(file: File, start: int = 0) -> Iterator[TarInfo | Damage | None]:
+    """The members of a tar, from the header at `start` on, and what is damaged; None now and then,
+    where the next one is far to seek. Between two, the file may be read, but no further than to the
+    end of the member."""
     place: int | None = start
     while place is not None:
         place = yield from _from(file, place)
 
 
-def _from(file: File, place: int) -> Generator[TarInfo | Damage, None, int | None]:
+def _from(file: File, place: int) -> Generator[TarInfo | Damage | None, None, int | None]:
     """The members from the header at this place on. Returns where there are more, if anywhere."""
     start = place
     try:
@@ -67,19 +68,25 @@ def _from(file: File, place: int) -> Generator[TarInfo | Damage, None, int | Non
         yield Damage(place, "the tar has no end mark: it seems to be cut short")
     else:
         yield Damage(place, f"the tar is damaged at byte {place:,}")
-        return next_header(file, place + BLOCK, file.size) if isinstance(file, Windowed) else None
+        if isinstance(file, Windowed):
+            for found in next_header(file, place + BLOCK, file.size):
+                if found is not None:
+                    return found
+                yield None
     return None
 
 
-def next_header(file: Windowed, place: int, end: int) -> int | None:
-    """Where the next block is that looks like a header, from `place` up to `end`."""
+def next_header(file: Windowed, place: int, end: int) -> Iterator[int | None]:
+    """Where the next block is that looks like a header, from `place` up to `end`; None now and
+    then, where that is far."""
     file.seek(place)
     while place < end and (blocks := file.read(TOGETHER * BLOCK)):
         for start in range(0, len(blocks), BLOCK):
             if _is_header(blocks[start : start + BLOCK]):
-                return place + start
+                yield place + start
+                return
         place += len(blocks)
-    return None
+        yield None
 
 
 def _is_header(block: bytes) -> bool:

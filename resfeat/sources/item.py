@@ -1,5 +1,6 @@
 """`Item`: one input image, and the columns in which a plan has millions of them."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, cast
@@ -44,6 +45,10 @@ COLUMNS = (
     pa.field("problem", pa.string()),
 )
 
+# A listing gives a table at least about so often, an empty one if need be: whoever takes them looks
+# at signals in between.
+BEAT_SECONDS = 0.5
+
 
 def schema_of(carried: Sequence[pa.Field] = ()) -> pa.Schema:
     """The columns of items that carry these."""
@@ -57,23 +62,29 @@ def carried_in(schema: pa.Schema) -> tuple[pa.Field, ...]:
 
 
 def table_of(items: Sequence[Item], carried: Sequence[pa.Field] = ()) -> pa.Table:
-    """Items, at least one, as a table of these columns."""
-    *own, taken, _ = zip(*items, strict=True)
+    """Items as a table of these columns."""
     schema = schema_of(carried)
+    if not items:
+        return schema.empty_table()
+    *own, taken, _ = zip(*items, strict=True)
     columns = zip(schema.names, [*own, *zip(*taken, strict=True)], strict=True)
     return pa.table(dict(columns), schema=schema)
 
 
 def tables_of(lists: Iterable[list[Item]], rows: int) -> Iterator[pa.Table]:
-    """Items that come in lists, as tables of at least so many rows, but for the last one."""
-    items = list[Item]()
+    """Items that come in lists, as tables of at least so many rows, or of what came in
+    `BEAT_SECONDS`."""
+    items, since = list[Item](), time.monotonic()
     for some in lists:
         items += some
-        if len(items) >= rows:
+        if len(items) >= rows or time.monotonic() - since > BEAT_SECONDS:
             yield table_of(items)
-            items = []
+            items, since = [], time.monotonic()
     if items:
         yield table_of(items)
+
+
+BEAT = table_of(())  # the empty one
 
 
 def items_of(table: pa.Table) -> list[Item]:

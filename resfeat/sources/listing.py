@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Protocol
 
@@ -32,30 +33,55 @@ class Part(Protocol):
     skipped: Counter[str]
 
     def tables(self) -> Iterator[pa.Table]:
-        """Their items, in a fixed order, as `item.table_of` makes them."""
+        """Their items, in a fixed order, as `item.table_of` makes them, one every `BEAT_SECONDS`
+        or so: an empty one if need be. Ids are unique, but for those of `Tables`."""
 
 
 class Listing:
     """The items of some sources, in a fixed order. roots: the sources. carried, skipped: as of a
-    `Part`."""
+    `Part`. Nothing in a source is looked at before the items or what they carry are asked for."""
 
-    def __init__(self, roots: Sequence[str], parts: Sequence[Part]) -> None:
-        self.roots, self._parts = roots, parts
-        self.carried = _together(parts)
+    def __init__(self, roots: Sequence[str], options: SourceOptions) -> None:
+        self.roots, self._options = roots, options
+        self._opened = list[Part]()
+
+    def _parts(self) -> Sequence[Part]:
+        """Raises UsageError where a source lies within another, or a table is not what it should
+        be."""
+        self._opened = self._opened or _parts(self.roots, self._options)
+        return self._opened
+
+    def open(self) -> None:
+        """Raise UsageError where it cannot be listed what is asked for."""
+        _ = self.carried
+
+    @cached_property
+    def carried(self) -> tuple[pa.Field, ...]:
+        """Raises UsageError where no source has what is to be kept, and as above."""
+        carried = _together(self._parts())
+        if unknown := set(self._options.keep) - {field.name for field in carried}:
+            raise UsageError(
+                f"--keep {min(unknown)}: only tables and tars have what can be kept, and none is "
+                "named"
+            )
+        return carried
 
     @property
     def skipped(self) -> Counter[str]:
-        return sum((part.skipped for part in self._parts), Counter[str]())
+        return sum((part.skipped for part in self._opened), Counter[str]())
 
     def tables(self) -> Iterator[pa.Table]:
-        """The items as tables, as `item.table_of` makes them. Ids are unique within a part; where
-        one of several is made of tables, which say what they like, all are looked at twice."""
-        if len(self._parts) > 1 and any(isinstance(part, Tables) for part in self._parts):
-            return unique.resolved((table["id"] for table in self._listed()), self._listed())
-        return self._listed()
+        """The items as tables, as those of a `Part`, and with each id once. Where some are in
+        tables, which say what they like, all ids are looked at before."""
+        parts = self._parts()
+        if all(
+            not isinstance(part, Tables) or (part.is_by_place and len(parts) == 1) for part in parts
+        ):
+            return self._listed()
+        return unique.resolved(chain.from_iterable(map(_ids, parts)), self._listed())
 
     def _listed(self) -> Iterator[pa.Table]:
-        for part in self._parts:
+        for part in self._parts():
             for table in part.tables():
                 yield table if part.carried == self.carried else _aligned(table, self.carried)
 
@@ -69,29 +95,35 @@ def listing(sources: Sequence[str], options: SourceOptions | None = None) -> Lis
     Raises UsageError where a source is missing, is a dataset, or lies within another, StoreError
     where the store is out of reach or does not let us look.
     """
-    options = options or SourceOptions()
     # Of an address of another kind `locate` raises UsageError.
     local = _sorted(
         os.path.abspath(str(locate(source))) for source in sources if not is_remote(source)
     )
     remote = _sorted(_UNNEEDED.sub("", source) for source in sources if is_remote(source))
-    on_disk = _sorted(place for root in local for place in places.expanded(root))
-    in_store = _sorted(place for root in remote for place in places.expanded(root))
+    for root in [*local, *remote]:
+        if places.container_of(root) != "table":  # which a resume does without
+            places.check(root)
+    return Listing([*local, *remote], options or SourceOptions())
+
+
+def _parts(roots: Sequence[str], options: SourceOptions) -> list[Part]:
+    """The sources by kind."""
+    for root in roots:
+        if places.container_of(root) == "table":
+            places.check(root)
+    every = [place for root in roots for place in places.expanded(root)]
+    on_disk = _sorted(place for place in every if not is_remote(place))
+    in_store = _sorted(place for place in every if is_remote(place))
     # Beside others they keep their whole addresses, so that no two images share an id.
-    base = "" if local else _base(in_store)
-    parts = [*_parts(on_disk, _base(on_disk), options), *_parts(in_store, base, options)]
+    base = "" if on_disk else _base(in_store)
+    parts = [*_of_kinds(on_disk, _base(on_disk), options), *_of_kinds(in_store, base, options)]
     # In one part, wherever they lie: any two of them may have an id in common.
     if tables := [root for root in (*on_disk, *in_store) if places.container_of(root) == "table"]:
         parts.append(Tables(tables, _base(on_disk) or base, options))
-    there = Listing([*local, *remote], parts)
-    if unknown := set(options.keep) - {field.name for field in there.carried}:
-        raise UsageError(
-            f"--keep {min(unknown)}: only tables and tars have what can be kept, and none is named"
-        )
-    return there
+    return parts
 
 
-def _parts(roots: Sequence[str], base: str, options: SourceOptions) -> Iterator[Part]:
+def _of_kinds(roots: Sequence[str], base: str, options: SourceOptions) -> Iterator[Part]:
     """The sources by kind, all of them on a disk or all in a store. Raises UsageError where one
     lies within another. A folder passes its tars over, so they may be named beside it."""
     kinds = defaultdict[str | None, list[str]](list)
@@ -104,6 +136,10 @@ def _parts(roots: Sequence[str], base: str, options: SourceOptions) -> Iterator[
         yield folders(some, base, options)
     if some := kinds["tar"]:
         yield Tars(some, base, options)
+
+
+def _ids(part: Part) -> Iterator[pa.ChunkedArray | pa.Array]:
+    return part.ids() if isinstance(part, Tables) else (table["id"] for table in part.tables())
 
 
 def _sorted(roots: Iterable[str]) -> list[str]:

@@ -33,18 +33,22 @@ def container_of(place: str) -> str | None:
     return None if kind and not is_remote(place) and os.path.isdir(place) else kind
 
 
-def expanded(root: str) -> list[str]:
-    """The paths or addresses that a source stands for, sorted; mostly itself alone. A glob passes
-    our own outputs over. Raises UsageError where there is nothing, or a dataset."""
+def check(root: str) -> None:
+    """Raise UsageError where there is nothing, or a dataset."""
     if _is_glob(root):
-        if found := _matches(root):
-            return [place for match in found for place in _places(match)]
-        raise UsageError(f"source {rules.printable(root)} matches nothing: check the pattern")
-    if is_remote(root):
+        if not _matches(root):
+            raise UsageError(f"source {rules.printable(root)} matches nothing: check the pattern")
+    elif is_remote(root):
         prefix.check(root)
     else:
         directory.check(root)
-    return _places(root)
+
+
+def expanded(root: str) -> list[str]:
+    """The paths or addresses that a source which is there stands for, sorted; mostly itself alone.
+    A glob passes our own outputs over."""
+    found = _matches(root) if _is_glob(root) else [root]
+    return [place for match in found for place in _places(match)]
 
 
 def _places(root: str) -> list[str]:

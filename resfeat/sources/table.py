@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from resfeat.errors import UsageError
-from resfeat.sources import cells, rows, unique
+from resfeat.sources import rows
 from resfeat.sources.addresses import Addresses, folders, shown
 from resfeat.sources.formats import RowFile
 from resfeat.sources.item import CARRIED, schema_of
 from resfeat.sources.rows import Leaf, Stretch
 from resfeat.sources.rules import printable
 from resfeat.spec import SourceOptions
+from resfeat.storage import Known
 
 # What a column of addresses is often called, whatever else the table has.
 USUAL = ("uri", "url", "path", "file", "filename", "file_name", "file_path", "filepath", "image",
@@ -57,8 +58,8 @@ class _Table:
 
 
 class Tables:
-    """One or more tables and files of images; see `listing.Part`. Of two items with one id, the
-    later becomes a failure."""
+    """One or more tables and files of images; see `listing.Part`. is_by_place: whether all ids are
+    the places of rows."""
 
     def __init__(self, roots: Sequence[str], base: str, options: SourceOptions) -> None:
         """roots: paths or addresses. base: what the ids of rows leave out of them. Raises
@@ -66,9 +67,7 @@ class Tables:
         self._options, self._base, self.skipped = options, base, Counter[str]()
         self._tables = [self._table(RowFile(root)) for root in roots]
         self.carried = self._carried()
-
-    def tables(self) -> Iterator[pa.Table]:
-        return unique.resolved(self._every_id(), self._every_item())
+        self.is_by_place = not (options.id_column or any(table.uri for table in self._tables))
 
     def _table(self, file: RowFile) -> _Table:
         options = self._options
@@ -97,22 +96,20 @@ class Tables:
                     )
         return tuple(found.values())
 
-    def _every_id(self) -> Iterator[pa.Array]:
-        """The ids in the order of the items, without those that cannot be there twice: the places
-        of rows."""
+    def ids(self) -> Iterator[pa.Array]:
+        """The ids in the order of the items."""
         columns = [self._options.id_column] if self._options.id_column else []
         for table in self._tables:
-            if columns or table.uri:
-                for some in table.stretches(columns):
-                    yield self._ids(table, some)
+            for some in table.stretches(columns):
+                yield self._ids(table, some)
 
-    def _every_item(self) -> Iterator[pa.Table]:
+    def tables(self) -> Iterator[pa.Table]:
         options = self._options
         columns = [*options.keep, *([options.id_column] if options.id_column else [])]
         for table in self._tables:
             addresses = Addresses(os.path.dirname(table.file.path))
             container = addresses.uri(os.path.basename(table.file.path))[0]
-            version = cells.version(table.file.location)
+            version = table.file.version
             for some in table.stretches(columns):
                 if some.addresses is None and table.image:
                     own = _of_rows(some, container, table.image.bytes, version)
@@ -122,6 +119,7 @@ class Tables:
                 if options.label_from:
                     own["label"] = folders(own["uri"])
                 yield self._whole(own, some)
+            table.file.check_same()
 
     def _ids(self, table: _Table, some: Stretch) -> pa.Array:
         """A column of the table, or its addresses; of a row that has none, its place."""
@@ -146,9 +144,7 @@ class Tables:
         )
 
 
-def _of_rows(
-    some: Stretch, uri: str, column: str, version: tuple[int | None, str | None]
-) -> dict[str, pa.Array]:
+def _of_rows(some: Stretch, uri: str, column: str, version: Known) -> dict[str, pa.Array]:
     """What is known of images that are in the rows themselves."""
     mtime, etag = version
     same = {

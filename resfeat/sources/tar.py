@@ -14,8 +14,9 @@ import os
 import tarfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from tarfile import TarInfo
+from threading import Event
 from typing import Any
 from urllib.parse import quote, quote_from_bytes
 
@@ -24,7 +25,7 @@ import pyarrow as pa
 from resfeat.sources import directory, rules
 from resfeat.sources.ahead import AT_ONCE, Ahead
 from resfeat.sources.headers import Damage, File, headers
-from resfeat.sources.item import Item, problem, table_of, whole
+from resfeat.sources.item import BEAT, BEAT_SECONDS, Item, problem, table_of, whole
 from resfeat.sources.windowed import DAMAGED, MOST_BYTES, Unzipped, Windowed, opened
 from resfeat.spec import SourceOptions
 from resfeat.storage import StorePath, is_remote
@@ -32,6 +33,7 @@ from resfeat.storage import StorePath, is_remote
 # Listed at a time. On a disk few would do; in a store each waits for its requests.
 TARS_AHEAD = 16
 TABLE = 8192
+PIECE = 16 * 1024**2
 _CUT = problem("bad_container", "the tar ends within it, or is damaged there")
 _LINKS = {tarfile.SYMTYPE: "symbolic", tarfile.LNKTYPE: "hard"}
 
@@ -54,29 +56,39 @@ class Tars:
     def tables(self) -> Iterator[pa.Table]:
         """In the order of the tars. Meanwhile the next table of each of the next tars is made."""
         self.skipped.clear()
-        tars = (_Tar(root, root.removeprefix(self._base), self._options) for root in self._roots)
-        ahead = deque[tuple[_Tar, Iterator[pa.Table], Future[pa.Table | None]]]()
+        ended = Event()
         aside = ThreadPoolExecutor(AT_ONCE, "headers")  # threads start as they are needed
         with aside, ThreadPoolExecutor(TARS_AHEAD, "list") as pool:
-            while True:
-                while len(ahead) < TARS_AHEAD and (tar := next(tars, None)):
-                    tables = tar.tables(self.carried, aside)
-                    ahead.append((tar, tables, pool.submit(next, tables, None)))
-                if not ahead:
-                    return
-                tar, tables, made = ahead.popleft()
-                if (table := made.result()) is None:
-                    self.skipped += tar.skipped
-                    continue
-                ahead.appendleft((tar, tables, pool.submit(next, tables, None)))
-                yield table
+            try:
+                yield from self._in_order(pool, aside, ended)
+            finally:
+                ended.set()
+
+    def _in_order(self, pool: Executor, aside: Executor, ended: Event) -> Iterator[pa.Table]:
+        names = ((root, root.removeprefix(self._base)) for root in self._roots)
+        tars = (_Tar(root, name, self._options, ended) for root, name in names)
+        ahead = deque[tuple[_Tar, Iterator[pa.Table], Future[pa.Table | None]]]()
+        while True:
+            while len(ahead) < TARS_AHEAD and (tar := next(tars, None)):
+                tables = tar.tables(self.carried, aside)
+                ahead.append((tar, tables, pool.submit(next, tables, None)))
+            if not ahead:
+                return
+            tar, tables, made = ahead.popleft()
+            while wait([made], BEAT_SECONDS).not_done:
+                yield BEAT
+            if (table := made.result()) is None:
+                self.skipped += tar.skipped
+                continue
+            ahead.appendleft((tar, tables, pool.submit(next, tables, None)))
+            yield table
 
 
 class _Tar:
-    """One tar that is being listed."""
+    """One tar that is being listed. ended: once nobody wants more of it."""
 
-    def __init__(self, root: str, name: str, options: SourceOptions) -> None:
-        self.skipped = Counter[str]()
+    def __init__(self, root: str, name: str, options: SourceOptions, ended: Event) -> None:
+        self.skipped, self._ended = Counter[str](), ended
         self._name, self._uri = name, _uri_of(root)
         self._labelled = options.label_from == "parent"
         self._keep = [extension.lower() for extension in options.keep]
@@ -114,6 +126,10 @@ class _Tar:
         """Keys and items. No item has what it carries, since that may come later."""
         is_sound = True
         for found in headers(file):
+            if self._ended.is_set():
+                return
+            if found is None:
+                continue
             if isinstance(found, Damage):
                 is_sound = False
                 told = problem("bad_container", found.message)
@@ -142,11 +158,20 @@ class _Tar:
             why = f"a {link} link to {rules.printable(member.linkname)}: links are not followed"
         elif member.issparse():
             why = "it is stored sparse: write the tar again without --sparse"
-        elif not file.reaches(member.offset_data + member.size):
+        elif not self._reaches(file, member.offset_data + member.size):
             return self._item(member.name, offset=member.offset_data, problem=_CUT)
         told = problem("bad_container", why) if why else None
         size = None if why else member.size
         return self._item(member.name, size=size, offset=member.offset_data, problem=told)
+
+    def _reaches(self, file: File, end: int) -> bool:
+        """Whether the file has so many bytes. What is compressed is read up to there: piece by
+        piece, for it may take long."""
+        if isinstance(file, Unzipped):
+            for place in range(file.tell(), end, PIECE):
+                if self._ended.is_set() or not file.reaches(place):
+                    return False
+        return file.reaches(end)
 
     def _item(self, name: str, **known: Any) -> Item:
         """An item of this member, or, without a name, of the tar itself."""

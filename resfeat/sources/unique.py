@@ -4,14 +4,14 @@ Nothing holds all ids. In a first pass 8 bytes of each are kept, a hash, and has
 twice tell which ids to look at closely in the second.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from resfeat.sources.item import problem
+from resfeat.sources.item import BEAT, problem
 
 Hashes = NDArray[np.int64]
 
@@ -22,10 +22,9 @@ def _hashes(ids: pa.ChunkedArray | pa.Array) -> Hashes:
 
 
 class Repeated:
-    """The ids that a listing has more than once. ids: all of them, some at a time, in its order."""
+    """The ids that a listing has more than once. every: the hashes of all of them."""
 
-    def __init__(self, ids: Iterable[pa.ChunkedArray | pa.Array]) -> None:
-        every = [_hashes(some) for some in ids]
+    def __init__(self, every: Sequence[Hashes]) -> None:
         self._all = np.concatenate(every) if every else np.empty(0, np.int64)
         self._all.sort()
         self._twice = np.unique(self._all[1:][self._all[1:] == self._all[:-1]])
@@ -71,6 +70,13 @@ def _within(some: Hashes, ordered: Hashes) -> NDArray[np.bool_]:
     return found
 
 
-def resolved(ids: Iterable[pa.Array], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The tables of a listing with each id once."""
-    return map(Repeated(ids).resolve, tables)
+def resolved(
+    ids: Iterable[pa.ChunkedArray | pa.Array], tables: Iterable[pa.Table]
+) -> Iterator[pa.Table]:
+    """The tables of a listing with each id once. ids: all of them, some at a time, in its order;
+    after each of these comes an empty table."""
+    every = list[Hashes]()
+    for some in ids:
+        every.append(_hashes(some))
+        yield BEAT
+    yield from map(Repeated(every).resolve, tables)

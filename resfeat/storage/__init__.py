@@ -10,7 +10,7 @@ from resfeat.storage.clouds import (
 )
 from resfeat.storage.draft import Draft, Drafts, draft, sha256, write_json, write_whole
 from resfeat.storage.fence import Fence
-from resfeat.storage.fetch import Fetched, fetch, open_binary, stat
+from resfeat.storage.fetch import Fetched, Known, fetch, open_binary, stat
 from resfeat.storage.listing import pages
 from resfeat.storage.location import (
     Location,
@@ -26,7 +26,7 @@ from resfeat.storage.remote import StorePath, Version
 
 __all__ = [
     "SCHEMES", "ChangedError", "CredentialsError", "Draft", "Drafts", "Fence", "Fetched",
-    "Location", "MissingBucketError", "Page", "RefusedError", "StorePath", "Version",
+    "Known", "Location", "MissingBucketError", "Page", "RefusedError", "StorePath", "Version",
     "dataset_of", "draft", "fetch", "file_system_of", "is_remote", "locate", "make_folder",
     "open_binary", "open_parquet", "pages", "remove", "remove_all", "sha256", "stat",
     "write_json", "write_whole",

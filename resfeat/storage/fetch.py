@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from resfeat.errors import StoreError
-from resfeat.storage.clouds import asking, split
+from resfeat.storage.clouds import ChangedError, asking, split
 from resfeat.storage.location import Location
 from resfeat.storage.remote import StorePath, patient, store
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 WINDOW = 1 << 20
 """Bytes asked of a store at once, so that what lies side by side is one request."""
 
+
+Known = tuple[int | None, str | None]
+"""The mtime and the etag that an object had."""
 
 # What is said of a piece that would begin behind the end, by the store or by obstore.
 _PAST_END = re.compile("416 |StartTooLarge")
@@ -98,9 +101,11 @@ def quoted(etag: str | None) -> str | None:
 class StoreFile(io.RawIOBase):
     """An object as a file. Raises ChangedError once another has taken its place."""
 
-    def __init__(self, location: StorePath) -> None:
+    def __init__(self, location: StorePath, version: Known | None) -> None:
         self._location, self._at = location, 0
-        self._size, _, self._etag = stat(location)
+        self._size, mtime, self._etag = stat(location)
+        if version not in (None, (mtime, self._etag)):
+            raise ChangedError(f"{location} was replaced")
 
     def readable(self) -> bool:
         return True
@@ -123,9 +128,11 @@ class StoreFile(io.RawIOBase):
         return wanted
 
 
-def open_binary(location: Location, window: int = WINDOW) -> io.BufferedIOBase:
-    """A file to read and to seek in, of which `window` bytes at least are read at once. Raises
-    FileNotFoundError, and as `fetch` does."""
+def open_binary(
+    location: Location, window: int = WINDOW, version: Known | None = None
+) -> io.BufferedIOBase:
+    """A file to read and to seek in, of which `window` bytes at least are read at once. version:
+    what an object must be. Raises FileNotFoundError, and as `fetch` does."""
     if isinstance(location, Path):
         return io.BufferedReader(io.FileIO(location), window)
-    return io.BufferedReader(StoreFile(location), window)
+    return io.BufferedReader(StoreFile(location, version), window)

@@ -30,12 +30,9 @@ def locate(name: str | os.PathLike[str]) -> Location:
     return StorePath(root, path)
 
 
-def remove_all(location: Location) -> None:
-    """Remove a folder and all that is in it, if it is there."""
-    if isinstance(location, Path):
-        shutil.rmtree(location, ignore_errors=True)
-    else:
-        location.remove_all()
+def remove_all(folder: Location) -> None:
+    """Remove a folder on a disk and all that is in it, if it is there."""
+    shutil.rmtree(str(folder), ignore_errors=True)
 
 
 def make_folder(location: Location) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from resfeat.storage.fetch import open_binary, stat
+from resfeat.storage.fetch import Known, open_binary, stat
 from resfeat.storage.location import Location
 from resfeat.storage.remote import StorePath
 
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
 
-def open_parquet(source: Location | bytes, buffer_size: int = 0) -> pq.ParquetFile:
+def open_parquet(
+    source: Location | bytes, buffer_size: int = 0, version: Known | None = None
+) -> pq.ParquetFile:
     """A Parquet file, of which only what is asked for is read.
 
     buffer_size: bytes of a column that are read at once; 0 reads all that a row group has of it.
+    version: as of `open_binary`.
 
     Read it with use_threads=False, so that no thread of Arrow's has a part in it: one that lets go
     of bytes or a file of Python's while the interpreter ends aborts the process
@@ -29,7 +32,7 @@ def open_parquet(source: Location | bytes, buffer_size: int = 0) -> pq.ParquetFi
     """
     file = pa.BufferReader(source) if isinstance(source, bytes) else source
     if isinstance(source, StorePath):
-        file = open_binary(source)
+        file = open_binary(source, version=version)
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_size)
 
 

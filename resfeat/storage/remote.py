@@ -26,7 +26,6 @@ from resfeat.storage.clouds import (
 )
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from obstore import ListResult, ObjectMeta
     from obstore.store import ObjectStore
 
@@ -160,15 +159,6 @@ class StorePath:
             return bytes(self.store.get(self.key).bytes())
 
     @patient
-    def write_bytes(self, content: bytes | pa.Buffer) -> None:
-        """One PUT. Whoever reads meanwhile sees what was there before."""
-        with asking(self):
-            # In one piece: an upload that fails half way then leaves nothing behind.
-            self._store_for(content).put(
-                self.key, memoryview(content).cast("B"), use_multipart=False
-            )
-
-    @patient
     def read_versioned(self) -> tuple[bytes, Version]:
         """What is there, and its version for `swap`. Raises FileNotFoundError."""
         with asking(self):
@@ -203,6 +193,7 @@ class StorePath:
         next attempt then meets our own content. And a store says "conflict" to two at once, none of
         which need have written. So whatever it says but yes, look what is there.
         """
+        # In one piece: an upload that fails half way then leaves nothing behind.
         mode: Any = before.mode if before else "create"
         for _ in range(ATTEMPTS):
             try:
@@ -228,7 +219,7 @@ class StorePath:
             time.sleep(PAUSE_SECONDS)
         raise why
 
-    def _store_for(self, content: bytes | pa.Buffer) -> ObjectStore:
+    def _store_for(self, content: bytes) -> ObjectStore:
         return store(self.root, UPLOAD_SECONDS) if len(content) > LARGE else self.store
 
     def iterdir(self) -> Iterator[StorePath]:
@@ -258,14 +249,3 @@ class StorePath:
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a prefix is there as long as an object has it."""
-
-    def rmdir(self) -> None:
-        """Nothing."""
-
-    @patient
-    def remove_all(self) -> None:
-        """Remove every object below this one."""
-        with asking(self):
-            for some in self.store.list(self.key or None, chunk_size=1000):
-                for each in some:
-                    self._delete([each["path"]])

@@ -35,7 +35,7 @@ from resfeat import open_dataset
 from resfeat.dataset import Layout
 from resfeat.dataset.writer import Writer
 from resfeat.fidelity.parity import SAMPLE
-from resfeat.storage import locate, remote
+from resfeat.storage import Fence, locate, remote, write_whole
 
 PHOTOS = 60
 SHARD = 16
@@ -278,7 +278,8 @@ def test_from_and_to_the_other_clouds_it_is_the_same(
     remote.store.cache_clear()
     for path in tree.rglob("*"):
         if path.is_file():
-            (locate(f"{root}/tree") / str(path.relative_to(tree))).write_bytes(path.read_bytes())
+            place = locate(f"{root}/tree") / str(path.relative_to(tree))
+            write_whole(Fence(), place, path.read_bytes())
     done = resfeat("extract", f"{root}/tree", "-o", f"{root}/out", *options, env=env)
     assert done.returncode == 0, done.stderr
     verified = resfeat("verify", f"{root}/out", env=env)

@@ -3,6 +3,7 @@
 import datetime
 import http.server
 import ipaddress
+import re
 import ssl
 import threading
 
@@ -19,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import FeatureSpec
-from resfeat.storage import locate, remote
+from resfeat.storage import Fence, locate, remote, write_whole
 
 
 def load(weights):
@@ -156,7 +157,8 @@ def test_azure(checkpoint, expected, monkeypatch):
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
         remote.store.cache_clear()
-        locate("az://models/nets/checkpoint.pth").write_bytes(checkpoint.read_bytes())
+        place = locate("az://models/nets/checkpoint.pth")
+        write_whole(Fence(), place, checkpoint.read_bytes())
         weights = load("az://models/nets/checkpoint.pth")
         assert weights.identity == expected
         assert weights.origin == "az://models/nets/checkpoint.pth"
@@ -165,5 +167,10 @@ def test_azure(checkpoint, expected, monkeypatch):
 def test_a_store_that_is_not_there_is_given_up(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     remote.store.cache_clear()
-    with pytest.raises(ResfeatError, match=r"cannot read weights s3://.*check its address"):
+    with pytest.raises(ResfeatError) as told:
         load("s3://models/checkpoint.pth")
+    assert re.fullmatch(
+        r"cannot read weights s3://models/checkpoint\.pth: [^;]*; check the address, the AWS_\* "
+        "variables and the network, and give the same command again",
+        str(told.value),
+    )

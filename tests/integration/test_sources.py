@@ -21,7 +21,7 @@ from gcs import GoogleStore
 from object_store import ObjectStore
 from tables import rows
 
-from resfeat.storage import locate, remote
+from resfeat.storage import Fence, locate, remote, write_whole
 
 COUNT = 300
 FEATURES = ["--model", "cifar_resnet20", "--weights", "random:0", "--resize", "36", "--crop", "32"]
@@ -184,7 +184,8 @@ def test_other_stores(kind, scheme, folder, names, expected, extracted, monkeypa
             monkeypatch.setenv(name, value)
         remote.store.cache_clear()
         for name in names:
-            (locate(f"{scheme}://photos/in") / name).write_bytes((folder / name).read_bytes())
+            place = locate(f"{scheme}://photos/in") / name
+            write_whole(Fence(), place, (folder / name).read_bytes())
         assert extracted(f"{scheme}://photos/in", env=store.environment) == expected
 
 
