@@ -98,8 +98,8 @@ class Pool:
         return sum(n for n, _ in heard), sum(failed for _, failed in heard), len(self.live)
 
     def answers(self, member: Member, process: str) -> list[Task]:
-        """A worker says that it is there, and which process it is. Gives the tasks that it still has
-        in hand, to be asked for once more: their answers were lost on the way."""
+        """A worker says that it is there, and which process it is. Gives what it still has in hand,
+        to be asked for once more: the answers were lost on the way."""
         if member.live and process != member.process:
             self.died(member, member.silent)
         member.live, member.process, member.silent = True, process, ""

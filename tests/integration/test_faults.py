@@ -535,12 +535,20 @@ def test_two_writers_that_begin_together(workers, collection, choices, inline, u
 
 @pytest.mark.ray
 @pytest.mark.parametrize("before", [pytest.param("", marks=MORE), "import ray; "])
-def test_ray_listens_to_this_machine_alone(before, collection, choices, unhurried, tmp_path):
+def test_ray_listens_to_this_machine_alone_and_no_secret_is_written_down(
+    before, collection, choices, unhurried, tmp_path, short_folder
+):
+    """Secrets of the environment are looked for in all that the run and its Ray have written."""
+    names = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DATABASE_PASSWORD", "HF_TOKEN")
+    secrets = {name: f"planted-{number}-{os.urandom(8).hex()}" for number, name in enumerate(names)}
     output = tmp_path / "out"
     script = f"{before}from resfeat.cli import main; main()"
-    words = [sys.executable, "-c", script, *extract(collection, output, choices, workers=1)]
+    words = extract(collection, output, choices, "--log-json", workers=1)
     process = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=unhurried
+        [sys.executable, "-c", script, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**unhurried, **secrets, "RAY_TMPDIR": str(short_folder)},
     )
     wait_for_parts(process, output, 1)
     assert workers_of(process)
@@ -552,27 +560,15 @@ def test_ray_listens_to_this_machine_alone(before, collection, choices, unhurrie
         if connection.status == psutil.CONN_LISTEN
     }
     process.terminate()
-    process.communicate(timeout=60)
+    written = dict(zip(("stdout", "stderr"), process.communicate(timeout=60), strict=True))
+    assert process.returncode == 128 + signal.SIGTERM, written
+
     assert any("gcs_server" in name for name, *_ in listening), listening
     outside = {
         each for each in listening if each[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     }
     assert not outside
 
-
-@pytest.mark.ray
-def test_no_secret_of_the_environment_is_written_down(
-    few, choices, command, tmp_path, short_folder
-):
-    names = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DATABASE_PASSWORD", "HF_TOKEN")
-    secrets = {name: f"planted-{number}-{os.urandom(8).hex()}" for number, name in enumerate(names)}
-    output = tmp_path / "out"
-    done = command(
-        *extract(few, output, choices, "--log-json", workers=1),
-        env={**secrets, "RAY_TMPDIR": str(short_folder)},
-    )
-    assert done.returncode == 0, done.stderr
-    written = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
     for path in [*short_folder.rglob("*"), *output.rglob("*")]:
         if path.is_file():
             written[str(path)] = path.read_bytes()
