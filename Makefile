@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 AZURITE := 3.37.0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Processes share the tests; all that uses Ray runs in one of them (tests/conftest.py). Four, since
+# Processes share the tests; all that uses Ray runs in two of them (tests/conftest.py). Four, since
 # with two the cores wait a third of the time, for faults to be noticed.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 

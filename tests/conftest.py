@@ -33,10 +33,12 @@ settings.load_profile("beside others")
 
 @pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What uses Ray is one group, so that no two Rays fight for the cores, and comes first, being
+    """What uses Ray is two groups, so that no three Rays fight for the cores, and comes first, as
     the longest; then the files, each a group, in the order of LONGEST."""
     for item in items:
-        group = "ray" if _uses_ray(item) else item.path.stem
+        group = item.path.stem
+        if _uses_ray(item):
+            group = "a ray each" if group in OWN_RAY else "ray"
         item.add_marker(pytest.mark.xdist_group(group))
         # pytest-xdist 3.8 writes the group into `_nodeid`, which pytest 9.2 does not look at.
         if config.getoption("loadgroup", False) and hasattr(item, "_id"):
@@ -48,6 +50,10 @@ def _uses_ray(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
     return bool(item.get_closest_marker("ray") or (call and call.params.get("workers")))
 
+
+# Where nearly every test that uses Ray starts one of its own, most of them to be killed. Each waits
+# for it half of the time.
+OWN_RAY = ("test_faults", "test_resume", "test_killers")
 
 # Files that take long, longest first: the order in which they are begun.
 LONGEST = (

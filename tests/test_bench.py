@@ -43,7 +43,7 @@ class SlowPart(module.Part):
 @pytest.mark.parametrize(
     ("stage", "seconds", "named"),
     [
-        ("read", 1, "reading"),
+        ("read", 0.5, "reading"),
         ("decode", 0.1, "decoding"),
         ("forward", 1, "the model"),
         ("Part", 0, "writing"),

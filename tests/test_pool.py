@@ -170,6 +170,37 @@ def test_a_worker_that_dies_while_it_starts_is_no_death():
     assert pool.deaths == 0
 
 
+def test_a_worker_that_is_silent_for_a_moment_keeps_its_shards_and_is_given_no_others():
+    pool = pool_of("ab", 6)
+    a, b = pool.members
+    given(pool)
+    a.process, a.silent = "one", "connection reset"
+    pool.done(b, SHARDS[1])
+    pool.done(b, SHARDS[3])
+    assert given(pool) == ([("b", 4), ("b", 5)], []) and pool.counts()[2] == 1
+    asked = pool.answers(a, "one")
+    assert [(task.shard.number, task.careful) for task in asked] == [(0, False), (2, False)]
+    assert numbers(a) == [0, 2] and a in pool.live and pool.deaths == 0
+
+
+def test_a_death_that_is_told_many_times_counts_once():
+    """First as unavailable, then as died or by the process that has come in its place."""
+    pool = pool_of("a", 4)
+    (a,) = pool.members
+    for number in range(2):
+        assert given(pool)[0] == [("a", 0), ("a", 1)]
+        a.silent = "connection reset"
+        if number:
+            pool.died(a, "restarting")
+            pool.died(a, "restarting")
+        assert pool.answers(a, f"process {number}") == []
+        assert pool.deaths == number + 1 and a.live
+    assert given(pool) == ([("a", 0)], [0])
+    a.silent = "connection reset"
+    with pytest.raises(ResfeatError, match="3 workers died while doing shard 0: connection reset"):
+        pool.answers(a, "process 2")
+
+
 def test_what_a_dead_worker_had_done_is_not_counted_twice():
     pool = pool_of("ab", 5)
     a, b = pool.members

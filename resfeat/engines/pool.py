@@ -21,6 +21,8 @@ class Member:
 
     actor: Any  # what the engine calls
     live: bool = False  # whether it has built its model
+    process: str = ""  # which one it was when it last said so: another is one that died and is new
+    silent: str = ""  # why, while it does not answer and nobody knows whether it has died
     # Images done and failed so far, as last heard, of each of its shards; the oldest comes first.
     in_hand: dict[Shard, tuple[int, int]] = field(default_factory=dict)
 
@@ -49,7 +51,7 @@ class Pool:
 
     @property
     def live(self) -> list[Member]:
-        return [member for member in self.members if member.live]
+        return [member for member in self.members if member.live and not member.silent]
 
     @property
     def busy(self) -> bool:
@@ -95,6 +97,14 @@ class Pool:
         heard = [counts for member in self.members for counts in member.in_hand.values()]
         return sum(n for n, _ in heard), sum(failed for _, failed in heard), len(self.live)
 
+    def answers(self, member: Member, process: str) -> list[Task]:
+        """A worker says that it is there, and which process it is. Gives what it still has in hand,
+        to be asked for once more: the answers were lost on the way."""
+        if member.live and process != member.process:
+            self.died(member, member.silent)
+        member.live, member.process, member.silent = True, process, ""
+        return [self._tasks[shard] for shard in member.in_hand]
+
     def died(self, member: Member, reason: str, *, preempted: bool = False) -> None:
         """A worker is gone: its shards go to the front of the queue, to be done in careful mode.
 
@@ -102,7 +112,7 @@ class Pool:
         Raises ResfeatError if a shard has cost too many. reason: with what can be done about it.
         """
         self.deaths += member.live
-        member.live = False
+        member.live, member.silent = False, ""
         shards = list(member.in_hand)
         member.in_hand.clear()
         self._waiting.extendleft(reversed(shards))

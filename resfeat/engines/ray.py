@@ -3,6 +3,9 @@
 Each actor builds its model from the network that the driver put into Ray's object store, and has a
 few shards in hand. When one dies, its shards go to the others, and Ray starts it again. Actors that
 find no room stay pending, which makes Ray's autoscaler add machines.
+
+Ray says "unavailable" of an actor whose process died and of one whose connection broke. So that one
+is asked whether it is there: the same process goes on with what it has in hand.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -50,21 +55,29 @@ class RayWorker:
         self._job = job
         self._placement = placement
         self._worker: Worker | None = None
-        self._building = threading.Lock()
+        self._lock = threading.Lock()
+        self._process = uuid.uuid4().hex
+        self._shards = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
+        self._results: dict[Shard, Future[ShardResult]] = {}
         self._lost = False  # whether the GPU has failed under this process
         self._quiet = quiet()  # for as long as this process lives
         self._quiet.__enter__()
 
-    @ray.method(concurrency_group="control", max_task_retries=ATTEMPTS)
-    def start(self, network: list[ray.ObjectRef[Any]]) -> str:
-        """Build the model; gives the version of resfeat here."""
+    @ray.method(concurrency_group="control")
+    def start(self, network: list[ray.ObjectRef[Any]]) -> tuple[str, str]:
+        """Build the model; gives the version of resfeat here, and which process this is."""
         self._ready_worker(network)
-        return __version__
+        return __version__, self._process
 
     @ray.method(concurrency_group="shards")
     def process(self, task: Task, network: list[ray.ObjectRef[Any]]) -> ShardResult:
+        """Do a shard, once however often it is asked for: an answer may be lost on the way."""
+        worker = self._ready_worker(network)
+        with self._lock:
+            if task.shard not in self._results:
+                self._results[task.shard] = self._shards.submit(process_shard, worker, task)
         try:
-            return process_shard(self._ready_worker(network), task)
+            return self._results[task.shard].result()
         except DecoderHungError:
             os._exit(1)  # a thread that hangs can be ended in no other way
         except DeviceLostError:
@@ -85,7 +98,7 @@ class RayWorker:
         """The worker, built on first use: Ray restarts an actor without telling us."""
         if self._lost:
             os._exit(1)  # and Ray calls again in the process that it starts in place of this one
-        with self._building:
+        with self._lock:
             if self._worker is None:
                 if self._placement.device == "cuda" and not torch.cuda.is_available():
                     raise ResfeatError(
@@ -162,8 +175,7 @@ class RayEngine:
                 break
             self._watch()
             for member, task in pool.hand_out():
-                call = member.actor.process.remote(task, self._network)
-                self._calls[call] = member, task.shard
+                self._process(member, task)
             yield from self._collect()
             self._ask_progress()
             on_progress(*pool.counts())
@@ -172,7 +184,12 @@ class RayEngine:
             raise Stopped("stopped as asked")
 
     def _start(self, member: Member) -> None:
-        self._calls[member.actor.start.remote(self._network)] = member, None
+        retries = 0 if member.silent else ATTEMPTS
+        call = member.actor.start.options(max_task_retries=retries).remote(self._network)
+        self._calls[call] = member, None
+
+    def _process(self, member: Member, task: Task) -> None:
+        self._calls[member.actor.process.remote(task, self._network)] = member, task.shard
 
     def _watch(self) -> None:
         """Tell the user that no worker is live. Raises ResfeatError if that lasts too long."""
@@ -211,13 +228,15 @@ class RayEngine:
             if shard is not None:
                 self._pool.done(member, shard)
                 yield answer
-            elif answer == __version__:
-                member.live = True
-            else:
+                continue
+            version, process = answer
+            if version != __version__:
                 raise ResfeatError(
-                    f"a worker runs resfeat {answer} and this is {__version__}: install one "
+                    f"a worker runs resfeat {version} and this is {__version__}: install one "
                     "version on all machines"
                 )
+            for task in self._pool.answers(member, process):
+                self._process(member, task)
 
     def _ask_progress(self) -> None:
         """Hear how far the workers are, and which of the idle ones has died."""
@@ -235,16 +254,20 @@ class RayEngine:
                     self._died(member, error)
 
     def _died(self, member: Member, error: RayError, reason: str | None = None) -> None:
-        """Take an actor's shards back, and wait for the one that Ray starts in its place. reason:
-        with what can be done about it, where that is known."""
+        """Take an actor's shards back, and wait for the one that Ray starts in its place; but first
+        ask one that may be there. reason: with what can be done about it, where that is known."""
         preempted = getattr(error, "preempted", False)
-        if not (member.live or preempted or isinstance(error, ActorUnavailableError)):
+        unavailable = isinstance(error, ActorUnavailableError)
+        if not (member.live or preempted or unavailable):
             raise _cannot_start(error) from error
         self._calls = {call: owner for call, owner in self._calls.items() if owner[0] is not member}
         self._asked = {call: owner for call, owner in self._asked.items() if owner is not member}
         look = f"{MEMORY}, or look at that shard in _resfeat/plan"
         reason = reason or f"{last_line(error)}; {look}"
-        self._pool.died(member, reason, preempted=preempted)
+        if member.live and unavailable and not member.silent:
+            member.silent = reason
+        else:
+            self._pool.died(member, member.silent or reason, preempted=preempted)
         self._start(member)
 
 

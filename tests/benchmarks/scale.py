@@ -43,7 +43,7 @@ class Idle(engine.RayWorker):
     """An actor that reads no image and runs no model, and commits every shard all the same."""
 
     def start(self, network):
-        return __version__
+        return __version__, self._process
 
     def process(self, task, network):
         layout, identity = Layout(self._job.output), self._job.identity

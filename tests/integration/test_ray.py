@@ -1,9 +1,13 @@
 """The Ray engine: dead workers, placement, and errors that come from a worker."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
+import uuid
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +197,24 @@ def test_an_idle_worker_that_died_is_ready_when_work_comes(cluster, photos, tmp_
     assert report.embedded == report.items == 111
 
 
+@contextmanager
+def engine_of(workers, step=print):
+    """An engine for workers that only pretend to work."""
+    weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
+    job = Job(output="", share="", sources=(), reads_ahead=1, identity=weights.identity,
+              dims=weights.dims, with_label=False)  # fmt: skip
+    options = RuntimeOptions(workers=workers, gpus_per_worker=0)
+    with (
+        engines.prepare(options, step) as ours,
+        engines.start(options, job, weights, 4, ours) as engine,
+    ):
+        yield engine
+
+
+def tasks(count):
+    return [Task(Shard(number, "", 0, 1)) for number in range(count)]
+
+
 def test_nobody_waits_for_a_worker_that_is_not_up(cluster, tmp_path, monkeypatch):
     """The second of two comes up first, and embeds the sample. The first dies with shards in hand
     and does not come back; the second, idle by then, does them."""
@@ -206,7 +228,7 @@ def test_nobody_waits_for_a_worker_that_is_not_up(cluster, tmp_path, monkeypatch
 
         def start(self, network):
             self._await("start")
-            return resfeat.__version__
+            return resfeat.__version__, str(os.getpid())
 
         def process(self, task, network):
             self._await("finish")
@@ -228,19 +250,12 @@ def test_nobody_waits_for_a_worker_that_is_not_up(cluster, tmp_path, monkeypatch
             ray.kill(first.actor, no_restart=False)
 
     monkeypatch.setattr(ray_engine, "RayWorker", Obedient)
-    weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
-    job = Job(output="", share="", sources=(), reads_ahead=1, identity=weights.identity,
-              dims=weights.dims, with_label=False)  # fmt: skip
-    options = RuntimeOptions(workers=2, gpus_per_worker=0)
     steps, given_up = [], time.monotonic() + 120
 
     def stopping():
         return time.monotonic() > given_up
 
-    with (
-        engines.prepare(options, steps.append) as ours,
-        engines.start(options, job, weights, 4, ours) as engine,
-    ):
+    with engine_of(2, steps.append) as engine:
         first, second = engine._pool.members
         let(second, "start")
         assert engine.embed([np.zeros((4, 4, 3), np.uint8)], stopping).shape == (1, 1)
@@ -250,10 +265,61 @@ def test_nobody_waits_for_a_worker_that_is_not_up(cluster, tmp_path, monkeypatch
             assert not stopping()
             list(engine._collect())
         let(second, "finish")
-        tasks = [Task(Shard(number, "", 0, 1)) for number in range(4)]
-        results = list(engine.run(tasks, lose_the_first, stopping))
+        results = list(engine.run(tasks(4), lose_the_first, stopping))
         assert sorted(result.shard for result in results) == [0, 1, 2, 3]
         assert not first.live and engine.description["worker_deaths"] == 1
+
+
+def test_a_connection_that_breaks_costs_no_work_and_is_no_death(cluster, tmp_path, monkeypatch):
+    """The connections to a worker are cut while it has two shards in hand. It finishes them after
+    it was found to be there, which Ray could not say; neither is begun a second time."""
+
+    class Slow(ray_engine.RayWorker):
+        def _ready_worker(self, network):
+            # What this process is to do in place of a shard.
+            ray_engine.process_shard = self._work
+            (tmp_path / "pid").write_text(str(os.getpid()))
+
+        def _work(self, worker, task):
+            (tmp_path / f"begun-{task.shard}-{uuid.uuid4()}").touch()
+            while not (tmp_path / "finish").exists():
+                time.sleep(0.05)
+            return ShardResult(task.shard.number, 1, 0, 0, 0, 1, {})
+
+    def begun():
+        return sorted(path.name.split("-")[1] for path in tmp_path.glob("begun-*"))
+
+    def cut_once(*counts):
+        if not happened and len(begun()) == 2:
+            cut_connections(int((tmp_path / "pid").read_text()))
+            happened.append("cut")
+        elif happened == ["cut"] and only.silent:
+            happened.append("silent")
+        elif happened == ["cut", "silent"] and not only.silent:
+            happened.append("there")
+            (tmp_path / "finish").touch()
+
+    monkeypatch.setattr(ray_engine, "RayWorker", Slow)
+    happened, given_up = [], time.monotonic() + 60
+    with engine_of(1) as engine:
+        (only,) = engine._pool.members
+        results = list(engine.run(tasks(3), cut_once, lambda: time.monotonic() > given_up))
+    assert happened == ["cut", "silent", "there"]
+    assert sorted(result.shard for result in results) == [0, 1, 2]
+    assert begun() == ["0", "1", "2"] and engine.description["worker_deaths"] == 0
+
+
+def cut_connections(pid):
+    """Break this process's TCP connections to another one, as a network may."""
+    ports = {
+        each.laddr.port
+        for each in psutil.Process(pid).net_connections(kind="tcp")
+        if each.status == psutil.CONN_LISTEN
+    }
+    for each in psutil.Process().net_connections(kind="tcp"):
+        if each.raddr and each.raddr.port in ports:
+            with socket.socket(fileno=os.dup(each.fd)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_stale_cluster_file_is_no_reason_to_wait(photos, tmp_path, command):
@@ -303,7 +369,7 @@ folder = Path(sys.argv[1])
 
 class Slow(engine.RayWorker):
     def start(self, network):
-        return engine.__version__
+        return engine.__version__, self._process
 
     def process(self, task, network):
         (folder / ray.get_runtime_context().get_node_id()).touch()
