@@ -400,15 +400,19 @@ def test_a_long_listing_in_stretches_is_whole_and_in_key_order(bad, monkeypatch)
     """One level of few folders above many, objects beside them, and more than a page of all."""
     keys = [f"in/{top}/{n:02d}/{m:03d}.jpg" for top in "ab" for n in range(20) for m in range(90)]
     keys += [f"in/b/0{n}.jpg" for n in range(10)] + ["in/b-/1.jpg", "in/z.jpg"]
+    markers = [f"in/{top}/{n:02d}/" for top in "ab" for n in range(20)]
+    empty = [f"in/b/{n:02d}" for n in range(10)]  # beside its marker
     odd = ["in/a/07//1.jpg", "in/b/./1.jpg"] if bad else []
     with GoogleStore() as store, FaultyProxy(store.endpoint) as proxy:
         store.make("bucket")
         for key in keys + odd:
             store.put("bucket", key, b"x")
+        for key in markers + empty:
+            store.put("bucket", key, b"")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
         remote.store.cache_clear()
         there = listing(["gs://bucket/in"])
-        assert [f"in/{item.id}" for item in there] == sorted(keys)
+        assert [f"in/{item.id}" for item in there] == sorted(keys + empty)
         assert there.skipped == ({"unusable key": 2} if bad else {})
         assert bad or sum("start-after" in path for _, path, _ in proxy.requests) > 4
     remote.store.cache_clear()

@@ -1,5 +1,6 @@
 """Listing and reading prefixes of a bucket, against the same tree in a directory."""
 
+import threading
 import uuid
 from collections import Counter
 from datetime import UTC, datetime
@@ -101,6 +102,28 @@ def test_a_marker_of_a_folder_is_no_image(put):
     there = listing([f"{root}/in"])
     assert [item.id for item in there] == ["1.jpg", "2.jpg", "full/3.jpg"]
     assert there.skipped == {}
+
+
+def test_an_empty_object_beside_the_marker_of_its_name_is_there_once(put, proxy):
+    """obstore lists both as `in/a`, with others between them."""
+    root = put("in/a", "in/a/", "in/b/", "in/c", "in/d/", "in/e/", body=b"")
+    put("in/a-b.jpg", "in/a/1.jpg", "in/d", "in/d/2.jpg", "in/e")
+    proxy.requests.clear()
+    there = listing([f"{root}/in"])
+    assert [item.id for item in there] == ["a", "a-b.jpg", "a/1.jpg", "c", "d", "d/2.jpg", "e"]
+    assert there.skipped == {}
+    # Of the others the keys before them tell enough.
+    asked = {path.partition("/in/")[2] for method, path, _ in proxy.requests if method == "HEAD"}
+    assert asked == {"", "a", "b", "c"}
+
+
+def test_empty_objects_are_asked_for_at_once(put, proxy):
+    names = [f"{number}.jpg" for number in range(8)]
+    root = put(*(f"in/{name}" for name in names), body=b"")
+    all_here = threading.Barrier(len(names))
+    proxy.delay = lambda: 0 * all_here.wait(timeout=30)
+    proxy.faults = lambda method, path: "delayed" if "HEAD" in method and "jpg" in path else None
+    assert ids(f"{root}/in") == names
 
 
 def test_several_prefixes_and_single_objects_count_from_their_common_parent(put):

@@ -1,7 +1,6 @@
 """`Item`: one input image, and the columns in which a plan has millions of them."""
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, cast
 
@@ -69,19 +68,6 @@ def table_of(items: Sequence[Item], carried: Sequence[pa.Field] = ()) -> pa.Tabl
     *own, taken, _ = zip(*items, strict=True)
     columns = zip(schema.names, [*own, *zip(*taken, strict=True)], strict=True)
     return pa.table(dict(columns), schema=schema)
-
-
-def tables_of(lists: Iterable[list[Item]], rows: int) -> Iterator[pa.Table]:
-    """Items that come in lists, as tables of at least so many rows, or of what came in
-    `BEAT_SECONDS`."""
-    items, since = list[Item](), time.monotonic()
-    for some in lists:
-        items += some
-        if len(items) >= rows or time.monotonic() - since > BEAT_SECONDS:
-            yield table_of(items)
-            items, since = [], time.monotonic()
-    if items:
-        yield table_of(items)
 
 
 BEAT = table_of(())  # the empty one

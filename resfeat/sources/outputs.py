@@ -8,18 +8,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pyarrow as pa
+
 MARK = "_resfeat"
 HELD = 20_000  # keys
 
 
 class Run(NamedTuple):
-    """Objects right in one folder that follow one another: a column each."""
+    """Objects right in one folder that follow one another: some rows of a page."""
 
     folder: str  # with its last slash; empty at the top of a bucket
-    keys: list[str]
-    sizes: list[int]
-    mtimes: list[int]
-    etags: list[str | None]
+    first: str  # key
+    last: str
+    page: pa.RecordBatch
+    start: int
+    end: int
 
 
 class Outputs:
@@ -41,22 +44,22 @@ class Outputs:
         if self._output is not None and run.folder.startswith(self._output):
             return
         self._output = None
-        first, last = run.keys[0], run.keys[-1]
         new = [folder for folder in self._above(run.folder) if not self._folder.startswith(folder)]
         self._doubtful = [
             folder
             for folder in [*self._doubtful, *new]
-            if first.startswith(folder) and first < f"{folder}{MARK}0"  # behind all of its mark
+            if run.first.startswith(folder)
+            and run.first < f"{folder}{MARK}0"  # behind all of its mark
         ]
         self._folder = run.folder
         for folder in self._doubtful:
-            if first.startswith(f"{folder}{MARK}/"):
+            if run.first.startswith(f"{folder}{MARK}/"):
                 self._drop(folder)
                 yield from self._known()
                 return
         self._held.append(run)
-        self._count += len(run.keys)
-        self._doubtful = [folder for folder in self._doubtful if last < f"{folder}{MARK}/"]
+        self._count += run.end - run.start
+        self._doubtful = [folder for folder in self._doubtful if run.last < f"{folder}{MARK}/"]
         yield from self._known()
         if self._count > HELD:
             for folder in self._doubtful:
@@ -81,7 +84,8 @@ class Outputs:
         self._skipped["resfeat output"] += 1
         self._output = output
         while self._held and self._held[-1].folder.startswith(output):
-            self._count -= len(self._held.pop().keys)
+            run = self._held.pop()
+            self._count -= run.end - run.start
         self._doubtful = [folder for folder in self._doubtful if not folder.startswith(output)]
 
     def _known(self) -> Iterator[Run]:
@@ -89,5 +93,5 @@ class Outputs:
             self._doubtful and self._held[0].folder.startswith(self._doubtful[0])
         ):
             run = self._held.popleft()
-            self._count -= len(run.keys)
+            self._count -= run.end - run.start
             yield run

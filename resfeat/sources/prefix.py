@@ -7,24 +7,25 @@ held is a few pages of them.
 import errno
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby, repeat
-from typing import Any
 from urllib.parse import quote_from_bytes
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from resfeat.errors import Failure, StoreError, UsageError, first_line
 from resfeat.sources import rules
-from resfeat.sources.item import Item, tables_of
+from resfeat.sources.item import Item, schema_of
 from resfeat.sources.outputs import MARK, Outputs, Run
 from resfeat.sources.rules import extent, folder_of, passed_over, printable
 from resfeat.spec import SourceOptions
 from resfeat.storage import (
+    OBJECT,
     ChangedError,
     CredentialsError,
     MissingBucketError,
-    Page,
     RefusedError,
     StorePath,
     fetch,
@@ -35,6 +36,9 @@ from resfeat.storage import (
 # Parts of a key that no path has: two slashes leave an empty one.
 UNUSABLE = ("", ".", "..")
 TABLE = 8192
+# A key with another character is percent-encoded in its URI, or may need `printable`.
+_ODD = r"[^A-Za-z0-9_.~/-]"
+_NO_SLASH = bytes(byte for byte in range(256) if byte != ord("/"))
 
 
 def check(root: str) -> None:
@@ -66,15 +70,21 @@ class Prefixes:
 
     def tables(self) -> Iterator[pa.Table]:
         self.skipped.clear()
-        return tables_of(chain.from_iterable(map(self._lists, self.roots)), TABLE)
+        for bucket, roots in groupby(self.roots, lambda root: StorePath.of(root).root):
+            objects = chain.from_iterable(map(self._objects, roots))
+            yield from (self._items(bucket, some) for some in _gathered(objects))
 
-    def _lists(self, root: str) -> Iterator[list[Item]]:
+    def _objects(self, root: str) -> Iterator[pa.RecordBatch]:
+        """Those that may be images, as `storage.OBJECT`."""
         place = StorePath.of(root)
         if _is_object(place):
-            size, mtime, etag = stat(place)
-            folder = f"{place.parent.key}/".lstrip("/")
-            yield self._items(root, Run(folder, [place.key], [size], [mtime], [etag]))
-            return
+            columns = zip(OBJECT.names, (place.key, *stat(place)), strict=True)
+            yield pa.record_batch({name: [value] for name, value in columns}, schema=OBJECT)
+        else:
+            yield from map(self._images, _joined(self._runs(place)))
+
+    def _runs(self, place: StorePath) -> Iterator[Run]:
+        """What lies below a prefix, without hidden folders and outputs."""
         top = f"{place.key}/".lstrip("/")
         outputs = Outputs(
             top,
@@ -85,54 +95,89 @@ class Prefixes:
         for page in pages(place):
             if page.unusable:
                 self.skipped["unusable key"] += page.unusable
-            for run in _runs(page):
+            for run in _by_folder(page.objects):
                 if above := _hidden(run.folder, len(top)):
                     self.skipped["hidden"] += above != hidden
                     hidden = above
                     continue
-                for known in outputs.take(run):
-                    yield self._items(root, self._images(known))
-        for known in outputs.rest():
-            yield self._items(root, self._images(known))
+                yield from outputs.take(run)
+        yield from outputs.rest()
 
-    def _images(self, run: Run) -> Run:
-        """The run without what is passed over."""
-        start = len(run.folder)
-        names = [key[start:] for key in run.keys]
-        if not rules.may_be_passed_over(names):
-            return run
+    def _images(self, objects: pa.RecordBatch) -> pa.RecordBatch:
+        """The objects without what is passed over."""
+        keys = objects["key"]
+        likely = np.flatnonzero(pc.match_substring_regex(keys, rules.LIKELY_PASSED_OVER))
+        if not len(likely):
+            return objects
+        names = (key[key.rfind("/") + 1 :] for key in keys.take(likely).to_pylist())
         why = list(map(passed_over, names))
         self.skipped.update(filter(None, why))
-        kept = [n for n, kind in enumerate(why) if not kind]
-        columns: Any = ([column[n] for n in kept] for column in run[1:])
-        return Run(run.folder, *columns)
+        kept = np.ones(len(keys), bool)
+        kept[likely] = [each is None for each in why]
+        return objects.filter(pa.array(kept))
 
-    def _items(self, root: str, run: Run) -> list[Item]:
-        # Many at a time: an item is made in a microsecond or two.
-        place = StorePath.of(root).root
-        text, lead = "\n".join(run.keys), f"{place}/"
+    def _items(self, bucket: str, objects: pa.RecordBatch) -> pa.Table:
+        """Whole columns at a time: a key then costs less than a microsecond."""
+        keys, lead = objects["key"], f"{bucket}/"
         above, start = lead[len(self._base) :], max(0, len(self._base) - len(lead))
-        if text.isascii() and "\\" not in text:
-            ids = [above + key[start:] for key in run.keys]
+        own = {name: objects[name] for name in ("size", "mtime", "etag")}
+        if pc.any(pc.match_substring_regex(keys, _ODD)).as_py():
+            texts = keys.to_pylist()
+            quoted = quote_from_bytes("\n".join(texts).encode(), safe="/\n").split("\n")
+            own["id"] = pa.array([printable(above + key[start:]) for key in texts])
+            own["uri"] = pa.array([lead + part for part in quoted])
         else:
-            ids = [printable(above + key[start:]) for key in run.keys]
-        quoted = quote_from_bytes(text.encode(), safe="/\n")
-        uris = [lead + key for key in (run.keys if quoted == text else quoted.split("\n"))]
-        label = folder_of(_path(lead) + run.folder) if self._labelled else None
-        rest = map(repeat, (None, None, label, None, (), 0))
-        known = run.sizes, run.mtimes, run.etags
-        return list(map(tuple.__new__, repeat(Item), zip(ids, uris, *known, *rest)))  # noqa: B905
+            below = pc.utf8_slice_codeunits(keys, start)
+            own["id"] = pc.binary_join_element_wise(above, below, "")
+            own["uri"] = pc.binary_join_element_wise(lead, keys, "")
+        if self._labelled:
+            folders = _folders(keys).dictionary_encode()
+            names = [folder_of(_path(lead) + folder) for folder in folders.dictionary.to_pylist()]
+            own["label"] = pa.array(names).take(folders.indices)
+        columns = [own.get(each.name, pa.nulls(len(keys), each.type)) for each in schema_of()]
+        return pa.table(columns, schema_of())
 
 
-def _runs(page: Page) -> Iterator[Run]:
-    keys = page.keys
-    folders = [key[: key.rfind("/") + 1] for key in keys]
-    start = 0
-    for folder, some in groupby(folders):
-        end = start + len(list(some))
-        columns: Any = (column[start:end] for column in page[:4])
-        yield Run(folder, *columns)
-        start = end
+def _by_folder(objects: pa.RecordBatch) -> Iterator[Run]:
+    """The objects in runs, each of which lie in one folder."""
+    keys = objects["key"]
+    folders = pc.run_end_encode(_folders(keys))
+    ends = np.asarray(folders.run_ends)
+    starts = np.append(0, ends)[:-1]
+    named = (each.to_pylist() for each in (folders.values, keys.take(starts), keys.take(ends - 1)))
+    yield from map(Run, *named, repeat(objects), starts.tolist(), ends.tolist())
+
+
+def _folders(keys: pa.Array) -> pa.Array:
+    """The folder of each key, with its last slash."""
+    return pc.ascii_rtrim(keys, characters=_NO_SLASH)
+
+
+def _joined(runs: Iterable[Run]) -> Iterator[pa.RecordBatch]:
+    """The objects of runs; runs that follow one another in a page together."""
+    held = None
+    for run in runs:
+        if held and held.page is run.page and held.end == run.start:
+            held = held._replace(end=run.end)
+            continue
+        if held:
+            yield held.page.slice(held.start, held.end - held.start)
+        held = run
+    if held:
+        yield held.page.slice(held.start, held.end - held.start)
+
+
+def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of at least `TABLE`, but for the last one."""
+    held, count = list[pa.RecordBatch](), 0
+    for some in batches:
+        held.append(some)
+        count += len(some)
+        if count >= TABLE:
+            yield pa.concat_batches(held)
+            held, count = [], 0
+    if count:
+        yield pa.concat_batches(held)
 
 
 def _hidden(folder: str, top: int) -> str | None:
@@ -167,7 +212,7 @@ def entries(folder: str) -> Iterator[tuple[str, bool]]:
     place = StorePath.of(folder)
     start = len(f"{place.key}/".lstrip("/"))
     for page in pages(place):
-        parts = (key[start:].partition("/") for key in page.keys)
+        parts = (key[start:].partition("/") for key in page.keys.to_pylist())
         for (name, slash), _ in groupby(parts, lambda part: part[:2]):
             yield name, bool(slash)
 

@@ -22,6 +22,9 @@ SIDECARS = frozenset(
 # A dot, but that of an image's extension.
 _DOUBTFUL = re.compile(r"/\.|\.(?!(?:jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])/)", re.IGNORECASE)
 
+# Of a column of paths, for Arrow: all others may be images.
+LIKELY_PASSED_OVER = rf"(?i)(?:(?:^|/)\.[^/]*|{'|'.join(map(re.escape, sorted(SIDECARS)))})$"
+
 
 def passed_over(name: str) -> str | None:
     """Why a file of this name is skipped; None if it may be an image."""

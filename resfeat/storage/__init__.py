@@ -21,11 +21,11 @@ from resfeat.storage.location import (
     remove_all,
 )
 from resfeat.storage.parquet import dataset_of, open_parquet
-from resfeat.storage.raw import Page
+from resfeat.storage.raw import OBJECT, Page
 from resfeat.storage.remote import StorePath, Version
 
 __all__ = [
-    "SCHEMES", "ChangedError", "CredentialsError", "Draft", "Drafts", "Fence", "Fetched",
+    "OBJECT", "SCHEMES", "ChangedError", "CredentialsError", "Draft", "Drafts", "Fence", "Fetched",
     "Known", "Location", "MissingBucketError", "Page", "RefusedError", "StorePath", "Version",
     "dataset_of", "draft", "fetch", "file_system_of", "is_remote", "locate", "make_folder",
     "open_binary", "open_parquet", "pages", "remove", "remove_all", "sha256", "stat",

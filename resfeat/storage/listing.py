@@ -1,7 +1,8 @@
 """Listing what lies below a prefix, page by page in key order, however much that is.
 
 A store gives a thousand keys per request, one request after the other. Where there are folders,
-several stretches of the keys are therefore listed at once. A few pages of each are held, no more.
+several stretches of the keys are therefore listed at once. Some pages of each are held, no more.
+Azure is asked for one page after the other: in an account with folders its order is another.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from pathlib import PurePosixPath
 from queue import Full, Queue
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from obstore.exceptions import BaseError
 
 from resfeat.storage import remote
 from resfeat.storage.clouds import BadKeyError, BrokenError, asking
 from resfeat.storage.fetch import stat
-from resfeat.storage.raw import Page, raw_pages
+from resfeat.storage.raw import OBJECT, Page, raw_pages
 from resfeat.storage.remote import StorePath
 
 PAGE = 1000  # keys, as many as a store gives at once
 AT_ONCE = 8  # stretches that are listed
-PAGES_AHEAD = 4  # of each
-PAGES_EACH = 8  # about as long a stretch is, since of its last page only a part is used
+PAGES_AHEAD = 16  # of each
+HEADS_AT_ONCE = 16  # requests for what lists as empty objects, of each
+PAGES_EACH = 16  # about as long a stretch is, since of its last page only a part is used
 DEPTH = 3  # levels of folders that are looked at for where to cut
 SCOUT_SECONDS = 3.0  # to look for folders: among very many objects it would take for ever
 
@@ -44,7 +49,7 @@ def pages(prefix: StorePath) -> Iterator[Page]:
     bounds = _bounds(prefix, first) if len(first.keys) > PAGE // 2 else []
     if bounds:
         whole.close()
-        yield from _at_once(prefix, [first.keys[-1], *bounds, None])
+        yield from _at_once(prefix, [first.keys[-1].as_py(), *bounds, None])
     else:
         yield from whole
 
@@ -62,9 +67,10 @@ def _bounds(prefix: StorePath, first: Page) -> list[str]:
             if not level or len(cuts) >= 2 * AT_ONCE:
                 break
     cuts.sort()
-    in_first = bisect_right(cuts, first.keys[-1]) - bisect_right(cuts, first.keys[0])
+    start, end = first.keys[0].as_py(), first.keys[-1].as_py()
+    in_first = bisect_right(cuts, end) - bisect_right(cuts, start)
     each = max(1, min(PAGES_EACH * (in_first + 1), len(cuts) // (2 * AT_ONCE)))
-    return [cut for cut in cuts[each::each] if cut > first.keys[-1]]
+    return [cut for cut in cuts[each::each] if cut > end]
 
 
 def _folders(root: str, key: str) -> list[str]:
@@ -133,7 +139,7 @@ def _stretch(prefix: StorePath, after: str | None, until: str | None) -> Generat
             for page in _listed(prefix, after):
                 yield (page := _cut(page, until))
                 if page.keys:
-                    after, broken = page.keys[-1], 0
+                    after, broken = page.keys[-1].as_py(), 0
                 if page.is_last:
                     return
             return
@@ -153,30 +159,48 @@ def _stretch(prefix: StorePath, after: str | None, until: str | None) -> Generat
 
 
 def _listed(prefix: StorePath, after: str | None) -> Iterator[Page]:
+    seconds, micros = pa.timestamp("s", tz="UTC"), OBJECT.field("mtime").type
+    before = after or ""
     with asking(prefix):
-        for some in prefix.store.list(prefix.key or None, offset=after, chunk_size=PAGE):
-            if any(not each["size"] for each in some):
-                some = [each for each in some if each["size"] or not _is_marker(prefix, each)]
-            yield Page(
-                [each["path"] for each in some],
-                [each["size"] for each in some],
-                [int(each["last_modified"].timestamp()) * 1_000_000 for each in some],
-                [each["e_tag"] for each in some],
-            )
+        # In columns, which cost a third of what a Python object for each key does.
+        for some in prefix.store.list(
+            prefix.key or None, offset=after, chunk_size=PAGE, return_arrow=True
+        ):
+            found = pa.record_batch(some)
+            mtimes = found["last_modified"].cast(seconds, safe=False).cast(micros)
+            columns = [found["path"], found["size"].cast(pa.int64()), mtimes, found["e_tag"]]
+            objects = pa.record_batch(columns, schema=OBJECT)
+            yield Page(_without_markers(prefix, objects, before))
+            before = found["path"][-1].as_py()
 
 
-def _is_marker(prefix: StorePath, empty: Any) -> bool:
-    """Whether this is `folder/`, which obstore lists as `folder`, as it would an empty object."""
+def _without_markers(prefix: StorePath, objects: pa.RecordBatch, before: str) -> pa.RecordBatch:
+    """The objects without `folder/`, which obstore lists as `folder`, as it would an empty object.
+    before: the key before them."""
+    empty = np.flatnonzero(np.asarray(objects["size"]) == 0)
+    if not len(empty):
+        return objects
+    keys = [before, *objects["key"].to_pylist()]
+    # Behind `a`, and up to `a/`, each key begins with `a`. Of all others only the store can tell.
+    doubtful = [n for n in empty if not keys[n].startswith(keys[n + 1])]
+    with ThreadPoolExecutor(HEADS_AT_ONCE) as pool:
+        are_there = list(pool.map(lambda n: _is_empty(prefix, keys[n + 1]), doubtful))
+    kept = np.asarray(objects["size"]) > 0
+    kept[doubtful] = are_there
+    return objects.filter(pa.array(kept))
+
+
+def _is_empty(prefix: StorePath, key: str) -> bool:
+    """Whether there is an empty object of this very key."""
     try:
-        return stat(StorePath(prefix.root, PurePosixPath(empty["path"])))[0] > 0
+        return stat(StorePath(prefix.root, PurePosixPath(key)))[0] == 0
     except FileNotFoundError:
-        return True
+        return False
 
 
 def _cut(page: Page, until: str | None) -> Page:
     """The page up to a key."""
-    if until is None or not page.keys or page.keys[-1] <= until:
+    if until is None or not page.keys or page.keys[-1].as_py() <= until:
         return page
-    end = bisect_right(page.keys, until)
-    columns = (page.keys[:end], page.sizes[:end], page.mtimes[:end], page.etags[:end])
-    return Page(*columns, page.unusable, is_last=True)
+    end = pc.sum(pc.less_equal(page.keys, until)).as_py()
+    return Page(page.objects.slice(0, end), page.unusable, is_last=True)

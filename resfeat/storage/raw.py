@@ -15,6 +15,8 @@ from typing import NamedTuple
 from urllib.parse import unquote_plus, urlencode
 from xml.etree import ElementTree
 
+import pyarrow as pa
+
 from resfeat.errors import StoreError, first_line
 from resfeat.storage import clouds, remote
 from resfeat.storage.fetch import mtime_of
@@ -24,16 +26,25 @@ from resfeat.storage.remote import StorePath
 UNUSABLE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
 _TIMES = 4
 
+# What is listed of an object.
+OBJECT = pa.schema([
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("size", pa.int64()),  # bytes
+    pa.field("mtime", pa.timestamp("us", tz="UTC")),  # whole seconds
+    pa.field("etag", pa.string()),  # Azure's without its quotes
+])  # fmt: skip
+
 
 class Page(NamedTuple):
-    """Some objects that follow one another in key order: a column each."""
+    """Some objects that follow one another in key order, a row of `OBJECT` each."""
 
-    keys: list[str]
-    sizes: list[int]  # bytes
-    mtimes: list[int]  # microseconds since 1970 in UTC, whole seconds
-    etags: list[str | None]  # Azure's without their quotes
+    objects: pa.RecordBatch
     unusable: int = 0  # keys met here that no path has; they are not among these
     is_last: bool = False  # of a prefix, or of what was asked for
+
+    @property
+    def keys(self) -> pa.StringArray:
+        return self.objects["key"]
 
 
 def raw_pages(
@@ -81,12 +92,11 @@ def _parsed(content: bytes, until: str | None) -> tuple[Page, str | None]:
     ]
     unusable = sum(bool(UNUSABLE.search(key.removesuffix("/"))) for key, _ in found)
     written = [datetime.fromisoformat(each.findtext("{*}LastModified", "")) for _, each in good]
-    page = Page(
-        [key for key, _ in good],
-        [int(each.findtext("{*}Size", "0")) for _, each in good],
-        [mtime_of(when.timestamp()) for when in written],
-        [each.findtext("{*}ETag") for _, each in good],
-        unusable,
-        is_last,
-    )
+    columns = {
+        "key": [key for key, _ in good],
+        "size": [int(each.findtext("{*}Size", "0")) for _, each in good],
+        "mtime": [mtime_of(when.timestamp()) for when in written],
+        "etag": [each.findtext("{*}ETag") for _, each in good],
+    }
+    page = Page(pa.record_batch(columns, schema=OBJECT), unusable, is_last)
     return page, found[-1][0] if found else None

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -43,16 +44,19 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "pipeli
 LATENCY = 0.02
 MEMBERS = 40_000, 100_000, 300_000
 PAGE = 1000
+LAST = "\U0010ffff"
 MODEL = ["--model", "resnet18", "--weights", "random:0", "--workers", "0"]
 
 
 class Stub(BaseHTTPRequestHandler):
-    """As much of S3 as listing and reading take. `keys`: sorted; `folder`: what holds them."""
+    """As much of S3 as listing and reading take, of what `prepare` was given."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    keys: ClassVar[list[str]] = []
-    folder: Path | None = None
+    keys: ClassVar[list[str]]
+    folder: Path | None
+    entries: bytes  # of a listing, in a row
+    ends: ClassVar[list[int]]
     latency = 0.0
     sent: ClassVar[Counter[str]] = Counter()
 
@@ -87,32 +91,46 @@ class Stub(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def page(self, query: dict[str, str]) -> bytes:
-        """A page of a listing."""
-        keys, prefix = self.keys, query.get("prefix", "")
+        """A page of a listing, of bytes that are there: it is not the stub that is measured."""
+        keys, prefix, most = self.keys, query.get("prefix", ""), int(query.get("max-keys", PAGE))
         after = query.get("continuation-token") or query.get("start-after")
-        place = bisect_left(keys, after + "\0" if after else prefix)
-        most, delimiter = int(query.get("max-keys", PAGE)), query.get("delimiter")
-        entries, last = list[str](), None
-        while place < len(keys) and keys[place].startswith(prefix) and len(entries) < most:
-            key = keys[place]
-            if delimiter and delimiter in key[len(prefix) :]:
-                folder = prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter
-                entries.append(f"<CommonPrefixes><Prefix>{folder}</Prefix></CommonPrefixes>")
-                place, last = bisect_left(keys, folder + "\U0010ffff"), folder + "\U0010ffff"
-                continue
-            size = (self.folder / key).stat().st_size if self.folder else 48_213
-            entries.append(
-                f"<Contents><Key>{key}</Key><LastModified>2026-11-20T10:00:00.000Z</LastModified>"
-                f'<ETag>"{place:x}"</ETag><Size>{size}</Size></Contents>'
-            )
-            place, last = place + 1, key
-        more = place < len(keys) and keys[place].startswith(prefix)
-        token = f"<NextContinuationToken>{last}</NextContinuationToken>" if more else ""
+        place = bisect_left(keys, max(prefix, f"{after}\0" if after else prefix))
+        end = bisect_left(keys, prefix + LAST)
+        if delimiter := query.get("delimiter"):
+            pieces = list[bytes]()
+            while place < end and len(pieces) < most:
+                name, is_folder, _ = keys[place][len(prefix) :].partition(delimiter)
+                folder = prefix + name + delimiter
+                common = f"<CommonPrefixes><Prefix>{folder}</Prefix></CommonPrefixes>".encode()
+                pieces.append(common if is_folder else self.entry(place, place + 1))
+                place = bisect_left(keys, folder + LAST) if is_folder else place + 1
+            found, count = b"".join(pieces), len(pieces)
+        else:
+            first, place = place, min(end, place + most)
+            found, count = self.entry(first, place), place - first
+        more = place < end
+        token = f"<NextContinuationToken>{keys[place - 1]}</NextContinuationToken>" if more else ""
         return (
             '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>bucket</Name>'
-            f"<KeyCount>{len(entries)}</KeyCount><IsTruncated>{str(more).lower()}</IsTruncated>"
-            f"{token}{''.join(entries)}</ListBucketResult>"
-        ).encode()
+            f"<KeyCount>{count}</KeyCount><IsTruncated>{str(more).lower()}</IsTruncated>{token}"
+        ).encode() + (found + b"</ListBucketResult>")
+
+    @classmethod
+    def prepare(cls, keys: list[str], folder: Path | None) -> None:
+        """Make what pages are made of. keys: sorted; folder: what holds them."""
+        cls.keys, cls.folder = keys, folder
+        entries = [
+            f"<Contents><Key>{key}</Key><LastModified>2026-11-20T10:00:00.000Z</LastModified>"
+            f'<ETag>"{place:x}"</ETag>'
+            f"<Size>{(folder / key).stat().st_size if folder else 48_213}</Size></Contents>"
+            for place, key in enumerate(keys)
+        ]
+        cls.ends = [0, *accumulate(map(len, entries))]
+        cls.entries = "".join(entries).encode("ascii")
+
+    def entry(self, first: int, end: int) -> bytes:
+        """Those of some keys."""
+        return self.entries[self.ends[first] : self.ends[end]]
 
     def file(self, key: str) -> None:
         """An object, or a part of it."""
@@ -137,7 +155,8 @@ class Stub(BaseHTTPRequestHandler):
 
 
 def serve(keys: list[str], folder: Path | None, latency: float, port: object) -> None:
-    Stub.keys, Stub.folder, Stub.latency = keys, folder, latency
+    Stub.prepare(keys, folder)
+    Stub.latency = latency
     ThreadingHTTPServer.request_queue_size = 128
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     server.daemon_threads = True
