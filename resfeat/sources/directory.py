@@ -115,7 +115,8 @@ class Directories:
             if len(rows.id) >= TABLE or time.monotonic() - since > BEAT_SECONDS:
                 yield rows.table()
                 rows, since = _Columns([], [], [], [], []), time.monotonic()
-        yield rows.table()
+        if rows.id:
+            yield rows.table()
 
     def _columns(self) -> Iterator[_Columns]:
         self.skipped.clear()
