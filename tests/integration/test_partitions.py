@@ -469,8 +469,11 @@ def test_partitions_and_an_update_by_ray(pictures, single, resfeat, tmp_path):
 
 @pytest.fixture
 def late(monkeypatch):
-    """Runs begin at the same moment: none sees another before it has a lock of its own."""
+    """Runs begin at the same moment: none sees another before it has a lock of its own. Gives what
+    ends a wait that should not be."""
     monkeypatch.setattr(held, "_check_alone", lambda layout: None)
+    given_up = time.monotonic() + 20
+    return lambda: time.monotonic() > given_up
 
 
 @pytest.mark.parametrize(
@@ -492,7 +495,7 @@ def test_of_two_that_begin_together_one_sees_the_other(first, second, is_refused
         with held.held(Layout(output, second)):
             assert not is_refused
             if first == "all":
-                with refuses, held.whole(Layout(output, second)):
+                with refuses, held.whole(Layout(output, second), stopping=late):
                     pass
 
 
