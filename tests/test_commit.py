@@ -20,7 +20,7 @@ from resfeat.dataset import (
     kept_rows,
 )
 from resfeat.dataset import commit as commits
-from resfeat.dataset.commit import digest
+from resfeat.dataset.commit import ROW_GROUP, digest
 from resfeat.dataset.notes import Note
 from resfeat.errors import Failure, ResfeatError, StoreError
 from resfeat.plan import Plan
@@ -241,8 +241,7 @@ def test_what_is_carried_stands_in_both_tables(layout, identity):
     assert [table[name][0].as_py() for name in ("price", "tags")] == [3, ["new"]]
     (failure,) = pq.read_table(layout.failures / "part-00000.parquet").to_pylist()
     assert (failure["reason"], failure["price"], failure["tags"]) == ("truncated", None, [])
-    ((kept, _),) = kept_rows(layout, 0).rows.values()
-    assert kept == good
+    assert kept_rows(layout, 0).table.equals(table)
 
 
 def test_embeddings_are_written_for_those_who_read_them_whole(layout, identity):
@@ -261,10 +260,35 @@ def test_rows_that_are_kept_are_the_rows_that_were_committed(layout, identity):
     with Part(layout, 0, schema) as part:
         add(part, rows("a.jpg", "b.jpg"), vectors(2))
         part.commit(["a.jpg", "b.jpg"])
-    kept = kept_rows(layout, 0).rows
-    assert [row for row, _ in kept.values()] == rows("a.jpg", "b.jpg")
-    assert np.array_equal(np.stack([vector for _, vector in kept.values()]), vectors(2))
+    kept = kept_rows(layout, 0)
+    assert kept.rows == {"a.jpg": 0, "b.jpg": 1}
+    assert kept.table.equals(pq.read_table(layout.embeddings / "part-00000.parquet"))
+    assert kept.table["embedding"].to_pylist() == vectors(2).tolist()
     assert kept_rows(layout, 1).rows == {}
+
+
+def test_rows_that_are_kept_stand_between_those_that_are_added(layout, identity):
+    """As they were, and in groups that are neither much smaller nor larger than usual ones."""
+    schema = embeddings_schema(identity, {"avgpool": 4}, with_label=True)
+    many = [f"{n:04d}.jpg" for n in range(4000)]
+    with Part(layout, 0, schema) as part:
+        add(part, rows(*many), vectors(4000))
+        part.commit(many)
+    kept = kept_rows(layout, 0).table
+    new, again = rows("new.jpg"), replace(FAILED, id="again.jpg")
+    with Part(layout, 0, schema, generation=1) as part:
+        part.keep(kept.take([2, 0]), [again])
+        add(part, new, vectors(1))
+        part.keep(kept.slice(10), [])
+        part.commit([*many[10:], many[0], many[2], "new.jpg", "again.jpg"])
+    path = layout.embeddings / "part-00000.parquet"
+    table, file = pq.read_table(path), pq.ParquetFile(path)
+    assert table["id"].to_pylist() == [many[2], many[0], "new.jpg", *many[10:]]
+    assert table.slice(3).equals(kept.slice(10)) and table.slice(0, 2).equals(kept.take([2, 0]))
+    assert ids(layout, "failures") == ["again.jpg"]
+    assert kept_rows(layout, 0).generation == 1
+    groups = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    assert all(ROW_GROUP <= size < 2 * ROW_GROUP for size in groups[:-1]), groups
 
 
 def commit(layout, identity, embedded, failed, planned=None):

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,17 @@ from tables import listed
 
 from resfeat.dataset import Layout
 from resfeat.errors import ResfeatError
-from resfeat.plan import Plan, PlanFile, Shard, carried_columns, files, read_shard, write_plan
+from resfeat.plan import (
+    Difference,
+    Plan,
+    PlanFile,
+    Shard,
+    carried_columns,
+    files,
+    read_shard,
+    update,
+    write_plan,
+)
 from resfeat.plan.files import shard_size_for
 from resfeat.sources.item import Item, table_of, whole
 
@@ -117,3 +128,16 @@ def test_a_plan_of_other_rows_is_not_taken_for_what_was_listed(layout):
     pq.write_table(pq.read_table(path).slice(1), path, row_group_size=10)
     with pytest.raises(ResfeatError, match=r"listing of shard 1, cannot be read .*not those that"):
         read_shard(layout.plan, made.shards[1])
+
+
+def test_two_ids_of_one_hash_end_an_update_and_neither_passes_for_gone(layout, monkeypatch):
+    made = write_plan(layout.plan, layout.tmp, listed(items(9)), 4)
+    assert not Difference(layout.plan, made, listed(items(9))).changes
+    hashes = update.hashes
+
+    def weak(column):
+        return hashes(column) % np.uint64(7) if pa.types.is_string(column.type) else hashes(column)
+
+    monkeypatch.setattr(update, "hashes", weak)
+    with pytest.raises(ResfeatError, match="the same hash"):
+        Difference(layout.plan, made, listed(items(9)))

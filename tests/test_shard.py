@@ -14,7 +14,7 @@ from PIL import Image
 from tables import listed
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset, sources
-from resfeat.dataset import FailedItem, Row
+from resfeat.dataset import FailedItem
 from resfeat.dataset.reader import Kept
 from resfeat.engines import inline
 from resfeat.errors import Failure
@@ -46,12 +46,12 @@ def test_a_thread_that_fails_beside_another_does_not_take_more_than_that_one_fou
 
 
 def test_what_was_made_of_an_item_as_it_is_now_stays():
-    row, failed = Row("a.jpg", 1, 1, 10, 20), FailedItem("b.jpg", "", Failure("read", "empty", ""))
-    kept = Kept({"a.jpg": (row, np.zeros(1))}, {"b.jpg": failed}, generation=1)
+    failed = FailedItem("b.jpg", "", Failure("read", "empty", ""))
+    kept = Kept({"a.jpg": 0}, {"b.jpg": failed}, generation=1)
     for retry in (False, True):
         for since, stays in ((0, True), (1, True), (2, False)):
             item = Item("a.jpg", "file:///a.jpg", 11, 21, since=since)
-            assert kept.of(item, retry=retry) == (row if stays else None)
+            assert kept.of(item, retry=retry) == (0 if stays else None)
             expected = failed if stays and not retry else None
             assert kept.of(item._replace(id="b.jpg"), retry=retry) == expected
         assert kept.of(Item("c.jpg", "file:///a.jpg", 10, 20), retry=retry) is None

@@ -62,6 +62,8 @@ class Part(AbstractContextManager["Part"]):
         self._schema = schema
         self._rows: list[Row] = []
         self._vectors: list[NDArray[np.floating]] = []
+        self._tables: list[pa.Table] = []  # rows before those
+        self._waiting = 0  # rows in all of these
         self._failures: list[FailedItem] = []
         self._embedded = 0
         self._draft = draft(layout.tmp, self._name)
@@ -93,8 +95,15 @@ class Part(AbstractContextManager["Part"]):
             vectors = vectors[[isinstance(image, Row) for image in images]]
         self._rows += rows
         self._vectors.append(vectors)
-        if len(self._rows) >= ROW_GROUP:
-            self._flush()
+        self._wait(len(rows))
+
+    def keep(self, rows: pa.Table, failures: Sequence[FailedItem]) -> None:
+        """Append what was committed before, `rows` as they stand in a part."""
+        self._failures += failures
+        self._to_table()
+        for start in range(0, len(rows), ROW_GROUP):
+            self._tables.append(rows.slice(start, ROW_GROUP))
+            self._wait(len(self._tables[-1]))
 
     def commit(self, ids: Iterable[str]) -> None:
         """Make the shard visible, if its rows are exactly one for each of `ids`."""
@@ -155,7 +164,12 @@ class Part(AbstractContextManager["Part"]):
         reasons = Counter[str](item.failure.reason for item in self._failures)
         return Note(len(embedded), digests, dict(reasons), self._generation)
 
-    def _flush(self) -> None:
+    def _wait(self, rows: int) -> None:
+        self._waiting += rows
+        if self._waiting >= ROW_GROUP:
+            self._flush()
+
+    def _to_table(self) -> None:
         if not self._rows:
             return
         vectors, start = np.concatenate(self._vectors), 0
@@ -166,9 +180,16 @@ class Part(AbstractContextManager["Part"]):
                 values = pa.array(vectors[:, start:end].reshape(-1))
                 columns[field.name] = pa.FixedSizeListArray.from_arrays(values, type=field.type)
                 start = end
-        self._writer.write_table(pa.table(columns, schema=self._schema))
-        self._embedded += len(self._rows)
+        self._tables.append(pa.table(columns, schema=self._schema))
         self._rows, self._vectors = [], []
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        self._to_table()
+        self._writer.write_table(pa.concat_tables(self._tables))
+        self._embedded += self._waiting
+        self._tables, self._waiting = [], 0
 
 
 def digest(location: Location) -> str | None:

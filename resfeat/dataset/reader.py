@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.notes import Commits, Note
 from resfeat.dataset.record import Record
-from resfeat.dataset.schema import FAILURES, FailedItem, Row, failed_items, layers_in, plain_rows
+from resfeat.dataset.schema import FAILURES, FailedItem, failed_items
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.plan import changed_since
 from resfeat.sources import Item, items_of
@@ -115,20 +115,22 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a shard has already: its rows and its failures by id. generation: of the plan, when that
-    was done."""
+    """What a shard has already. rows: the places of its ids in `table`, which is all that is in its
+    part; failures: by id. generation: of the plan, when that was done."""
 
-    rows: Mapping[str, tuple[Row, NDArray[np.floating]]]  # each with its layers side by side
+    rows: Mapping[str, int]
     failures: Mapping[str, FailedItem]
     generation: int = 0
+    table: pa.Table = None
 
-    def of(self, item: Item, *, retry: bool) -> Row | FailedItem | None:
-        """What stays of an item when its shard is done once more: whatever was made of it as it is
-        listed now, but for failures that are to be tried again."""
+    def of(self, item: Item, *, retry: bool) -> int | FailedItem | None:
+        """What stays of an item when its shard is done once more, its row by its place or its
+        failure: whatever was made of it as it is listed now, but for failures that are to be tried
+        again."""
         if item.since > self.generation:
             return None
-        if item.id in self.rows:
-            return self.rows[item.id][0]
+        if (place := self.rows.get(item.id)) is not None:
+            return place
         return None if retry else self.failures.get(item.id)
 
 
@@ -142,35 +144,33 @@ def kept_rows(layout: Layout, shard: int) -> Kept:
         folder / layout.part_name(shard) for folder in (layout.embeddings, layout.failures)
     )
     note = Note.read(layout, shard)
-    content = _committed(part, note, "embeddings")
+    content, digest = _committed(part, note, "embeddings")
     if content is None or note is None:
         return Kept({}, {})
-    generation = note.generation_of(hashlib.sha256(content).hexdigest())
     with readable(part, SENT_BACK):
         table = _whole(content)
-        columns = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
-        rows = zip(plain_rows(table), np.hstack(layers_in(table, columns)), strict=True)
+        rows = {key: place for place, key in enumerate(table["id"].to_pylist())}
     failed: list[FailedItem] = []
-    if not note.replaces and (content := _committed(failures, note, "failures")):
+    if not note.replaces and (content := _committed(failures, note, "failures")[0]):
         with readable(failures, SENT_BACK):
             failed = failed_items(_whole(content))
-    return Kept(
-        {row.id: (row, vector) for row, vector in rows},
-        {each.id: each for each in failed},
-        generation,
-    )
+    by_id = {each.id: each for each in failed}
+    return Kept(rows, by_id, note.generation_of(digest), table)
 
 
-def _committed(part: Location, note: Note | None, kind: str) -> bytes | None:
-    """A file of a shard, None where there is none."""
+def _committed(
+    part: Location, note: Note | None, kind: str
+) -> tuple[bytes, str] | tuple[None, None]:
+    """A file of a shard and its digest, None where there is none."""
     with readable(part, SENT_BACK):
         try:
             content = part.read_bytes()
         except FileNotFoundError:
-            return None
-        if not note or hashlib.sha256(content).hexdigest() not in note.allows(kind):
+            return None, None
+        digest = hashlib.sha256(content).hexdigest()
+        if not note or digest not in note.allows(kind):
             raise pa.ArrowInvalid("it is not what was committed")
-        return content
+        return content, digest
 
 
 def _whole(content: bytes) -> pa.Table:

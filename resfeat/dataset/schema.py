@@ -98,19 +98,6 @@ def plain_columns(rows: Sequence[Row], schema: pa.Schema) -> dict[str, list[Any]
     return columns
 
 
-def plain_rows(table: pa.Table) -> list[Row]:
-    """The inverse of `plain_columns`."""
-    place = table.schema.get_field_index("mtime")
-    table = table.set_column(place, "mtime", table["mtime"].cast(pa.int64()))
-    own = _own_names(table.schema)
-    names = [*own, *(field.name for field in carried_fields(table.schema))]
-    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
-    return [
-        Row(**dict(zip(own, row, strict=False)), carried=row[len(own) :])  # the rest is carried
-        for row in rows
-    ]
-
-
 def layers_in(table: pa.Table, columns: Iterable[str]) -> list[NDArray[np.floating]]:
     """The embeddings in these columns, [rows, D] each."""
     arrays = [table[column].combine_chunks() for column in columns]

@@ -33,6 +33,10 @@ Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 # An odd number that spreads what is multiplied by it (2^64 divided by the golden ratio).
 SPREAD = np.uint64(0x9E3779B97F4A7C15)
+SAME_HASH = (
+    "two ids have the same hash, which happens once in a great many updates, and hardly twice: "
+    "give the same command again"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class _Known:
         self.is_listed = _joined(listed, np.bool_)
         self._order = np.argsort(self.ids, kind="stable")
         self._sorted = self.ids[self._order]
+        if np.any(self._sorted[1:] == self._sorted[:-1]):
+            raise ResfeatError(SAME_HASH)  # one of them would pass for gone
 
     def places(self, ids: Hashes) -> Places:
         """Where these ids are listed, -1 for those that are not."""
@@ -112,8 +118,9 @@ class Difference:
     @cached_property
     def touched(self) -> list[Shard]:
         """Shards that are to be listed anew; new ones come beside them."""
-        shards, places = list(self._plan.shards.values()), [*self._places, *self._removed]
-        at = np.searchsorted(self._known.starts, np.asarray(places, np.int64), side="right") - 1
+        shards = list(self._plan.shards.values())
+        places = np.concatenate([self._places, self._removed])
+        at = np.searchsorted(self._known.starts, places, side="right") - 1
         return [shards[n] for n in np.unique(at)]
 
     @property
@@ -145,10 +152,7 @@ class Difference:
         if self._others and len(at):
             now = self._others.slice(first, last - first)
             if rows["id"].take(at).to_pylist() != now["id"].to_pylist():
-                raise ResfeatError(
-                    "two ids have the same hash, which happens once in a great many updates, and "
-                    "hardly twice: give the same command again"
-                )
+                raise ResfeatError(SAME_HASH)
             returned = ~self._known.is_listed[self._places[first:last]]
             now = marked(now, generation)
             change = pc.if_else(pa.array(returned), "added", "changed")

@@ -1,17 +1,17 @@
 """`process_shard`: one shard from plan to commit."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
 
-from resfeat.dataset import FailedItem, Part, Row, kept_rows
+from resfeat.dataset import FailedItem, Kept, Part, kept_rows
 from resfeat.decoding import CarefulDecoder
 from resfeat.errors import ResfeatError, first_line
 from resfeat.plan import read_shard
-from resfeat.sources import Item, gone
+from resfeat.sources import gone
 from resfeat.worker.batches import Batch, Batches
 from resfeat.worker.messages import ShardResult, Task
 from resfeat.worker.worker import Worker
@@ -32,12 +32,13 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
     counts: Counter[str] = Counter()
     with _told_of(worker, task):
         items = read_shard(layout.plan, shard)
-        stays = _staying(worker, task, items)
-        wanted = [place for place in range(len(items)) if place not in stays]
+        kept = kept_rows(layout, shard.number)
+        stays = [kept.of(item, retry=task.retry) for item in items]
+        wanted = [place for place, each in enumerate(stays) if each is None]
         unread: list[str] = []
         schema = worker.schema(task.parity)
         with Part(layout, shard.number, schema, shard.generation) as part, careful as decoder:
-            weave = _Weave(part, stays, wanted)
+            weave = _Weave(part, kept, stays, wanted)
             batches = Batches(worker, decoder.decode)
             for batch in batches.of([items[place] for place in wanted]):
                 with batches.stage("write"):
@@ -54,64 +55,49 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
                     "again, it resumes"
                 )
             with batches.stage("write"):
-                weave.end(len(items))
+                weave.keep(len(items))
                 part.commit(item.id for item in items)
     return ShardResult(
         shard=shard.number,
         embedded=counts["embedded"],
         failed=counts["failed"],
-        kept=len(stays),
+        kept=len(items) - len(wanted),
         changed=counts["changed"],
         fits=worker.fits,
         seconds=batches.seconds,
     )
 
 
-# An image as it stands in a part, with its layers side by side.
-Done = tuple[Row | FailedItem, NDArray[np.floating]]
-
-
-def _staying(worker: Worker, task: Task, items: Sequence[Item]) -> dict[int, Done]:
-    """The images that are not done again, by their places in the shard."""
-    kept = kept_rows(worker.layout, task.shard.number)
-    job = worker.job
-    none = np.zeros(sum(job.dims.values()), job.identity.dtype)
-    images = ((place, kept.of(item, retry=task.retry)) for place, item in enumerate(items))
-    return {
-        place: kept.rows[image.id] if isinstance(image, Row) else (image, none)
-        for place, image in images
-        if image
-    }
-
-
+@dataclass
 class _Weave:
-    """Puts images into a part in plan order: those that stay, by their places, and those that are
-    wanted. place: of the next one."""
+    """Puts images into a part in plan order: what stays, by place in the shard, as `Kept.of` gives
+    it, and between them those that are wanted. place: of the next one."""
 
-    def __init__(self, part: Part, stays: Mapping[int, Done], wanted: Sequence[int]) -> None:
-        self.place = 0
-        self._part, self._stays, self._wanted = part, stays, wanted
+    part: Part
+    kept: Kept
+    stays: Sequence[int | FailedItem | None]
+    wanted: Sequence[int]
+    place: int = 0
 
     def add(self, batch: Batch) -> None:
-        """The next of those that are wanted, after all that stay before the last of them."""
-        places = self._wanted[batch.first : batch.first + len(batch.images)]
-        if places[-1] - self.place < len(places):  # none that stays lies between
-            self._part.add(batch.images, batch.vectors)
-            self.place = places[-1] + 1
-            return
-        done = zip(batch.images, batch.vectors, strict=True)
-        self._until(places[-1] + 1, dict(zip(places, done, strict=True)))
+        """The next of those that are wanted, each after all that stays before it."""
+        first = 0
+        for n in range(len(batch.images)):
+            place = self.wanted[batch.first + n]
+            if place > self.place:
+                self.part.add(batch.images[first:n], batch.vectors[first:n])
+                self.keep(place)
+                first = n
+            self.place = place + 1
+        self.part.add(batch.images[first:], batch.vectors[first:])
 
-    def end(self, count: int) -> None:
-        """What stays behind the last that was wanted, of so many images in all."""
-        self._until(count, {})
-
-    def _until(self, end: int, done: Mapping[int, Done]) -> None:
-        every = [done.get(place) or self._stays[place] for place in range(self.place, end)]
-        if every:
-            images, vectors = zip(*every, strict=True)
-            self._part.add(images, np.stack(vectors))
-        self.place = end
+    def keep(self, end: int) -> None:
+        """What stays before this place."""
+        if stay := self.stays[self.place : end]:
+            rows = pa.array([each for each in stay if isinstance(each, int)], pa.int64())
+            failures = [each for each in stay if isinstance(each, FailedItem)]
+            self.part.keep(self.kept.table.take(rows), failures)
+            self.place = end
 
 
 @contextmanager
