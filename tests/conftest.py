@@ -59,6 +59,10 @@ OWN_RAY = ("test_faults", "test_resume", "test_killers")
 LONGEST = (
     "test_faults",
     "test_object_store",
+    "test_updates_killed",
+    "test_updates",
+    "test_update_stores",
+    "test_partitions",
     "test_int8",
     "test_runtime",
     "test_resnet",

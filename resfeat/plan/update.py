@@ -126,8 +126,7 @@ class Difference:
     @property
     def new_shards(self) -> int:
         """How many shards would be added."""
-        new = sum(int(table.num_rows) for table in self._new)
-        return -(-new // self._plan.shard_size)
+        return sum(1 for _ in recut(self._new, self._plan.shard_size))
 
     def write(self, drafts: Drafts) -> Plan:
         """Write the next generation into the plan's folder. It counts once a record names it."""

@@ -59,8 +59,8 @@ class Run:
             if (note := notes.get(shard.number)) and killers & note.reasons.keys()
         }
         if self.lock.killed:
-            # Of shards that are done once more it cannot be told which that run had come to.
-            careful |= {shard for shard in todo if shard.number in notes}
+            # Of shards whose failures are tried again it cannot be told which that run had come to.
+            careful |= {shard for shard in todo if shard.number in commits.done}
             careful |= set(todo[:SHARDS_IN_HAND])
         retry, parity = self.request.spec.retry_failed, self.record.parity
         return [Task(shard, shard in careful, retry, parity) for shard in todo]

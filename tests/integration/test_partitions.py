@@ -442,6 +442,7 @@ def test_what_a_sample_gave_is_settled_once_for_all(precision, pictures, tmp_pat
     assert len(calibrated) == (precision == "int8")
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_partitions_and_an_update_by_ray(pictures, single, resfeat, tmp_path):
     source, output = tmp_path / "pictures", tmp_path / "out"

@@ -289,7 +289,7 @@ def microsoft():
         yield "az://pictures", store.environment
 
 
-@pytest.mark.parametrize("cloud", ["google", "microsoft"])
+@pytest.mark.parametrize("cloud", ["google", pytest.param("microsoft", marks=pytest.mark.more)])
 def test_an_update_of_a_dataset_in_the_other_clouds(cloud, request, resfeat, tmp_path, monkeypatch):
     root, env = request.getfixturevalue(cloud)
     for name, value in env.items():
@@ -322,6 +322,7 @@ def fill_with(source, before, after):
             (source / name).write_bytes(content)
 
 
+@pytest.mark.more
 def test_three_partitions_one_of_which_is_killed(begun, objects, store, resfeat, tmp_path):
     gate, env = behind_a_gate(tmp_path)
     output = bucket_of(objects) + "/out"

@@ -228,7 +228,10 @@ def test_a_kill_while_it_lists_changes_nothing(world, tmp_path):
     assert content(output) == before
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(8, marks=pytest.mark.more), pytest.param(50, marks=pytest.mark.slow)],
+)
 def test_killed_at_any_moment(kills, world, resfeat, tmp_path):
     chance = Random(kills)
     hook = after_import({"resfeat.decoding.decode": UNHURRIED}, tmp_path / "hook")
