@@ -103,6 +103,9 @@ class Container:
             )
             offset += len(content)
 
+    def open(self):
+        """There is nothing to find out."""
+
     def tables(self):
         return listed(self._items, self.carried)
 
