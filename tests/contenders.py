@@ -110,7 +110,7 @@ def _contend(who, pipe, holder, environment, straight):
             time.sleep(chance.uniform(0, 0.1))
             hold = Hold(who)
             try:
-                with lease.held_in_store(layout, True, lambda why: None) as held:
+                with lease.held_in_store(layout, Writer.me(), True, print) as held:
                     holds.append(hold)
                     holder.value = who
                     _hold(hold, held, layout, plan, reader, chance.uniform(0, 0.8))

@@ -73,7 +73,7 @@ class Layout:
         """The shares that runs have held, or hold."""
         try:
             return sorted(path.name for path in self.lock.parent.iterdir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def committed(self) -> list[int]:

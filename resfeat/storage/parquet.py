@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import io
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakSet
 
 import pyarrow as pa
 import pyarrow.fs as fs
@@ -16,6 +20,8 @@ from resfeat.storage.remote import StorePath
 # It is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
+
+LET_GO_SECONDS, GRACE_SECONDS = 2.0, 0.1
 
 
 def open_parquet(
@@ -41,8 +47,25 @@ def dataset_of(folder: Location, names: Sequence[str] | None = None) -> ds.Datas
     import pyarrow.dataset as ds
 
     source = str(folder) if names is None else [str(folder / name) for name in names]
-    system = fs.PyFileSystem(_Objects()) if isinstance(folder, StorePath) else None
+    system = None
+    if isinstance(folder, StorePath):
+        atexit.unregister(_let_go)  # once, however many there are
+        atexit.register(_let_go)
+        system = fs.PyFileSystem(_Objects())
     return ds.dataset(source, filesystem=system, format="parquet")
+
+
+# Objects that are read by way of Arrow.
+_OPENED = WeakSet[io.BufferedIOBase]()
+
+
+def _let_go() -> None:
+    """Wait for Arrow's threads to close what they have read, and to let go of the bytes, while
+    Python is there for it: see `open_parquet`."""
+    until = time.monotonic() + LET_GO_SECONDS
+    while _OPENED and time.monotonic() < until:
+        time.sleep(0.005)
+    time.sleep(GRACE_SECONDS)  # of bytes nobody can tell
 
 
 class _Objects(fs.FileSystemHandler):  # type: ignore[misc]
@@ -68,7 +91,9 @@ class _Objects(fs.FileSystemHandler):  # type: ignore[misc]
             return fs.FileInfo(str(path), kind)
 
     def open_input_file(self, path: str) -> pa.PythonFile:
-        return pa.PythonFile(open_binary(StorePath.of(path)), mode="r")
+        file = open_binary(StorePath.of(path))
+        _OPENED.add(file)
+        return pa.PythonFile(file, mode="r")
 
     open_input_stream = open_input_file
 

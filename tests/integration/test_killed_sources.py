@@ -37,7 +37,7 @@ from tables import planned, rows
 
 from resfeat.dataset import Layout
 from resfeat.sources import Listing
-from resfeat.storage import locate, remote
+from resfeat.storage import Fence, locate, remote, write_whole
 
 COUNT, SHARD, KILLED_AFTER = 24, 4, 3
 OPTIONS = ["--model", "cifar_resnet20", "--weights", "random:0", "--resize", "36", "--crop", "32",
@@ -271,14 +271,14 @@ def listings(proxy):
 
 def a_prefix(pictures, proxy, folder):
     for name, content in pictures.items():
-        (folder / name).write_bytes(content)
+        write_whole(Fence(), folder / name, content)
     proxy.clear()
     before = []
 
     def between(done, left):
         before.append(listings(proxy))
         assert {(item.id,) for item in done} <= set(reads(proxy))
-        (folder / "photo-00-new.png").write_bytes(b"which only a listing would find")
+        write_whole(Fence(), folder / "photo-00-new.png", b"which only a listing would find")
         proxy.clear()
 
     def check(done, left):
@@ -290,7 +290,7 @@ def a_prefix(pictures, proxy, folder):
 
 
 def a_tar_in_it(pictures, proxy, folder, tmp_path):
-    (folder / "a.tar").write_bytes(pack(tmp_path / "a.tar", pictures).read_bytes())
+    write_whole(Fence(), folder / "a.tar", pack(tmp_path / "a.tar", pictures).read_bytes())
     proxy.clear()
 
     def between(done, left):
