@@ -3,7 +3,8 @@
     python pipelines/nightly.py SRC OUT [options of `resfeat extract`]
 
 The first night embeds what SRC holds. Every later one embeds what is new or has changed, and
-removes the rows of what is gone; a night that was cut off is finished first. In a crontab:
+removes the rows of what is gone; a night that was cut off is finished first. What failed and has
+not changed stays a failure, unless --retry-failed is among the options. In a crontab:
 
     0 2 * * *  python pipelines/nightly.py /data/photos /data/embeddings --model resnet50
 
@@ -22,7 +23,7 @@ import click
 
 from resfeat import open_dataset
 from resfeat.dataset.verify import verify
-from resfeat.errors import UsageError
+from resfeat.errors import ResfeatError
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -57,7 +58,7 @@ def is_current(output: str) -> bool:
     """Whether there is a dataset, and all of its shards are done, or there is none yet."""
     try:
         dataset = open_dataset(output)
-    except UsageError:
+    except ResfeatError:  # which the command tells better
         return True
     return dataset.commits().done.keys() >= dataset.record.plan.shards.keys()
 

@@ -21,10 +21,10 @@ from object_store import Endpoint, FaultyProxy, ObjectStore
 from PIL import Image
 
 from resfeat import ExtractSpec, RuntimeOptions, extract
-from resfeat.dataset import Layout, check_lease, lease
+from resfeat.dataset import Layout, check_lease, lease, whole
 from resfeat.dataset.lock import holder, run_lock
-from resfeat.dataset.writer import Writer, _machine
-from resfeat.errors import ResfeatError, StoreError
+from resfeat.dataset.writer import HeldError, Writer, _machine
+from resfeat.errors import ResfeatError, Stopped, StoreError
 from resfeat.storage import remote as stores
 from resfeat.worker import worker
 
@@ -92,15 +92,15 @@ class Elsewhere:
         return [each["Key"].removeprefix("out/") for each in found]
 
     @contextmanager
-    def beating(self):
+    def beating(self, **fields):
         """While this lasts, a run on the other machine holds the lock."""
         ended = threading.Event()
 
         def beat():
             while not ended.wait(BEAT):
-                self.write()
+                self.write(**fields)
 
-        self.write()
+        self.write(**fields)
         thread = threading.Thread(target=beat)
         thread.start()
         try:
@@ -224,6 +224,18 @@ def test_of_two_that_begin_at_once_the_first_has_it(there, layout, elsewhere, pr
     with pytest.raises(ResfeatError, match="process 7 on elsewhere"), run_lock(layout):
         pass
     assert elsewhere.read()["token"] == "0123"
+
+
+@pytest.mark.parametrize("share", ["all", "2-of-2"])
+def test_a_partition_beside_one_that_renews_on_another_host(share, layout, elsewhere):
+    """A run of all is no reason to wait, and for another partition one waits and says so."""
+    told, expected = [], HeldError if share == "all" else Stopped
+    mine = Layout(str(layout.root), "1-of-2")
+    waits = whole(mine, told.append, lambda: len(told) > 1)
+    with elsewhere.beating(share=share), pytest.raises(expected), waits:
+        raise AssertionError("two have it")
+    assert "looking for 2 s" in told[0]
+    assert share == "all" or "waiting for partition 2/2, process 7 on elsewhere" in told[1]
 
 
 def test_of_two_that_take_over_at_once_the_first_has_it(layout, elsewhere, proxy):

@@ -148,6 +148,21 @@ def test_what_is_read_from_its_beginning_stays_one_shard(new_layout):
     assert offsets == sorted(offsets)
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"), [(pa.int64(), [None, 0, 1]), (pa.string(), [None, "", "a"])]
+)
+def test_null_is_another_value_than_nothing(kind, values, new_layout):
+    layout, carried = new_layout(), [pa.field("kept", kind)]
+
+    def keeping(value):
+        return listed([each._replace(carried=(value,)) for each in plain(4)], carried)
+
+    plan = write_plan(layout.plan, layout.tmp, keeping(values[0]), SIZE, carried)
+    for value in values:
+        changed = 0 if value is None else 4
+        assert Difference(layout.plan, plan, keeping(value)).changes.changed == changed
+
+
 def test_two_ids_of_one_hash_are_found_out(new_layout, monkeypatch):
     layout = new_layout()
     plan = write_plan(layout.plan, layout.tmp, listed(plain(4)), SIZE)

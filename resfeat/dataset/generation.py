@@ -32,7 +32,7 @@ def commit_generation(layout: Layout, record: Record, plan: Plan) -> Record:
     named = {file.name for file in plan.files}
     there: Iterable[Location] = layout.plan.iterdir()
     for path in list(there):
-        # Never one that could be written again: the names of a generation are not used twice.
+        # Of this generation or of an earlier one: a later one gives other names.
         if path.name not in named:
             layout.fence.check()
             remove(path)

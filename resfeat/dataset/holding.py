@@ -73,19 +73,26 @@ def whole(
     if layout.share == ALL:
         yield layout
         return
-    every, told = Layout(str(layout.root)), ""
+    every, told = Layout(str(layout.root)), set[str]()
+
+    def tell(why: str) -> None:
+        if why not in told:
+            told.add(why)
+            on_wait(why)
+
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(run_lock(every, is_run=False, share=layout.share))
+                lock = run_lock(every, is_run=False, on_wait=tell, share=layout.share)
+                stack.enter_context(lock)
                 break
             except HeldError as error:
                 # No name, or that of one that is gone: another is just taking it, or giving it up.
-                writer = error.writer if error.writer and _is_there(error.writer, every) else None
-                if writer and writer.share == ALL:
-                    raise
-                if writer and told != (told := str(writer)):
-                    on_wait(f"waiting for {told}, which writes down what all partitions go by")
+                writer = error.writer
+                if writer and writer.is_alive() is not False:
+                    if writer.share == ALL:
+                        raise
+                    tell(f"waiting for {writer}, which writes down what all partitions go by")
             if stopping():
                 raise Stopped("stopped while another run was listing")
             time.sleep(WAIT_SECONDS)

@@ -67,7 +67,9 @@ class Dataset:
 
     def changes(self, since: int) -> pa.Table:
         """What updates did after this generation of the plan, for whatever follows the dataset: a
-        row for each image, with its `id` and its `change`: "added", "changed" or "removed"."""
+        row for each image, with its `id` and the last `change`, "added", "changed" or "removed". So
+        put what was added or changed in place of what you may have of it, and drop what was removed
+        if you have it."""
         return changed_since(self.layout.plan, self.record.plan, since)
 
     def runs(self) -> list[Location]:
@@ -105,12 +107,14 @@ class Dataset:
         """The images with these ids, as they are listed now."""
         import pyarrow.compute as pc
 
-        plan, wanted = self.layout.plan, pc.field("id").isin(list(ids))
-        files = [file.name for file in self.record.plan.files]
-        with readable(plan, "bring it back from a copy"):
-            found = dataset_of(plan, files).to_table(filter=wanted)
+        wanted, record = pc.field("id").isin(list(ids)), Record.load(self.layout) or self.record
+        with readable(self.layout.plan, "bring it back from a copy"):
+            there = dataset_of(self.layout.plan, [file.name for file in record.plan.files])
+            found = there.to_table(filter=wanted).sort_by("since")
         # Of a shard that was listed anew the rows of before may still be in a file of the plan.
-        return {item.id: item for item in sorted(items_of(found), key=lambda item: item.since)}
+        rows = zip(items_of(found), found["change"].to_pylist(), strict=True)
+        latest = {item.id: (item, change) for item, change in rows}
+        return {key: item for key, (item, change) in latest.items() if change != "removed"}
 
 
 @dataclass(frozen=True)

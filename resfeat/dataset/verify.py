@@ -23,6 +23,7 @@ from resfeat.dataset.layout import Layout
 from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
 from resfeat.dataset.reader import Dataset
+from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FAILURES, layers_in
 from resfeat.errors import REASONS, ResfeatError, first_line
 from resfeat.plan import Shard, read_shard
@@ -77,7 +78,7 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
     """Look at every row of a dataset. `on_shard` is called after each shard of the plan.
 
     Raises StoreError where a store is out of reach, and ResfeatError where a folder of the dataset
-    may not be looked into: that is no damage.
+    may not be looked into, or an update came meanwhile: that is no damage.
     """
     layout, shards = dataset.layout, dataset.record.plan.shards
     ids, vectors = [], []
@@ -98,11 +99,22 @@ def verify(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> V
                 on_shard()
     except OSError as error:
         raise ResfeatError(f"cannot look at {layout.root}: {error}; mend that") from error
+    except ResfeatError:  # of a plan that cannot be read
+        _check_current(dataset)
+        raise
+    _check_current(dataset)
     if doubled := _doubles(ids):
         message = f"{doubled} ids are there more than once"
         found.problems.append(Problem("plan", None, str(layout.plan), message))
     found.duplicates = _doubles(vectors)
     return found
+
+
+def _check_current(dataset: Dataset) -> None:
+    """Raise ResfeatError where an update has listed the dataset anew since it was opened."""
+    now = Record.load(dataset.layout)
+    if now and now.plan != dataset.record.plan:
+        raise ResfeatError(f"an update changed {dataset.layout.root} meanwhile: verify it again")
 
 
 def repair(
@@ -111,14 +123,15 @@ def repair(
     """Send the bad shards back: remove what is left of them, so that the extract command does them
     again. Returns the shards removed here; merely unfinished ones are not counted.
 
-    on_wait: as `run_lock` has it. Raises ResfeatError while the dataset is being written, and where
-    nothing can be removed from it.
+    on_wait: as `run_lock` has it. Raises ResfeatError while the dataset is being written, where an
+    update has changed it since it was opened, and where nothing can be removed from it.
     """
     layout, shards = dataset.layout, dataset.record.plan.shards
     sent = []
     try:
         with run_lock(layout, is_run=False, on_wait=on_wait) as lock:
             see_alone(layout, on_wait, is_run=False)  # one that comes now needs this lock first
+            _check_current(dataset)
             for shard in found.bad_shards:
                 # Look again, now that nobody writes: what was in hand may be done by now.
                 was_committed = layout.note(shard).exists()

@@ -1,7 +1,7 @@
 """What a new listing changes: held against the plan, and written as its next generation.
 
 An id belongs to one shard for ever. New ones come in new shards; an item that changed, went or came
-back stays where it was, and its shard is listed anew, whole. Memory grows by 25 bytes an item, and
+back stays where it was, and its shard is listed anew, whole. Memory grows by 26 bytes an item, and
 by the rows of those that are new or changed: ids and versions are compared by hashes of 64 bits.
 """
 
@@ -33,6 +33,8 @@ Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 # An odd number that spreads what is multiplied by it (2^64 divided by the golden ratio).
 SPREAD = np.uint64(0x9E3779B97F4A7C15)
+# The hash of a null, which is neither 0 nor "".
+NULL = np.uint64(0x6A09E667F3BCC909)
 SAME_HASH = (
     "two ids have the same hash, which happens once in a great many updates, and hardly twice: "
     "give the same command again"
@@ -64,18 +66,18 @@ class _Known:
             versions.append(versions_of(table))
             listed.append(is_listed(table).to_numpy())
             self.starts.append(self.starts[-1] + table.num_rows)
-        self.ids, self.versions = _joined(ids, np.uint64), _joined(versions, np.uint64)
+        every, self.versions = _joined(ids, np.uint64), _joined(versions, np.uint64)
         self.is_listed = _joined(listed, np.bool_)
-        self._order = np.argsort(self.ids, kind="stable")
-        self._sorted = self.ids[self._order]
+        self._order = np.argsort(every, kind="stable")
+        self._sorted = every[self._order]
         if np.any(self._sorted[1:] == self._sorted[:-1]):
             raise ResfeatError(SAME_HASH)  # one of them would pass for gone
 
     def places(self, ids: Hashes) -> Places:
         """Where these ids are listed, -1 for those that are not."""
-        if not len(self.ids):
+        if not len(self._order):
             return np.full(len(ids), -1)
-        at = np.minimum(np.searchsorted(self._sorted, ids), len(self.ids) - 1)
+        at = np.minimum(np.searchsorted(self._sorted, ids), len(self._order) - 1)
         return np.where(self._sorted[at] == ids, self._order[at], -1)
 
 
@@ -87,7 +89,7 @@ class Difference:
         self._known = known = _Known(folder, plan)
         self._new: list[pa.Table] = []
         others, places = list[pa.Table](), list[Places]()
-        is_there = np.zeros(len(known.ids), bool)
+        is_there = np.zeros(len(known.versions), bool)
         for table in listing:
             at = known.places(hashes(table["id"]))
             is_known = at >= 0
@@ -173,20 +175,20 @@ class Difference:
 
 
 def hashes(column: pa.ChunkedArray) -> Hashes:
-    """Of each value: numbers as they are, Python's own hash of others, 0 for nulls."""
+    """Of each value: numbers as they are, Python's own hash of others, `NULL` for nulls."""
     kind, nulls = column.type, column.null_count
     if nulls == len(column):
-        return np.zeros(len(column), np.uint64)
+        return np.full(len(column), NULL)
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.int64())
     if pa.types.is_integer(column.type):
-        numbers: Places = pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
-        return numbers.view(np.uint64)
-    values: Iterable[object] = column.to_pylist()
-    if not pa.types.is_string(kind):
-        values = map(repr, values)  # lists have no hash, and NaN has another one each time
-    given = np.fromiter(map(hash, values), np.int64, len(column)).view(np.uint64)
-    return np.where(column.is_valid().to_numpy(), given, np.uint64(0)) if nulls else given
+        given = pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy().view(np.uint64)
+    else:
+        values: Iterable[object] = column.to_pylist()
+        if not pa.types.is_string(kind):
+            values = map(repr, values)  # lists have no hash, and NaN has another one each time
+        given = np.fromiter(map(hash, values), np.int64, len(column)).view(np.uint64)
+    return np.where(column.is_valid().to_numpy(), given, NULL) if nulls else given
 
 
 def versions_of(table: pa.Table) -> Hashes:

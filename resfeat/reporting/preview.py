@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What a run would find and do. items: images in the dataset then. images: those that it would
+    """What a run would find and do. items: images in the dataset then, or in
+    the partition of it. images: those that it would
     read, at most. shards: those that it would commit. rate: images per second of the last run that
     embedded any; None if there is none. refusal: why it would not be done at all."""
 

@@ -110,13 +110,16 @@ def previewed(request: Request, weights: Weights) -> Preview:
         items = sum(table.num_rows for table in request.listed())
         if not items:
             raise request.no_images()
-        size = request.spec.shard_size or shard_size_for(items)
+        size, mine = request.spec.shard_size or shard_size_for(items), request.partition
+        starts = [n * size for n in range(-(-items // size)) if mine is None or mine.has(n)]
+        images = sum(min(size, items - start) for start in starts)
         return Preview(
-            output=str(request.layout.root), items=items, images=items, shards=-(-items // size)
+            output=str(request.layout.root), items=images, images=images, shards=len(starts)
         )
     record.check_same(request.layout, _asked(request, weights, record.plan, record.created))
     todo, changes, refusal = request.todo(record), None, None
-    images, shards, items = sum(shard.rows for shard in todo), len(todo), record.plan.items
+    images, shards = sum(shard.rows for shard in todo), len(todo)
+    items = sum(shard.rows for shard in request.shards(record))
     if request.spec.update:
         found = request.difference(record)
         changes = found.changes

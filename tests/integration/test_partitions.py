@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,12 +21,11 @@ from small import write_pictures
 from tables import rows
 
 from resfeat.dataset import Layout
+from resfeat.dataset import holding as held
 from resfeat.dataset.writer import HeldError, Writer
 from resfeat.errors import Stopped, UsageError
 from resfeat.plan import Partition
 from resfeat.storage import locate
-
-held = import_module("resfeat.dataset.held")  # the function has the same name
 
 IMAGES, SHARD = 60, 5
 SHARDS = 13  # with one image that is none

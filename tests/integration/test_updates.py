@@ -18,7 +18,8 @@ from changing import (
 
 from resfeat import open_dataset
 from resfeat.dataset import Layout, Record
-from resfeat.dataset.verify import verify
+from resfeat.dataset.verify import Problem, Verification, repair, verify
+from resfeat.errors import ResfeatError
 
 COUNT = 40
 
@@ -225,6 +226,24 @@ def test_a_damaged_part_is_not_carried_over_and_repair_works_in_a_generation(
     assert every_row(output) == fresh(collection.folder)
     check_sound(output)
     assert resfeat("verify", output).returncode == 0
+
+
+def test_what_was_opened_before_an_update_is_not_judged_by_it(case):
+    """Its plan is another one by now: what fits the new one is no damage."""
+    before = open_dataset(case.output)
+    case.collection.change()
+    case.extract("--update")
+    parts = {path: path.read_bytes() for path in (case.output / "embeddings").iterdir()}
+    again = pytest.raises(ResfeatError, match=r"an update changed .*: verify it again")
+    with again:
+        verify(before)
+    with again:
+        repair(before, Verification(problems=[Problem("rows", 0, "", "")]))
+    assert {path: path.read_bytes() for path in (case.output / "embeddings").iterdir()} == parts
+    now = open_dataset(case.output)
+    gone = [row["id"] for row in now.changes(0).to_pylist() if row["change"] == "removed"]
+    some = now.embeddings.to_table(["id"])["id"].to_pylist()[:2]
+    assert set(before.items([*some, *gone])) == set(some)
 
 
 def test_status_tells_the_generation(case, resfeat):
