@@ -244,6 +244,7 @@ def test_an_id_that_is_listed_twice(dataset):
     )
     listed = replace(dataset.record.plan, files=(file,))
     dataset.record = replace(dataset.record, plan=listed)
+    dataset.record.save(dataset.layout)
     assert ("plan", str(dataset.layout.plan)) in found(dataset)
 
 

@@ -95,7 +95,7 @@ def behind_a_gate(tmp_path) -> tuple[Path, dict[str, str]]:
     there, stand still on their way."""
     gate = tmp_path / "gate"
     gate.touch()
-    sources = {"resfeat.dataset.commit": COUNTED, "resfeat.run": SLOW}
+    sources = {"resfeat.dataset.commit": COUNTED, "resfeat.run.planning": SLOW}
     counts = {"GATE": str(gate), "COMMITS": str(tmp_path / "commits")}
     return gate, {**after_import(sources, tmp_path / "hook"), **counts}
 

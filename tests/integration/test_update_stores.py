@@ -31,7 +31,7 @@ from tables import rows
 
 from resfeat import open_dataset
 from resfeat.dataset import commit, generation
-from resfeat.storage import locate, remote, remove
+from resfeat.storage import Fence, locate, remote, remove, write_whole
 
 IMAGES, SHARD, SHARDS = 22, 5, 5
 ADDED, CHANGED, REMOVED = 2, 3, 1
@@ -319,7 +319,7 @@ def fill_with(source, before, after):
         remove(source / name)
     for name, content in after.items():
         if before.get(name) != content:
-            (source / name).write_bytes(content)
+            write_whole(Fence(), source / name, content)
 
 
 @pytest.mark.more
