@@ -99,7 +99,7 @@ def simulate(count: int, folder: Path) -> dict[str, float]:
         tally.engine = running.description
         for result in running.run(list(map(Task, todo)), tally.show, lambda: False):
             tally.add(result)
-    report = tally.report(Dataset(layout, record), {}, None)
+    report = tally.report(Dataset(layout, record), None)
     assert (report.embedded, report.shards_left) == (count, 0)
     return {
         "count": count,
