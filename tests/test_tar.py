@@ -75,6 +75,19 @@ def items(*sources, **options):
     return list(listing([str(source) for source in sources], SourceOptions(**options)))
 
 
+def lengths_fetched(monkeypatch):
+    """A list that gets the length of each piece that is fetched of a tar in a store."""
+    lengths, real = [], prefix.fetch
+
+    def counted(*place, **options):
+        found = real(*place, **options)
+        lengths.append(len(found.data))
+        return found
+
+    monkeypatch.setattr(prefix, "fetch", counted)
+    return lengths
+
+
 def contents(some):
     """What the items hold, read in runs as a worker does."""
     found = {}
@@ -554,14 +567,7 @@ def test_members_in_a_store_take_few_requests(bucket, tmp_path, monkeypatch):
     address = put(path)
     some = items(address)
     assert len([method for method, *_ in proxy.requests if method == "GET"]) <= 4
-    fetched, real = [], prefix.fetch
-
-    def counted(*place, **options):
-        found = real(*place, **options)
-        fetched.append(len(found.data))
-        return found
-
-    monkeypatch.setattr(prefix, "fetch", counted)
+    fetched = lengths_fetched(monkeypatch)
     assert list(contents(some).values()) == list(noise(500, 5_000).values())
     assert len(fetched) == 500 // 32 + 1
     assert sum(fetched) <= 1.05 * path.stat().st_size
@@ -661,14 +667,7 @@ def test_a_tar_of_large_members_in_a_store_is_read_once_and_little_more(
     monkeypatch.setattr(ahead, "MEMBERS", 16)
     path = pack(tmp_path / "large.tar", noise(100, 100_000))
     address = put(path)
-    fetched, real = [], prefix.fetch
-
-    def counted(*place, **options):
-        found = real(*place, **options)
-        fetched.append(len(found.data))
-        return found
-
-    monkeypatch.setattr(prefix, "fetch", counted)
+    fetched = lengths_fetched(monkeypatch)
     there, here = items(address), items(path)
     assert [(a.id, a.offset, a.size) for a in there] == [(b.id, b.offset, b.size) for b in here]
     assert sum(fetched) < 0.15 * path.stat().st_size

@@ -1,8 +1,10 @@
 """The next generation of a dataset's plan, put in place in one atomic step.
 
-listed     its files are in the plan's folder, and nobody reads them
-current    the record names them: from now on what they changed is to be done
-pruned     files that list no shard any more are gone
+    listed     its files are in the plan's folder, and nobody reads them
+    current    the record names them: from now on what they changed is to be done
+    pruned     files that list no shard any more are gone
+
+A run that is killed before the record is in place leaves the dataset as it was.
 """
 
 from collections.abc import Iterable
@@ -23,8 +25,7 @@ def on_step(step: Step) -> None:
 
 
 def commit_generation(layout: Layout, record: Record, plan: Plan) -> Record:
-    """Make a plan, whose files are there, that of the dataset. A run that is killed before its
-    record is in place leaves the dataset as it was; after that the next one goes on from there."""
+    """Make a plan, whose files are there, that of the dataset."""
     on_step("listed")
     record = replace(record, plan=plan)
     record.save(layout)
