@@ -56,6 +56,11 @@ class Endpoint:
         keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
         return boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **keys)
 
+    def resource(self):
+        """The same, by buckets and objects."""
+        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+        return boto3.resource("s3", endpoint_url=self.endpoint, region_name="us-east-1", **keys)
+
 
 class ObjectStore(Endpoint):
     """moto's S3."""

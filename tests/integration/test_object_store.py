@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from urllib.request import Request, urlopen
 
 import azure
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,10 +70,7 @@ def proxy(store):
 @pytest.fixture(scope="module")
 def objects(store):
     """Another client's view of the store."""
-    return boto3.resource(
-        "s3", endpoint_url=store.endpoint, region_name="us-east-1",
-        aws_access_key_id="testing", aws_secret_access_key="testing",
-    )  # fmt: skip
+    return store.resource()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from datetime import datetime
 from typing import get_args
 
 import azure
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,10 +73,7 @@ def proxy(store):
 
 @pytest.fixture(scope="module")
 def objects(store):
-    return boto3.resource(
-        "s3", endpoint_url=store.endpoint, region_name="us-east-1",
-        aws_access_key_id="testing", aws_secret_access_key="testing",
-    )  # fmt: skip
+    return store.resource()
 
 
 @pytest.fixture(scope="module")
