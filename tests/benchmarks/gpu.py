@@ -69,7 +69,7 @@ def setting(folder: Path, tiny: bool) -> Setting:
         return Setting(folder, "cpu", ("cifar_resnet20", "cifar_resnet32"), (2, 4), photos=12,
                        names=4, shares=(1, 2), decoders=(1, 2), seconds=0.2)  # fmt: skip
     return Setting(folder, "cuda", ("resnet50", "resnet18", "resnet152"), (128, 256), photos=1000,
-                   names=20, shares=(1, 2, 4, 8), decoders=(1, 2, 4, 8, 16), seconds=2)  # fmt: skip
+                   names=60, shares=(1, 2, 4, 8), decoders=(1, 2, 4, 8, 16), seconds=2)  # fmt: skip
 
 
 def images(at: Setting) -> Iterator[Row]:
@@ -306,7 +306,10 @@ def job(at: Setting) -> Iterator[Row]:
             digest.update("\0".join(ids.to_pylist()).encode() + vectors.tobytes())
         shutil.rmtree(output)
         row |= {"images/s": report["images_per_second"], "start, s": report["start_seconds"]}
-        yield row | {"embeddings": digest.hexdigest()[:12], "verdict": report["verdict"]}
+        each = {f"{stage}, us": round(spent / report["images"] * 1e6)
+                for stage, spent in report["stages"].items()}  # fmt: skip
+        row |= {"embeddings": digest.hexdigest()[:12], **each}
+        yield row | {"verdict": report["verdict"]}
 
 
 # Seconds that each may take: with less than ten minutes in all.
@@ -347,11 +350,12 @@ def section(name: str, folder: Path, tiny: bool) -> list[Row]:
     command = [sys.executable, __file__, "--only", name, "--folder", folder, *["--tiny"] * tiny]
     # On a CPU that is shared, threads that wait for each other take many times as long.
     threads = {"OMP_NUM_THREADS": "1"} if tiny else {}
+    found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     started, rows, trouble = time.perf_counter(), list[Row](), ""
     with (folder / f"{name}.out").open("w+") as out, (folder / f"{name}.err").open("w+") as err:
         process = subprocess.Popen(
             command, stdout=out, stderr=err, start_new_session=True, cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **threads},
+            env={**os.environ, "PYTHONPATH": found, **threads},
         )  # fmt: skip
         try:
             if process.wait(limit):
