@@ -1,4 +1,4 @@
-"""A GPU made of CPU: all that `runtimes/cuda.py` uses of torch.cuda, for tensors of the CPU.
+"""A GPU made of CPU: all that `cuda.py` and `fused.py` use of CUDA, for tensors of the CPU.
 
 A graph notes every operation with the memory that it reads and writes, and does the same again when
 it is replayed, as CUDA's do: what is not copied in or out gives wrong embeddings here too.
@@ -64,6 +64,19 @@ class Event:
         assert self._recorded
 
 
+def convolution_relu(x, weight, bias, stride, padding, dilation, groups):
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups).relu_()
+
+
+def convolution_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+    y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return y.add_(z, alpha=alpha).relu_()
+
+
+CUDNN = {
+    "cudnn_convolution_relu": convolution_relu,
+    "cudnn_convolution_add_relu": convolution_add_relu,
+}
 PATCHES: dict[str, Any] = {
     "CUDAGraph": Graph,
     "graph": capture,
@@ -82,6 +95,7 @@ def gpu(device: str) -> Iterator[None]:
     with ExitStack() as stack:
         if device == "cpu":
             stack.enter_context(patch.multiple(torch.cuda, **PATCHES))
+            stack.enter_context(patch.multiple(torch, **CUDNN))
             stack.enter_context(patch.object(cuda, "GPU_BATCH", 16))
         yield
 

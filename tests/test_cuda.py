@@ -19,6 +19,7 @@ from resfeat.backbones.weights import resolve
 from resfeat.errors import DeviceLostError, ResfeatError
 from resfeat.fidelity.parity import cosine
 from resfeat.runtimes import cuda
+from resfeat.runtimes.fused import fuse
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec, Identity
 from resfeat.worker import Job, Placement
@@ -68,11 +69,22 @@ def replays(monkeypatch, device):
     return seen
 
 
+def way_of(runtime):
+    """How this thread computes full batches."""
+    return runtime._own.lane._way
+
+
+def eagerly(runtime, pixels):
+    """The embeddings that the network of this runtime gives without a graph, in one go."""
+    with torch.inference_mode():
+        batch = torch.from_numpy(pixels).to(runtime._device)
+        return fuse(runtime._embedder)(batch).cpu().numpy()
+
+
 def test_a_graph_gives_the_bits_of_the_network_alone_every_time(weights, device, pixels, replays):
     runtime = stand_in.runtime(weights, device)
-    alone = TorchRuntime(weights.identity, weights.tensors, device)
     others = pictures(weights.identity, cuda.GPU_BATCH, seed=1)
-    expected, other = alone.embed(pixels), alone.embed(others)
+    expected, other = eagerly(runtime, pixels), eagerly(runtime, others)
     assert expected.dtype == np.float32 and not np.array_equal(expected, other)
     times = {"cpu": 3, "cuda": 200}[device]
     for _ in range(times):
@@ -107,8 +119,7 @@ def test_two_threads_at_once_have_a_graph_each(weights, device, replays):
     """The threads of a worker begin together, so their captures meet."""
     runtime = stand_in.runtime(weights, device)
     given = [pictures(weights.identity, cuda.GPU_BATCH, seed) for seed in range(2)]
-    alone = TorchRuntime(weights.identity, weights.tensors, device)
-    expected = [alone.embed(each) for each in given]
+    expected = [eagerly(runtime, each) for each in given]
     times, together = {"cpu": 3, "cuda": 50}[device], threading.Barrier(2)
 
     def run(which):
@@ -153,10 +164,108 @@ def test_a_network_that_cannot_be_captured_runs_all_the_same(
 
     monkeypatch.setattr(torch.cuda, "graph", refuses)
     runtime = stand_in.runtime(weights, device)
-    expected = TorchRuntime(weights.identity, weights.tensors, device).embed(pixels)
+    expected = eagerly(runtime, pixels)
     for _ in range(2):
         assert np.array_equal(runtime.embed(pixels), expected)
     assert len(tries) == 1 and replays == []
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet20_b", "resnet20_c", "plain20", "highway20"])
+def test_the_fused_network_computes_the_same(model, device):
+    chance = torch.Generator().manual_seed(0)
+    weights = resolve(FeatureSpec(model=f"cifar_{model}", weights="random:0"))
+    tensors = {  # a new network's are all 0
+        name: torch.rand(tensor.shape, generator=chance) if name.endswith("bias") else tensor
+        for name, tensor in weights.tensors.items()
+    }
+    plain = TorchRuntime(weights.identity, tensors, device)
+    images = pictures(weights.identity, 4)
+    expected = plain.embed(images)
+    fused = fuse(plain._embedder)
+    with torch.inference_mode():
+        given = fused(torch.from_numpy(images).to(device)).cpu().numpy()
+    assert np.abs(given - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.array_equal(plain.embed(images), expected)  # it has not changed
+    shared = {each.data_ptr() for each in plain._embedder.parameters() if each.dim() == 4}
+    assert {each.data_ptr() for each in fused.parameters() if each.dim() == 4} == shared
+
+
+def test_the_network_of_another_library_is_not_fused():
+    assert fuse(SimpleNamespace(network=torch.nn.Identity())) is None
+
+
+class Odd(torch.nn.Module):
+    """An embedder that gives other bits at other places of a batch of more than `most`."""
+
+    def __init__(self, embedder, most):
+        super().__init__()
+        self.embedder, self.most = embedder, most
+
+    def forward(self, pixels):
+        vectors = self.embedder(pixels)
+        if len(pixels) > self.most:
+            places = torch.arange(len(vectors), device=vectors.device)
+            vectors = vectors + 1e-3 * (places == 1).float()[:, None]
+        return vectors
+
+
+@pytest.mark.parametrize("share", [1, 2, 8])
+def test_a_batch_is_computed_in_pieces_in_which_the_place_does_not_matter(
+    share, device, pixels, replays, monkeypatch
+):
+    monkeypatch.setattr(cuda, "fuse", lambda embedder: None)
+    runtime = stand_in.runtime(made(device), device)
+    runtime._embedder = odd = Odd(runtime._embedder, cuda.GPU_BATCH // share)
+    given = runtime.embed(pixels)
+    assert (way_of(runtime).size, len(replays)) == (cuda.GPU_BATCH // share, share)
+    assert runtime.steady
+    with torch.inference_mode():
+        pieces = torch.from_numpy(pixels).to(device).split(cuda.GPU_BATCH // share)
+        expected = torch.cat([odd.embedder(piece) for piece in pieces])
+    assert np.array_equal(given, expected.cpu().numpy())
+
+
+def test_where_the_place_always_matters_that_is_told(device, pixels, monkeypatch):
+    monkeypatch.setattr(cuda, "fuse", lambda embedder: None)
+    runtime = stand_in.runtime(made(device), device)
+    runtime._embedder = odd = Odd(runtime._embedder, 1)
+    with torch.inference_mode():
+        expected = odd(torch.from_numpy(pixels).to(device)).cpu().numpy()
+    assert np.array_equal(runtime.embed(pixels), expected)
+    assert not runtime.steady
+
+
+class Unsound(torch.nn.Module):
+    """A fused network that cuDNN has no kernel for, or one that reads what nobody has written."""
+
+    def __init__(self, embedder, outcome):
+        super().__init__()
+        self.embedder, self.outcome = embedder, outcome
+
+    def forward(self, pixels):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.embedder(pixels) * self.outcome
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+        torch.nan,
+    ],
+    ids=str,
+)
+def test_a_network_that_cannot_be_fused_is_computed_as_it_is(
+    outcome, device, pixels, replays, monkeypatch
+):
+    monkeypatch.setattr(cuda, "fuse", lambda embedder: Unsound(embedder, outcome))
+    weights = made(device)
+    runtime = stand_in.runtime(weights, device)
+    expected = TorchRuntime(weights.identity, weights.tensors, device).embed(pixels)
+    assert cosine(runtime.embed(pixels), expected).min() > 0.99999
+    assert way_of(runtime).embedder is runtime._embedder and len(replays) > 0 and runtime.steady
 
 
 class Limited(torch.nn.Module):
@@ -164,10 +273,9 @@ class Limited(torch.nn.Module):
 
     def __init__(self, embedder, holds):
         super().__init__()
-        self.embedder, self.holds, self.sizes = embedder, holds, []
+        self.embedder, self.holds = embedder, holds
 
     def forward(self, pixels):
-        self.sizes.append(len(pixels))
         if len(pixels) > self.holds:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
         return self.embedder(pixels)
@@ -179,21 +287,42 @@ def bare_worker(runtime):
     return worker
 
 
-def test_a_batch_that_memory_does_not_hold_is_halved_and_needs_no_graph(device, pixels, replays):
-    runtime = stand_in.runtime(made(device), device)
-    expected = runtime.embed(pixels)
-    size = cuda.GPU_BATCH
-    runtime._embedder = limited = Limited(runtime._embedder, size // 3)
+@pytest.fixture
+def limited(device, monkeypatch):
+    """Give it a number to have a runtime on a device that holds so many images."""
+    monkeypatch.setattr(cuda, "fuse", lambda embedder: None)
+
+    def make(holds):
+        runtime = stand_in.runtime(made(device), device)
+        runtime._embedder = Limited(runtime._embedder, holds)
+        return runtime
+
+    return make
+
+
+def test_a_batch_that_memory_does_not_hold_is_computed_in_pieces(device, pixels, replays, limited):
+    expected = limited(cuda.GPU_BATCH).embed(pixels)
+    runtime, size = limited(cuda.GPU_BATCH // 3), cuda.GPU_BATCH
     worker = bare_worker(runtime)
-    with ThreadPoolExecutor(1) as pool:  # a thread that has no graph yet
-        given = pool.submit(forward, worker, pixels).result()
-    assert (worker.fits, limited.sizes) == (size // 4, [size, size // 2, *[size // 4] * 4])
-    assert cosine(given, expected).min() > 0.99999
-    assert len(replays) == 1
-    # The graph of this thread is given up for what is left of the memory.
-    assert runtime._own.lane._graph is not None
     assert cosine(forward(worker, pixels), expected).min() > 0.99999
-    assert runtime._own.lane._graph is None and len(replays) == 1
+    assert (worker.fits, way_of(runtime).size, len(replays)) == (size, size // 4, 1 + 4)
+
+
+def test_memory_for_very_few_needs_no_graph(device, pixels, replays, limited):
+    worker = bare_worker(limited(3 if device == "cuda" else 1))
+    expected = stand_in.runtime(made(device), device).embed(pixels)
+    assert cosine(forward(worker, pixels), expected).min() > 0.99999
+    assert (worker.fits, len(replays)) == ({"cuda": 2, "cpu": 1}[device], 1)
+
+
+def test_a_graph_is_given_up_once_memory_runs_short(device, pixels, replays):
+    runtime = stand_in.runtime(made(device), device)
+    worker = bare_worker(runtime)
+    expected = forward(worker, pixels)
+    assert way_of(runtime).graph
+    worker.fits //= 4  # as another thread leaves it
+    assert cosine(forward(worker, pixels), expected).min() > 0.99999
+    assert way_of(runtime).graph is None and len(replays) == 1
 
 
 @pytest.mark.gpu
@@ -206,9 +335,9 @@ def test_a_real_gpu_with_little_memory():
         # Room for the network and a few dozen images.
         total = torch.cuda.mem_get_info()[1]
         share = (torch.cuda.memory_reserved() + 700 * 2**20) / total
-        worker = bare_worker(stand_in.runtime(weights, "cuda", share))
-        given = forward(worker, images)
-        assert worker.fits < cuda.GPU_BATCH
+        runtime = stand_in.runtime(weights, "cuda", share)
+        given = forward(bare_worker(runtime), images)
+        assert way_of(runtime).size < cuda.GPU_BATCH
         assert cosine(given, expected).min() > 0.9999
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -226,7 +355,7 @@ def test_memory_that_others_left_behind_is_not_read(precision):
         runtime = stand_in.runtime(weights, "cuda")
 
         def poisoned():
-            lane = cuda._Lane(runtime._embedder, runtime._device)
+            lane = cuda.Lane([fuse(runtime._embedder)], runtime._device)
             runtime._own.lane = lane
             with torch.cuda.stream(lane._stream):
                 floats = [torch.full((2**n,), torch.nan, device="cuda") for n in range(6, 28)]
@@ -287,7 +416,7 @@ IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
 
 
 @pytest.mark.parametrize(
-    ("asked", "given"), [(None, 128), (1, 128), (128, 128), (129, 256), (300, 384)]
+    ("asked", "given"), [(None, 256), (1, 256), (256, 256), (257, 512), (600, 768)]
 )
 def test_a_gpu_computes_the_same_batches_whatever_size_is_asked_for(asked, given):
     options = RuntimeOptions(batch_size=asked)
@@ -388,7 +517,8 @@ LOST = "CUDA error: unspecified launch failure\nCUDA kernel errors might be asyn
     ],
     ids=lambda each: str(each).partition("\n")[0],
 )
-def test_what_cuda_says_is_told_apart(raised, becomes, device, pixels):
+def test_what_cuda_says_is_told_apart(raised, becomes, device, pixels, monkeypatch):
+    monkeypatch.setattr(cuda, "fuse", lambda embedder: None)
     runtime = stand_in.runtime(made(device), device)
 
     def fails(pixels):
@@ -405,6 +535,8 @@ def test_what_cuda_says_is_told_apart(raised, becomes, device, pixels):
 
 class Dying:
     """A GPU that fails at its third batch, and from then on."""
+
+    steady = True
 
     def __init__(self, runtime):
         self.runtime, self.empty, self.batches = runtime, runtime.empty, 0

@@ -109,3 +109,13 @@ def test_what_is_said_of_memory_that_was_short(device, says):
         tally.add(ShardResult(0, 1, 0, 0, 0, fits, {}))
     (note,) = notes
     assert "held 32 images at once and not the 128 of a batch" in note and says in note
+
+
+def test_that_bits_depend_on_the_place_in_a_batch_is_said_once():
+    notes = []
+    tally = Tally([], [], Watch(note=notes.append), 0.0)
+    tally.engine = {"device": "cuda", "batch_size": 256}
+    for steady in (True, False, False):
+        tally.add(ShardResult(0, 1, 0, 0, 0, 256, {}, steady=steady))
+    (note,) = notes
+    assert "the last bits of an embedding depend on its place in a batch" in note

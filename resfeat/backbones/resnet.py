@@ -20,8 +20,19 @@ from resfeat.backbones.backbone import Backbone
 GATE_BIAS = -1.0
 
 
-class Block(nn.Module):
-    """Convolutions conv1, conv2, ..., each with its batch norm, and the shortcut around them."""
+class Steps(nn.Module):
+    """Convolutions conv1, conv2, ..., each with its batch norm bn1, bn2, ..."""
+
+    relu: nn.ReLU
+
+    def step(self, number: int, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """One convolution, its batch norm, what a shortcut adds, and the ReLU."""
+        y = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x))
+        return self.relu(y if shortcut is None else y + shortcut)  # type: ignore[no-any-return]
+
+
+class Block(Steps):
+    """Convolutions and the shortcut around them."""
 
     def __init__(self, numbers: BlockNumbers) -> None:
         super().__init__()
@@ -42,19 +53,16 @@ class Block(nn.Module):
             setattr(self, f"conv{number}", conv(convolution))
             setattr(self, f"bn{number}", nn.BatchNorm2d(convolution.outputs))
 
-    def residual(self, x: Tensor) -> Tensor:
-        for number in range(1, self.depth + 1):
-            x = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x))
-            x = x if number == self.depth else self.relu(x)
-        return x
-
     def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for number in range(1, self.depth):
+            y = self.step(number, y)
         if self.kind == "none":
-            return self.relu(self.residual(x))  # type: ignore[no-any-return]
+            return self.step(self.depth, y)
         if self.kind == "highway":
             transform = torch.sigmoid(self.gate(x))
-            return self.relu(self.residual(x)) * transform + x * (1 - transform)  # type: ignore[no-any-return]
-        return self.relu(self.residual(x) + self.downsample(x))  # type: ignore[no-any-return]
+            return self.step(self.depth, y) * transform + x * (1 - transform)
+        return self.step(self.depth, y, self.downsample(x))
 
 
 def conv(numbers: Convolution) -> nn.Conv2d:
@@ -63,7 +71,7 @@ def conv(numbers: Convolution) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 
-class ResNet(Backbone):
+class ResNet(Steps, Backbone):
     """A ResNet up to its last feature map.
 
     Taps: "stem" is what the first stage sees, "layer1" and so on are the stages. "avgpool" is the
@@ -87,7 +95,7 @@ class ResNet(Backbone):
 
     def feature_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Run the network on `x`, float [N, 3, H, W], and give each tap's map [N, C, h, w]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.step(1, x))
         yield "stem", x
         for name in self.stages:
             x = getattr(self, name)(x)

@@ -116,7 +116,7 @@ placement = _all(
     ),
     count(
         "--batch-size",
-        help="Images in one forward pass. On a GPU that is 128, and this a multiple of it.",
+        help="Images in one forward pass. On a GPU that is 256, and this a multiple of it.",
     ),
     option(
         "--gpus-per-worker",

@@ -62,6 +62,7 @@ class Tally:
         self._stages: Counter[str] = Counter()
         self._notes: list[str] = []
         self._fits: int | None = None
+        self._steady = True
         self.engine: Mapping[str, Any] = {}  # to be set to what the engine says of itself
         self.parity: Parity | None = None  # to be set to what was measured
 
@@ -87,6 +88,13 @@ class Tally:
             self.note(
                 f"the device's memory held {result.fits} images at once and not the {batch_size} "
                 f"of a batch: {more}"
+            )
+
+        if self._steady and not result.steady:
+            self._steady = False
+            self.note(
+                "on this GPU the last bits of an embedding depend on its place in a batch: another "
+                "--precision, or --model, may give the same bits every time"
             )
 
     def show(self, done: int, failed: int, workers: int) -> None:

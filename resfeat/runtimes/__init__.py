@@ -1,10 +1,11 @@
 """One model on one device: pixels in, embeddings out; and which runtime runs where.
 
 The driver prepares a network once, where the weights are; each worker starts it. A started runtime
-has two methods, which several threads may call at once:
+has two methods, which several threads may call at once, and tells one thing:
 
     empty(shape)   zeros uint8, to put a batch together in
     embed(pixels)  uint8 [N, H, W, 3] to float32 [N, D], the layers side by side
+    steady         whether an image has, so far, had the same bits at any place of a batch
 
 A runtime's module is only imported where it is used.
 """
@@ -36,9 +37,9 @@ OFFERED: Mapping[RuntimeName, tuple[Precision, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
 }
 
-# Images in one forward pass on a GPU, whatever the batch size: with another number cuDNN may take
+# Images that a GPU is given at a time, whatever the batch size: with another number cuDNN may take
 # other kernels, which give other bits.
-GPU_BATCH = 128
+GPU_BATCH = 256
 # Images in a batch. A CPU's core is fastest while feature maps stay in its cache.
 BATCH_SIZE = {("torch", "cpu"): 16, ("openvino", "cpu"): 2, ("torch", "cuda"): GPU_BATCH}
 X86 = ("x86_64", "AMD64")

@@ -3,9 +3,9 @@
 import platform
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 from resfeat.errors import DeviceLostError, first_line
 from resfeat.runtimes import GPU_BATCH
 from resfeat.runtimes.embedder import Embedder
+from resfeat.runtimes.fused import fuse
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import Identity
 
-# Passes before the capture, in which cuDNN chooses its kernels and everything is set up.
-WARM_UPS = 3
-# One capture at a time: torch waits for the whole device before each, and CUDA allows no such wait
-# while another thread captures.
-_capturing = threading.Lock()
+# A full batch is computed whole, or in so many pieces.
+PIECES = (1, 2, 4, 8)
+# One thread at a time: torch waits for the whole device before each capture, and CUDA allows no
+# such wait while another thread captures.
+_choosing = threading.Lock()
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def device_errors() -> Iterator[None]:
         raise
     except RuntimeError as error:
         said = first_line(error)
-        if not re.search("CUDA error|cuDNN error", said):
+        if not re.search("CUDA error|cuDNN error", said) or "NOT_SUPPORTED" in said:
             raise
         if re.search("out of memory|ALLOC_FAILED", said):  # of what torch does not allocate itself
             raise torch.OutOfMemoryError(said) from error
@@ -69,9 +70,9 @@ class CudaRuntime(TorchRuntime):
     """An `Embedder` on a GPU, with `share` of its memory.
 
     Each calling thread has a stream of its own, so that the copies of one batch run while another
-    is computed. Every full batch of `GPU_BATCH` images replays one CUDA graph: the bits of an image
+    is computed. Every full batch of `GPU_BATCH` images goes the same `_Way`: the bits of an image
     depend neither on its place nor on how many images come at once. Fewer, which is what is left
-    once memory runs short, are computed without a graph.
+    once memory runs short, are computed as they come.
     """
 
     @device_errors()
@@ -98,69 +99,126 @@ class CudaRuntime(TorchRuntime):
         Raises torch.OutOfMemoryError, and DeviceLostError where the GPU has failed.
         """
         if not hasattr(self._own, "lane"):
-            self._own.lane = _Lane(self._embedder, self._device)
+            embedders = [each for each in (fuse(self._embedder), self._embedder) if each]
+            self._own.lane = Lane(embedders, self._device)
         lane, starts = self._own.lane, range(0, len(pixels), GPU_BATCH)
-        return np.concatenate([lane.embed(pixels[i : i + GPU_BATCH]) for i in starts])
+        vectors = np.concatenate([lane.embed(pixels[i : i + GPU_BATCH]) for i in starts])
+        self.steady = self.steady and lane.steady
+        return vectors
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """The forward pass of a full batch: what it reads, what it writes, and the way between."""
+class Graph:
+    """A captured forward pass: what it reads, what it writes, and the way between."""
 
-    pixels: Tensor  # uint8 [GPU_BATCH, H, W, 3]
-    vectors: Tensor  # float32 [GPU_BATCH, D]
+    pixels: Tensor  # uint8 [size, H, W, 3]
+    vectors: Tensor  # float32 [size, D]
     replay: torch.cuda.CUDAGraph
 
 
-class _Lane:
-    """A thread's own way to the GPU. It is made at the thread's first batch, and so is its graph:
-    what cuDNN has chosen belongs to the thread that made it choose."""
+@dataclass(frozen=True)
+class _Way:
+    """How a full batch is computed: by which network, in pieces of which size, and by its graph
+    where it can be captured."""
 
-    def __init__(self, embedder: Embedder, device: torch.device) -> None:
-        self._embedder = embedder
+    embedder: Embedder
+    size: int
+    graph: Graph | None = None
+
+    def embed(self, piece: Tensor, device: torch.device) -> Tensor:
+        """Embeddings on the device of `size` images."""
+        if self.graph is None:
+            return self.embedder(piece.to(device, non_blocking=True))  # type: ignore[no-any-return]
+        self.graph.pixels.copy_(piece, non_blocking=True)
+        self.graph.replay.replay()
+        return self.graph.vectors
+
+
+class Lane:
+    """A thread's own way to the GPU, by the first of several networks that serves. The way is
+    chosen at the thread's first batch: what cuDNN has chosen belongs to the thread that made it
+    choose."""
+
+    def __init__(self, embedders: Sequence[Embedder], device: torch.device) -> None:
+        self._embedders = embedders
         self._device = device
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # To wait for it is to sleep; to wait for a stream takes a core from the decoders.
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._graph: _Graph | None = None
-        self._can_capture = True
+        self._way: _Way | None = None
+        self.steady = True
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """As the runtime, for at most GPU_BATCH images."""
         batch = torch.from_numpy(pixels)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            if graph := self._graph_for(batch):
-                graph.pixels.copy_(batch, non_blocking=True)
-                graph.replay.replay()
-                vectors = graph.vectors
-            else:
-                vectors = self._embedder(batch.to(self._device, non_blocking=True))
-            given = torch.empty(vectors.shape, pin_memory=self._device.type == "cuda")
-            given.copy_(vectors, non_blocking=True)
+            way = self._way_for(batch)
+            vectors = [
+                self._leave(way.embed(piece, self._device)) for piece in batch.split(way.size)
+            ]  # type: ignore[no-untyped-call]
             self._done.record()
         self._done.synchronize()
-        return given.numpy()
+        return np.concatenate([each.numpy() for each in vectors])
 
-    def _graph_for(self, batch: Tensor) -> _Graph | None:
-        """The graph for this batch, captured at the first full one; None where there is none."""
-        if len(batch) < GPU_BATCH:
-            self._graph = None  # memory is short, and it holds some
-        elif self._graph is None and self._can_capture:
-            try:
-                self._graph = self._capture(batch.shape)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # a network of another library may do what no graph can
-                self._can_capture = False
-        return self._graph
+    def _leave(self, vectors: Tensor) -> Tensor:
+        """Have a copy made in the CPU's memory, to be there once the GPU is done."""
+        given = torch.empty(vectors.shape, pin_memory=self._device.type == "cuda")
+        return given.copy_(vectors, non_blocking=True)
 
-    def _capture(self, shape: torch.Size) -> _Graph:
-        with _capturing:
-            pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
-            for _ in range(WARM_UPS):
-                self._embedder(pixels)
-            graph = torch.cuda.CUDAGraph()
-            # Loaders pin memory meanwhile, which ends a capture that minds other threads.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                vectors = self._embedder(pixels)
-            return _Graph(pixels, vectors, graph)
+    def _way_for(self, batch: Tensor) -> _Way:
+        if len(batch) < GPU_BATCH:  # memory is short, and a graph holds some
+            self._way = replace(self._way, graph=None) if self._way else None
+            return _Way(self._way.embedder if self._way else self._embedders[-1], len(batch))
+        if self._way is None:
+            with _choosing:
+                self._way = self._choose(batch.shape)
+        return self._way
+
+    def _choose(self, shape: torch.Size) -> _Way:
+        """The fastest way in which an image has the same bits wherever it lies.
+
+        Some of cuDNN's kernels divide the work of a convolution among the multiprocessors so that
+        the order of additions depends on the place; how many images there are decides whether it
+        takes one of those. (On an H100: 128 images for the last stage of ResNet-50, in bf16.)
+        """
+        for embedder in self._embedders:
+            for pieces in PIECES:
+                piece = torch.Size((GPU_BATCH // pieces, *shape[1:]))
+                try:
+                    with device_errors():
+                        if self._is_steady(embedder, piece):
+                            return self._captured(embedder, piece)
+                except torch.OutOfMemoryError:
+                    continue
+                except RuntimeError:  # cuDNN has no such kernel for this network
+                    break
+        self.steady = False
+        return _Way(self._embedders[-1], GPU_BATCH)
+
+    def _is_steady(self, embedder: Embedder, shape: torch.Size) -> bool:
+        """Whether images get the same bits at other places, and in memory full of NaN."""
+        chance = torch.Generator(self._device).manual_seed(0)
+        pixels = torch.randint(256, shape, generator=chance, dtype=torch.uint8, device=self._device)
+        # About as much as a forward pass takes, which now gets this memory.
+        torch.full((8 * pixels.numel(),), torch.nan, device=self._device)
+        vectors = embedder(pixels)
+        return torch.equal(embedder(pixels.flip(0)), vectors.flip(0)) and torch.equal(
+            embedder(pixels.roll(1, 0)), vectors.roll(1, 0)
+        )
+
+    def _captured(self, embedder: Embedder, shape: torch.Size) -> _Way:
+        """By a graph, unless a network of another library does what no graph can."""
+        try:
+            return _Way(embedder, shape[0], self.capture(embedder, shape))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return _Way(embedder, shape[0])
+
+    def capture(self, embedder: Embedder, shape: torch.Size) -> Graph:
+        pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+        graph = torch.cuda.CUDAGraph()
+        # Loaders pin memory meanwhile, which ends a capture that minds other threads.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            vectors = embedder(pixels)
+        return Graph(pixels, vectors, graph)

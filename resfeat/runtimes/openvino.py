@@ -36,6 +36,8 @@ class OpenVINORuntime:
     """A network, as `convert` or `load` gave it, compiled for so many threads and one batch size.
     Each thread runs one batch on one core, so the bits do not depend on the number of threads."""
 
+    steady = True
+
     def __init__(self, identity: Identity, network: Arrays, threads: int, batch_size: int) -> None:
         if identity.precision == "bf16" and not has_bf16():  # on this node of a cluster
             raise ResfeatError(

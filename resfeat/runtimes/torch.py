@@ -19,6 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class TorchRuntime:
     """An `Embedder` on `device`, "cpu" or "cuda"."""
 
+    steady = True
+
     def __init__(self, identity: Identity, tensors: Mapping[str, Tensor], device: str) -> None:
         if device == "cuda":
             # fp32 means fp32, and the same bits every time.

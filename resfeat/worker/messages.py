@@ -100,3 +100,4 @@ class ShardResult:
     changed: int  # images that are not what was listed
     fits: int  # images that the device's memory held at once
     seconds: Mapping[str, float]  # busy seconds by stage, added up over threads
+    steady: bool = True  # as of a runtime

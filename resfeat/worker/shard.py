@@ -65,6 +65,7 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
         changed=counts["changed"],
         fits=worker.fits,
         seconds=batches.seconds,
+        steady=worker.runtime.steady,
     )
 
 

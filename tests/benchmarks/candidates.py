@@ -1,9 +1,8 @@
-"""Ways to run a ResNet on a GPU, for `gpu.py` to compare: as the workers do, and with the bias, the
-shortcut and the ReLU after a convolution done in one go. None of the latter is used by resfeat."""
+"""Ways to run a ResNet on a GPU, for `gpu.py` to compare: torch's kernels one by one, the same in a
+graph, a graph of the fused network as workers have it, and torch.compile, which resfeat has not."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -11,82 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from resfeat.backbones.ours import default_pixels
-from resfeat.backbones.resnet import Block, ResNet
 from resfeat.backbones.weights import Weights, resolve
 from resfeat.decoding.decode import decode
 from resfeat.fidelity.parity import cosine
-from resfeat.runtimes.cuda import _Lane
+from resfeat.runtimes.cuda import Lane
+from resfeat.runtimes.fused import fuse
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
-
-# relu(convolution(x) + bias + shortcut), where there is a shortcut.
-Fused = Callable[[nn.Conv2d, Tensor, Tensor | None], Tensor]
-
-
-def by_hand(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None) -> Tensor:
-    """One after the other: it shows that the others are put into their places rightly."""
-    y = conv(x)
-    return (y if shortcut is None else y + shortcut).relu_()
-
-
-def cudnn(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None) -> Tensor:
-    shape = conv.stride, conv.padding, conv.dilation, conv.groups
-    if shortcut is None:
-        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *shape)
-    return torch.cudnn_convolution_add_relu(x, conv.weight, shortcut, 1.0, conv.bias, *shape)
-
-
-def jiterator(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None) -> Tensor:
-    shape = conv.stride, conv.padding, conv.dilation, conv.groups
-    y = torch.conv2d(x, conv.weight, None, *shape)
-    bias = conv.bias.view(1, -1, 1, 1)
-    return _kernel("b")(y, bias) if shortcut is None else _kernel("b + c")(y, bias, shortcut)
-
-
-@cache
-def _kernel(added: str) -> Callable[..., Tensor]:
-    from torch.cuda.jiterator import _create_jit_fn
-
-    names = ", ".join(f"T {name}" for name in f"a + {added}".split(" + "))
-    return _create_jit_fn(
-        f"template <typename T> T fused({names}) "
-        f"{{ T sum = a + {added}; return sum > T(0) ? sum : T(0); }}"
-    )
-
-
-FUSED: dict[str, Fused] = {"by hand": by_hand, "cudnn": cudnn, "jiterator": jiterator}
-
-
-class _FusedBlock(nn.Module):
-    def __init__(self, block: Block, fused: Fused) -> None:
-        super().__init__()
-        self.block, self.fused = block, fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        block, y = self.block, x
-        for number in range(1, block.depth):
-            y = self.fused(getattr(block, f"conv{number}"), y, None)
-        return self.fused(getattr(block, f"conv{block.depth}"), y, block.downsample(x))
-
-
-class _FusedStem(nn.Module):
-    def __init__(self, conv: nn.Conv2d, fused: Fused) -> None:
-        super().__init__()
-        self.conv, self.fused = conv, fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fused(self.conv, x, None)
-
-
-def fuse(network: ResNet, fused: Fused) -> None:
-    """In place, for a network whose batch norms are folded."""
-    network.conv1, network.relu = _FusedStem(network.conv1, fused), nn.Identity()
-    for name in network.stages:
-        blocks = getattr(network, name)
-        setattr(network, name, nn.Sequential(*(_FusedBlock(each, fused) for each in blocks)))
 
 
 @cache
@@ -120,13 +53,12 @@ class Candidate:
         weights = resolved(model, precision)
         runtime = TorchRuntime(weights.identity, weights.tensors, device)
         self._device, self._embedder = runtime._device, runtime._embedder
-        if way in FUSED:
-            self._embedder = copy.deepcopy(self._embedder)
-            fuse(self._embedder.network, FUSED[way])
+        if way == "fused":
+            self._embedder = fuse(self._embedder)
         elif way == "compile":
             backend = "inductor" if device == "cuda" else "eager"
             self._embedder = torch.compile(self._embedder, backend=backend)
-        self._lane = _Lane(self._embedder, self._device)
+        self._lane = Lane([self._embedder], self._device)
 
     def _on_lane(self, run: Callable[[], Tensor]) -> Tensor:
         with torch.inference_mode(), torch.cuda.stream(self._lane._stream):
@@ -137,7 +69,8 @@ class Candidate:
         batch = torch.from_numpy(some).to(self._device)
         if self._way == "eager":
             return partial(self._on_lane, partial(self._embedder, batch))
-        graph = self._on_lane(partial(self._lane._capture, batch.shape))
+        self._on_lane(partial(self._embedder, batch))  # which has cuDNN choose its kernels
+        graph = self._on_lane(partial(self._lane.capture, self._embedder, batch.shape))
         self._on_lane(partial(graph.pixels.copy_, batch))
         return partial(self._on_lane, graph.replay.replay)
 
@@ -151,6 +84,12 @@ class Candidate:
         """The least to fp32 on the same device."""
         theirs = expected(some.tobytes(), self._model, self._device.type, len(some))
         return float(cosine(self._embed(some), theirs).min())
+
+    def elsewhere(self, some: NDArray[np.uint8]) -> str:
+        """Whether an image gives other bits at another place of the batch."""
+        order = np.random.default_rng(0).permutation(len(some))
+        moved = self._embed(np.ascontiguousarray(some[order]))
+        return "same bits" if np.array_equal(self._embed(some)[order], moved) else "OTHER BITS"
 
     def poisoned(self, some: NDArray[np.uint8]) -> str:
         """Whether it reads memory that it has not written: embed again with NaN in what is free."""
