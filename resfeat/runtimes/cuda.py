@@ -153,9 +153,8 @@ class Lane:
         batch = torch.from_numpy(pixels)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             way = self._way_for(batch)
-            vectors = [
-                self._leave(way.embed(piece, self._device)) for piece in batch.split(way.size)
-            ]  # type: ignore[no-untyped-call]
+            pieces = torch.split(batch, way.size)
+            vectors = [self._leave(way.embed(piece, self._device)) for piece in pieces]
             self._done.record()
         self._done.synchronize()
         return np.concatenate([each.numpy() for each in vectors])
