@@ -200,6 +200,22 @@ def test_something_is_told_before_anything_heavy_is_imported(one_photo, tmp_path
     assert done.stderr.strip() == "[]"
 
 
+def test_extract_leaves_pandas_alone(one_photo, tmp_path):
+    """pyarrow would import it, which takes half a second."""
+    program = (
+        "import sys; from resfeat.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally:\n"
+        "    print({'pyarrow', 'pandas'} & set(sys.modules))\n"
+        "    import pandas"  # whoever wants it still can
+    )
+    arguments = ["extract", one_photo, "-o", tmp_path / "out", *HERE]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "{'pyarrow'}" and "Traceback" not in done.stderr
+
+
 def test_a_current_folder_that_was_deleted_is_one_line(one_photo, tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()

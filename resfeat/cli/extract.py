@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -115,6 +116,7 @@ def extract(context: click.Context, /, talk: str | None, dry_run: bool, **choice
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
     with StopSignals() as signals, show() as display:
         display.step("starting")
+        _keep_pandas_out()
         from resfeat import extraction
 
         watched: dict[str, Any] = {
@@ -142,6 +144,27 @@ def extract(context: click.Context, /, talk: str | None, dry_run: bool, **choice
         click.echo(f"Error: {told}; see {report.output}/failures", err=True)
         leave(context, TOO_MANY_FAILED)
     leave(context, 0)
+
+
+def _keep_pandas_out() -> None:
+    """Have pyarrow, where it is not in use yet, believe that pandas is not installed. At its first
+    array it imports pandas, for half a second, and this command has nothing for it to do."""
+    if "pyarrow" in sys.modules:
+        return
+    pyarrow, hidden = importlib.import_module("pyarrow"), _Hidden()
+    sys.meta_path.insert(0, hidden)
+    try:
+        pyarrow.array([0])
+    finally:
+        sys.meta_path.remove(hidden)
+
+
+class _Hidden:
+    """Has Python not find pandas."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
 
 
 def _foretell(preview: Preview, *, as_json: bool) -> None:
