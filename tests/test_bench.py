@@ -36,16 +36,16 @@ def test_every_stage_is_measured(collection):
 
 class SlowPart(module.Part):
     def commit(self, ids):
-        time.sleep(2)
+        time.sleep(1)
         super().commit(ids)
 
 
 @pytest.mark.parametrize(
     ("stage", "seconds", "named"),
     [
-        ("read", 0.5, "reading"),
+        ("read", 0.3, "reading"),
         ("decode", 0.1, "decoding"),
-        ("forward", 1, "the model"),
+        ("forward", 0.5, "the model"),
         ("Part", 0, "writing"),
     ],
 )

@@ -64,6 +64,7 @@ def check(output, unharmed):
 
 
 @pytest.mark.ray
+@pytest.mark.more
 def test_the_images_that_kill_workers_are_found(killers, choices, unharmed, treacherous, tmp_path,
                                                 command):  # fmt: skip
     output = tmp_path / "out"

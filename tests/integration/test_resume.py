@@ -41,7 +41,7 @@ def title(process):
         return ""
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=MORE), 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=MORE)])
 def test_sigkill_half_way(workers, copied, choices, inline, unhurried, resfeat, tmp_path):
     output = tmp_path / "out"
     command = ["extract", copied, "-o", output, *choices, "--workers", workers,
