@@ -58,14 +58,15 @@ def test_every_item_is_in_exactly_one_shard(tmp_path_factory, count, size):
 
 @pytest.mark.parametrize(
     ("count", "size"),
-    [(0, 128), (1, 128), (500, 128), (4096, 128), (4097, 256), (131_072, 4096), (10**8, 4096)],
+    [(0, 128), (1, 128), (8192, 128), (8193, 256), (120_000, 1920), (262_144, 4096), (10**8, 4096)],
 )
 def test_small_collections_are_cut_finer(count, size):
     assert shard_size_for(count) == size
 
 
 def test_a_listing_longer_than_what_is_held_back(layout, monkeypatch):
-    monkeypatch.setattr(files, "SHARD_SIZE", 256)  # holds back 32 x 256 rows
+    monkeypatch.setattr(files, "SHARD_SIZE", 256)
+    monkeypatch.setattr(files, "SMALL_SHARDS", 32)  # holds back 32 x 256 rows
     made = write_plan(layout.plan, layout.tmp, listed(items(8192 + 300)), None)
     assert (made.items, len(made.shards), made.shard_size) == (8492, 34, 256)
     assert [len(read_shard(layout.plan, made.shards[n])) for n in (0, 31, 32, 33)] == [

@@ -28,13 +28,14 @@ SHARDS_PER_FILE = 64
 REPEATED = ["etag", "column", "label", "problem", "since", "change"]
 OURS = (pa.field("since", pa.int32(), nullable=False), pa.field("change", pa.string()))
 
-# A small collection is cut finer, so that all workers have work and a crash costs little.
-SMALL_SHARDS = 32
+# A small collection is cut finer, so that eight workers end at about the same time, and a crash costs
+# little.
+SMALL_SHARDS = 64
 SMALLEST_SHARD = 128
 
 
 def shard_size_for(items: int) -> int:
-    """The default shard size: 4,096, or the multiple of 128 that gives about 32 shards."""
+    """The default shard size: 4,096, or the multiple of 128 that gives about 64 shards."""
     wanted = -(-items // SMALL_SHARDS)
     return min(SHARD_SIZE, max(SMALLEST_SHARD, -(-wanted // SMALLEST_SHARD) * SMALLEST_SHARD))
 

@@ -80,10 +80,9 @@ def items_of(table: pa.Table) -> list[Item]:
     table = table.set_column(place, "mtime", table["mtime"].cast(pa.int64()))
     own = len(COLUMNS)
     columns = table.columns[: own + len(carried_in(table.schema))]
-    rows = zip(*(column.to_pylist() for column in columns), strict=True)
-    return [
-        Item._make((*row[:own], row[own:], first)) for row, first in zip(rows, since, strict=False)
-    ]
+    values = [column.to_pylist() for column in columns]
+    carried = zip(*values[own:], strict=True) if values[own:] else repeat(())
+    return list(map(Item._make, zip(*values[:own], carried, since, strict=False)))
 
 
 def whole(table: pa.Table) -> pa.Table:
