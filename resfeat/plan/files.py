@@ -28,8 +28,8 @@ SHARDS_PER_FILE = 64
 REPEATED = ["etag", "column", "label", "problem", "since", "change"]
 OURS = (pa.field("since", pa.int32(), nullable=False), pa.field("change", pa.string()))
 
-# A small collection is cut finer, so that eight workers end at about the same time, and a crash costs
-# little.
+# A small collection is cut finer, so that eight workers end at about the same time, and a crash
+# costs little.
 SMALL_SHARDS = 64
 SMALLEST_SHARD = 128
 

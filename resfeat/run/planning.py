@@ -105,17 +105,19 @@ def _asked(request: Request, weights: Weights, plan: Plan, created: str) -> Reco
 
 def previewed(request: Request, weights: Weights) -> Preview:
     """What a run would do: of a first one, and of an update, once it has listed."""
-    record = Record.load(request.layout)
-    if record is None:
-        items = sum(table.num_rows for table in request.listed())
-        if not items:
-            raise request.no_images()
-        size, mine = request.spec.shard_size or shard_size_for(items), request.partition
-        starts = [n * size for n in range(-(-items // size)) if mine is None or mine.has(n)]
-        images = sum(min(size, items - start) for start in starts)
-        return Preview(
-            output=str(request.layout.root), items=images, images=images, shards=len(starts)
-        )
+    if record := Record.load(request.layout):
+        return _previewed_next(request, weights, record)
+    items = sum(table.num_rows for table in request.listed())
+    if not items:
+        raise request.no_images()
+    size, mine = request.spec.shard_size or shard_size_for(items), request.partition
+    starts = [n * size for n in range(-(-items // size)) if mine is None or mine.has(n)]
+    images = sum(min(size, items - start) for start in starts)
+    return Preview(output=str(request.layout.root), items=images, images=images, shards=len(starts))
+
+
+def _previewed_next(request: Request, weights: Weights, record: Record) -> Preview:
+    """What a run would do with a dataset that is there."""
     record.check_same(request.layout, _asked(request, weights, record.plan, record.created))
     todo, changes, refusal = request.todo(record), None, None
     images, shards = sum(shard.rows for shard in todo), len(todo)
