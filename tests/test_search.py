@@ -1,6 +1,7 @@
 """Search: exact, streamed, and embedded as the dataset was."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,47 +11,118 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small import embed
 
+import resfeat as package
 from resfeat.backbones.weights import resolve
-from resfeat.dataset import Dataset, Layout, Record
-from resfeat.downstream import contact_sheet, embed_queries, search
-from resfeat.downstream.search import Neighbour
-from resfeat.errors import ResfeatError
+from resfeat.dataset import Dataset, Layout, Record, open_dataset
+from resfeat.downstream import Tile, contact_page, contact_sheet, exact, nearest, queries_of
+from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec, SourceOptions
 
 QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0,
          "--resize", 72, "--crop", 64]  # fmt: skip
 
 
+def parted(blocks):
+    """A dataset of such parts, as search reads it. Ids count the rows."""
+    starts = np.cumsum([0, *map(len, blocks)])
+
+    def part(shard, rows, layer):
+        for start in range(0, len(blocks[shard]), rows):
+            some = blocks[shard][start : start + rows]
+            first = int(starts[shard]) + start
+            yield pa.array([str(first + n) for n in range(len(some))]), some
+
+    layout = SimpleNamespace(committed=lambda: list(range(len(blocks))))
+    return SimpleNamespace(layout=layout, part=part)
+
+
+def by_all_pairs(vectors, queries, k, metric):
+    """Scores and places of the nearest, in float64, with a full sort."""
+    ours, theirs = queries.astype(np.float64), vectors.astype(np.float64)
+    if metric == "l2":
+        near = -np.array([[np.sqrt(((q - x) ** 2).sum()) for x in theirs] for q in ours])
+    else:
+        lengths = [np.linalg.norm(each, axis=1) for each in (ours, theirs)]
+        near = ours @ theirs.T / np.outer(*(np.where(each, each, 1) for each in lengths))
+    order = np.argsort(-near, axis=1, kind="stable")[:, :k]
+    scores = np.take_along_axis(near, order, axis=1)
+    return (scores if metric == "cosine" else -scores), order
+
+
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 60), block=st.integers(1, 20), k=st.integers(1, 12), seed=st.integers(0))
-def test_the_streamed_answer_is_that_of_all_cosines_at_once(rows, block, k, seed):
-    chance = np.random.default_rng(seed % 2**32)
-    vectors = chance.standard_normal((rows, 8)).astype(np.float32)
-    queries = chance.standard_normal((3, 8)).astype(np.float32)
-    vectors[0] = 0  # near to nothing, and no division by its length
-    starts = range(0, rows, block)
-    blocks = [(pa.array([str(i) for i in range(s, min(s + block, rows))]), vectors[s : s + block])
-              for s in starts]  # fmt: skip
-    found = search(SimpleNamespace(vectors=lambda layer: iter(blocks)), queries, k)
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=5),
+    rows=st.integers(1, 40),
+    k=st.integers(1, 12),
+    metric=st.sampled_from(["cosine", "l2"]),
+    scale=st.sampled_from([1e-20, 1e-3, 1, 1e15]),
+    apart=st.sampled_from([1, 1e-3, 1e-6]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_streamed_answer_is_that_of_all_pairs_at_once(
+    sizes, rows, k, metric, scale, apart, seed
+):
+    """Also where vectors are so alike, so long or so short that float32 cannot tell."""
+    chance = np.random.default_rng(seed)
+    middle = chance.standard_normal(8)
+    some = middle + apart * chance.standard_normal((sum(sizes) + 3, 8))
+    vectors, queries = np.split((scale * some).astype(np.float32), [sum(sizes)])
+    vectors[::7] = 0  # near to nothing, and no division by its length
+    queries[0] = vectors[-1] if len(vectors) else queries[0]
+    blocks = np.split(vectors, np.cumsum(sizes)[:-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "ROWS", rows)
+        patch.setattr(exact, "QUERIES", 2)
+        found = exact.scan(parted(blocks), queries, k, None, metric)
 
-    lengths = np.linalg.norm(vectors, axis=1)
-    lengths[0] = 1
-    cosines = queries @ vectors.T / lengths / np.linalg.norm(queries, axis=1, keepdims=True)
-    for row, nearest in zip(cosines, found, strict=True):
-        expected = np.sort(row)[::-1][:k]
-        assert np.allclose([neighbour.cosine for neighbour in nearest], expected, atol=1e-6)
-        assert all(abs(row[int(n.id)] - n.cosine) < 1e-6 for n in nearest)
+    scores, places = by_all_pairs(vectors, queries, k, metric)
+    assert found.ids.shape == found.scores.shape == (3, min(k, len(vectors)))
+    # In float64, sums of another order differ by so much.
+    tolerance = 1e-6 * (1 if metric == "cosine" else max(scores.max(initial=0), 1e-30))
+    assert np.allclose(found.scores, scores, rtol=1e-6, atol=tolerance * 1e-3 + 1e-12 * scale)
+    differs = found.ids != places.astype(str)
+    if differs.any():  # only among those that are equally near, to float64
+        every, order = by_all_pairs(vectors, queries, len(vectors), metric)
+        for row, column in np.argwhere(differs):
+            place = list(order[row]).index(int(found.ids[row, column]))
+            assert every[row, place] == pytest.approx(scores[row, column], rel=1e-12, abs=1e-12)
 
 
-def test_equal_vectors_keep_the_order_of_the_plan():
-    """Within a batch of rows, across batches, and where more are equal than are asked for."""
-    vectors = np.eye(2, dtype=np.float32)[[1, 0, 1, 1, 0, 1]]
-    blocks = [(pa.array(list("abc")), vectors[:3]), (pa.array(list("def")), vectors[3:])]
-    for k, expected in (4, "acdf"), (3, "acd"), (6, "acdfbe"):
-        rows = SimpleNamespace(vectors=lambda layer: iter(blocks))
-        (found,) = search(rows, np.float32([[0, 1]]), k)
-        assert "".join(each.id for each in found) == expected
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_equal_vectors_keep_the_order_of_the_plan(metric, monkeypatch):
+    """Within some rows, across them and across parts that other threads read, and where more are
+    equal than are asked for. Of a length at which float32's sums depend on the place in a batch."""
+    monkeypatch.setattr(exact, "ROWS", 5)
+    one, other = np.random.default_rng(0).standard_normal((2, 1001)).astype(np.float32)
+    kinds = np.array([1, 0, 1, 1, 0, 1] * 6)
+    vectors = np.where(kinds[:, None], one, other)
+    blocks = np.split(vectors, [4, 11, 13, 30])
+    for k in (1, 3, 20, 24, 36):
+        found = nearest_of(blocks, one[None], k, metric)
+        assert found.ids[0].tolist() == [*np.flatnonzero(kinds).astype(str),
+                                         *np.flatnonzero(kinds == 0).astype(str)][:k]  # fmt: skip
+        assert len(set(found.scores[0, : min(k, 24)])) == 1
+
+
+def nearest_of(blocks, queries, k, metric):
+    return exact.scan(parted(blocks), queries, k, None, metric)
+
+
+def test_rows_that_come_nearer_and_nearer_are_compared_one_by_one_no_more_than_need_be(monkeypatch):
+    """Each is nearer than all before it: a threshold alone would rule out none."""
+    compared = []
+    compare = exact._Nearest._compare
+    monkeypatch.setattr(
+        exact._Nearest, "_compare",
+        lambda self, query, rows: (compared.append(len(rows)), compare(self, query, rows))[1],
+    )  # fmt: skip
+    angles = np.linspace(np.pi / 2, 0.1, 4000)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    found = nearest_of(np.split(vectors, 2), np.float32([[1, 0]]), 3, "cosine")
+    assert found.ids.tolist() == [["3999", "3998", "3997"]]
+    assert sum(compared) < 200
 
 
 def test_pixels_that_are_made_otherwise_now_are_not_blamed_on_the_weights(photos, tmp_path):
@@ -64,10 +136,9 @@ def test_pixels_that_are_made_otherwise_now_are_not_blamed_on_the_weights(photos
         created="",
         versions={"resfeat": "0.0.9"},
     )
-    query = str(sorted((photos / "chelsea").iterdir())[0])
     told = rf"made with another pixel_policy \(0 there, {PIXEL_POLICY} now\): .* resfeat 0\.0\.9"
     with pytest.raises(ResfeatError, match=told):
-        embed_queries(Dataset(Layout(tmp_path), older), [query])
+        package.Embedder.of(Dataset(Layout(tmp_path), older))
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +200,8 @@ def test_a_caption_keeps_the_end_of_a_long_name(monkeypatch):
         lambda draw, place, text, *rest, **options: captions.append(text),
     )
     long = "a/folder/with/a/long/name/IMG_0001.jpg"
-    contact_sheet(["photos/cat.jpg"], [[Neighbour(long, 0.5), Neighbour("b.jpg", 0.25)]], {})
-    assert captions == ["query\ncat.jpg", f"0.5000\n…{long[-23:]}", "0.2500\nb.jpg"]
+    contact_sheet([[Tile("query", "photos/cat.jpg", None), Tile("0.5000", long, None)]])
+    assert captions == ["query\nphotos/cat.jpg", f"0.5000\n…{long[-23:]}"]
 
 
 def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path):
