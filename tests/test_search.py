@@ -1,8 +1,11 @@
 """Search: exact, streamed, and embedded as the dataset was."""
 
+import base64
+import io
 import json
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +19,8 @@ from small import embed
 import resfeat as package
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Dataset, Layout, Record, open_dataset
-from resfeat.downstream import Tile, contact_page, contact_sheet, exact, nearest, queries_of
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.downstream import Tile, contact_sheet, exact
+from resfeat.errors import ResfeatError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec, SourceOptions
 
 QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0,
@@ -204,6 +207,55 @@ def test_a_caption_keeps_the_end_of_a_long_name(monkeypatch):
     assert captions == ["query\nphotos/cat.jpg", f"0.5000\n…{long[-23:]}"]
 
 
+def told(done):
+    assert done.returncode == 0, done.stderr
+    return {
+        each["query"]: [tuple(near.values()) for near in each["neighbours"]]
+        for each in json.loads(done.stdout)
+    }
+
+
+def test_files_folders_ids_and_vectors_ask_for_the_same(dataset, photos, resfeat, tmp_path):
+    opened = open_dataset(dataset)
+    ids = [name for name in opened.ids() if name.startswith("rocket")][:4]
+    folder = tmp_path / "some" / "deeper"
+    folder.mkdir(parents=True)
+    for name in ids:
+        (folder / name.replace("/", "-")).write_bytes((photos / name).read_bytes())
+    found = opened.find(ids)
+    np.save(tmp_path / "these.npy", np.stack([found[name] for name in ids]))
+    np.save(tmp_path / "one.npy", found[ids[0]])
+    for metric, name in (("cosine", "cosine"), ("l2", "distance")):
+        ask = ["search", dataset, "-k", 3, "--json", "--metric", metric]
+        by_file = told(resfeat(*ask, *(photos / name for name in ids)))
+        assert list(by_file) == [str(photos / name) for name in ids]
+        expected = list(by_file.values())
+        assert [near[0] for near in expected] == [
+            (n, 1.0 if metric == "cosine" else 0) for n in ids
+        ]
+        by_folder = told(resfeat(*ask, tmp_path / "some"))
+        assert list(by_folder) == [str(folder / name.replace("/", "-")) for name in ids]
+        assert list(by_folder.values()) == expected
+        by_id = told(resfeat(*ask, *(word for name in ids for word in ("--id", name))))
+        assert list(by_id.items()) == list(zip(ids, expected, strict=True))
+        by_vector = told(
+            resfeat(*ask, tmp_path / "these.npy", "--id", ids[1], tmp_path / "one.npy")
+        )
+        names = [f"{tmp_path}/these.npy[{n}]" for n in range(4)]
+        assert list(by_vector) == [*names, f"{tmp_path}/one.npy[0]", ids[1]]
+        assert list(by_vector.values()) == [*expected, expected[0], expected[1]]
+        lines = resfeat(*ask[:4], "--metric", metric, "--id", ids[0]).stdout.splitlines()
+        assert lines[:2] == [ids[0], f"  rank  {name}  id"] and lines[2].split()[2] == ids[0]
+
+
+def test_more_than_there_are_gives_what_there_is_and_says_so(dataset, resfeat):
+    ids = open_dataset(dataset).ids()
+    done = resfeat("search", dataset, "--id", ids[0], "-k", 5000, "--json")
+    assert len(told(done)[ids[0]]) == len(ids)
+    (line,) = done.stderr.splitlines()
+    assert f"has {len(ids)} images, fewer than -k 5000" in line
+
+
 def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path):
     def refused(*arguments, code=2):
         done = resfeat("search", *arguments)
@@ -211,12 +263,87 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
         (line,) = done.stderr.strip().splitlines()
         return line
 
+    def saved(name, vectors):
+        np.save(tmp_path / name, vectors)
+        return tmp_path / name
+
     query = sorted((photos / "chelsea").iterdir())[0]
-    (tmp_path / "bad.jpg").write_bytes(b"bad")
+    bad, empty = tmp_path / "some" / "bad.jpg", tmp_path / "empty"
+    bad.parent.mkdir()
+    bad.write_bytes(b"bad")
+    empty.mkdir()
     assert "no resfeat dataset" in refused(tmp_path, query)
     assert "not_found" in refused(dataset, tmp_path / "no.jpg")
-    assert "unidentified" in refused(dataset, query, tmp_path / "bad.jpg")
+    assert f"cannot use {bad} as a query: unidentified" in refused(dataset, query, bad)
+    assert f"cannot use {bad} as a query: unidentified" in refused(dataset, bad.parent)
+    assert "no images in" in refused(dataset, empty)
+    assert "nothing to look for: name an image" in refused(dataset)
+    assert "no embedding of the id 'no.jpg': ids stand in" in refused(dataset, "--id", "no.jpg")
+    short, wide = np.zeros((2, 3), np.float32), np.zeros((2, 512))
+    odd = np.zeros((3, 512), np.float32)
+    odd[1, 7] = np.nan
+    assert "vectors of 3 numbers, and" in refused(dataset, saved("short.npy", short))
+    assert "float64 [2, 512] are no embeddings" in refused(dataset, saved("wide.npy", wide))
+    assert "vector 1 is not all finite" in refused(dataset, saved("odd.npy", odd))
+    assert "holds no vectors" in refused(dataset, saved("none.npy", odd[:0]))
+    assert "no such file" in refused(dataset, tmp_path / "no.npy")
+    (tmp_path / "text.npy").write_text("text")
+    assert "with np.save" in refused(dataset, tmp_path / "text.npy")
+    objects = np.array([{}], object)
+    np.save(tmp_path / "objects.npy", objects, allow_pickle=True)
+    assert "with np.save" in refused(dataset, tmp_path / "objects.npy")
+    assert "no layer 'layer2'" in refused(dataset, query, "--layer", "layer2")
     assert "cannot write" in refused(dataset, query, "--sheet", tmp_path / "no" / "x.png", code=1)
+    assert "cannot write" in refused(dataset, query, "--html", tmp_path / "no" / "x.html", code=1)
+    failed = tmp_path / "failed"
+    embed(failed, bad)
+    assert "has no embeddings yet: see `resfeat status" in refused(failed, query)
+
+
+class Seen(HTMLParser):
+    """What a browser would make of a page: its tags, in order, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_and_runs_nothing_of_a_name(resfeat, tmp_path):
+    (tmp_path / "in").mkdir()
+    odd = ["<script>alert(1)<", "x' onerror='alert(1)", 'y" onload="alert(1)', "&lt;b&gt;{style}",
+           "\x1b[31m\u202ered"]  # fmt: skip
+    for n, name in enumerate(odd):
+        Image.new("RGB", (48, 32), (50 * n, 100, 0)).save(tmp_path / "in" / f"{name}.png")
+    embed(tmp_path / "out", tmp_path / "in")
+    page = tmp_path / "near.html"
+    done = resfeat("search", tmp_path / "out", tmp_path / "in", "-k", 5, "--html", page)
+    assert done.returncode == 0 and done.stdout.endswith(f"Page: {page}\n")
+    assert "\x1b" not in done.stdout
+    text = page.read_text()
+    seen = Seen(text)
+    assert {tag for tag, _ in seen.tags} == set(
+        "html head meta title style body h1 p section figure img figcaption b bdi".split()
+    )
+    pictures = [attributes for tag, attributes in seen.tags if tag == "img"]
+    assert len(pictures) == 5 * 6
+    assert {name for each in pictures for name in each} == {"src", "width", "height", "alt"}
+    assert all(each["src"].startswith("data:image/jpeg;base64,") for each in pictures)
+    first = Image.open(io.BytesIO(base64.b64decode(pictures[0]["src"].partition(",")[2])))
+    assert first.size == (160, 160)
+    names = {each["alt"] for each in pictures}
+    for name in odd[:4]:
+        assert f"{name}.png" in names and f"{name}.png" in seen.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", text)
+    assert not re.search(r"https?:|//|url\(", re.sub('base64,[^"]*', "", text))
+    for needed in ("prefers-color-scheme: dark", 'name="viewport"', "default-src 'none'"):
+        assert needed in text
 
 
 def test_weights_that_have_changed_since_are_refused(photos, checkpoint, resfeat, tmp_path):

@@ -33,6 +33,8 @@ class Examples(torch.utils.data.Dataset[Any]):
                 "them out of what you extract, or give label=None"
             )
         parts = [vectors for _, vectors in dataset.vectors(layer=layer)]
+        if not parts:
+            raise dataset.empty()
         vectors = torch.from_numpy(np.concatenate(parts))
         if labels is None:
             return cls(vectors, None, [])

@@ -127,9 +127,7 @@ class Dataset:
         are no rows yet, or no such column."""
         names = [self.layout.part_name(shard) for shard in self.layout.committed()]
         if not names:
-            raise UsageError(
-                f"{self.layout.root} has no embeddings yet: see `resfeat status {self.layout.root}`"
-            )
+            raise self.empty()
         with readable(self.layout.embeddings, SENT_BACK):
             rows = dataset_of(self.layout.embeddings, names)
             for column in columns or ():
@@ -140,6 +138,11 @@ class Dataset:
                         f"{self.layout.root} has no column '{column}'{more}: give one of {there}"
                     )
             return rows.to_table(columns=columns)
+
+    def empty(self) -> UsageError:
+        """What to raise where rows are needed and there are none."""
+        root = self.layout.root
+        return UsageError(f"{root} has no embeddings yet: see `resfeat status {root}`")
 
     def ids(self) -> list[str]:
         """The ids of the rows, in plan order: those of `vectors`."""

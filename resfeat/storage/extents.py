@@ -38,9 +38,10 @@ def extents(
             start = at + HEADER_BYTES - sum(1 for _ in head)
             kind, size, data = page[1], page[3], page[5]
             count, encoding = data[1], data[2]
-        except (KeyError, RuntimeError, ValueError):  # RuntimeError: the header ends too early
+            is_plain = (kind, encoding) == (_DATA_PAGE, _PLAIN) and 0 < count * width <= size
+        except (KeyError, StopIteration, TypeError, ValueError):  # no such header, or a longer one
             return None
-        if kind != _DATA_PAGE or encoding != _PLAIN or count * width > size:
+        if not is_plain:
             return None
         at = start + size
         found.append((at - count * width, count * width))
