@@ -1,6 +1,14 @@
-"""What people do with a dataset."""
+"""What people do with a dataset.
 
-from resfeat.downstream.search import Neighbour, embed_queries, search
-from resfeat.downstream.sheet import contact_sheet
+`embedder.py` takes torch with it, and is imported where it runs.
+"""
 
-__all__ = ["Neighbour", "contact_sheet", "embed_queries", "search"]
+from resfeat.downstream.exact import Metric, Neighbours
+from resfeat.downstream.queries import Queries, queries_of
+from resfeat.downstream.search import nearest
+from resfeat.downstream.sheet import Tile, contact_page, contact_sheet, tiles
+
+__all__ = [
+    "Metric", "Neighbours", "Queries", "Tile", "contact_page", "contact_sheet", "nearest",
+    "queries_of", "tiles",
+]  # fmt: skip
