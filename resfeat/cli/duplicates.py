@@ -66,7 +66,7 @@ def duplicates(
     dataset = open_dataset(output)
     with Lines() as lines:
         index = None if exact else _index(dataset, layer, lines)
-        groups = downstream.duplicates(dataset, threshold, layer, index, lines.step)
+        groups = downstream.find_duplicates(dataset, threshold, layer, index, lines.step)
     if table:
         downstream.write_groups(groups, table)
     if html:

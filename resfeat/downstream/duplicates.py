@@ -58,7 +58,7 @@ class Group:
     is_bound: bool
 
 
-def duplicates(
+def find_duplicates(
     dataset: Dataset,
     threshold: float = THRESHOLD,
     layer: str | None = None,

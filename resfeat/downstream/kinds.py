@@ -109,6 +109,9 @@ def make(kind: Kind, metric: Metric, rows: int, dim: int) -> Any:
     index.cp.min_points_per_centroid = 1  # says nothing of small sets, where it matters little
     if kind == "pq":
         index.pq.cp.min_points_per_centroid = 1
+        index.do_polysemous_training = (
+            False  # for a way to search that we do not use: seconds a byte
+        )
     return index
 
 

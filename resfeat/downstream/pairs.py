@@ -92,7 +92,7 @@ def _near(
     parts: Parts, least: float, hashes: NDArray[np.uint64]
 ) -> Iterator[tuple[Places, Places]]:
     """Pairs by comparing all. Fills in the hashes."""
-    most = max(HELD_BYTES, memory_bytes() // HELD_SHARE) // (4 * parts.dim)
+    most = max(1, max(HELD_BYTES, memory_bytes() // HELD_SHARE) // (4 * parts.dim))
     start = 0
     while start < parts.rows:
         held: list[tuple[int, NDArray[np.float32]]] = []
