@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from resfeat import engines, runtimes, sources
 from resfeat.backbones import check_name
 from resfeat.dataset import ALL, Layout, writable
 from resfeat.engines.cluster import Cluster
-from resfeat.errors import ResfeatError, Stopped
+from resfeat.errors import ResfeatError, Stopped, UsageError
+from resfeat.keywords import Address, ExtractKeywords, check_names, extract_spec
 from resfeat.plan import Partition
 from resfeat.reporting import Preview, Progress, Report, Watch
 from resfeat.run import Request, Run, begin, previewed
@@ -25,27 +26,58 @@ if TYPE_CHECKING:
     from resfeat.fidelity import Reference
 
 
+class Watching(TypedDict, total=False):
+    """What `extract` tells and asks while it runs."""
+
+    on_note: Callable[[str], None]
+    on_step: Callable[[str], None]
+    on_progress: Callable[[Progress], None]
+    stopping: Callable[[], bool]
+
+
+class Options(ExtractKeywords, Watching, total=False):
+    """All that `extract` takes by keyword."""
+
+
+@overload
+def extract(spec: ExtractSpec, /, **watching: Unpack[Watching]) -> Report: ...
+
+
+@overload
 def extract(
-    spec: ExtractSpec,
-    *,
-    on_note: Callable[[str], None] = lambda note: None,
-    on_step: Callable[[str], None] = lambda step: None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    stopping: Callable[[], bool] = lambda: False,
-) -> Report:
-    """Bring the dataset at `spec.output` to completion, from wherever it stands.
+    sources: Address | Sequence[Address], /, output: Address, **options: Unpack[Options]
+) -> Report: ...
 
-    `on_note` is told, a line each, what a user should know of how the run was set up; the report
-    has the same. `on_step` is told what is being done before it takes long. `on_progress` is called
-    about twice a second. Once `stopping` gives true, shards in hand are finished if that takes no
-    longer than `engines.DRAIN_SECONDS`, and the report's status is "interrupted".
 
-    Raises UsageError where the spec cannot be carried out, Stopped where it was stopped before
-    there was a plan, and ResfeatError where the run cannot begin or go on. What is committed by
-    then stays, and the same call resumes.
+def extract(what: Any, /, output: Address | None = None, **options: Any) -> Report:
+    """Bring a dataset to completion, from wherever it stands. Two ways to say which:
+
+        extract("photos", "embeddings", model="resnet18", workers=0)
+        extract(ExtractSpec(sources=("photos",), output="embeddings"))
+
+    The keywords of the first are the fields of `ExtractSpec` and of `RuntimeOptions`. Both ways
+    take four more. `on_note` is told, a line each, what a user should know of how the run was set
+    up; the report has the same. `on_step` is told what is being done before it takes long.
+    `on_progress` is called about twice a second. Once `stopping` gives true, shards in hand are
+    finished if that takes no longer than `engines.DRAIN_SECONDS`, and the report's status is
+    "interrupted".
+
+    Raises UsageError for what cannot be carried out as it was asked for, Stopped where it was
+    stopped before there was a plan, and ResfeatError where the run cannot begin or go on. What is
+    committed by then stays, and the same call resumes.
     """
+    is_spec = isinstance(what, ExtractSpec)
+    known = Watching.__annotations__ if is_spec else Options.__annotations__
+    check_names("extract(spec)" if is_spec else "extract()", options, known)
+    asked = Watching.__annotations__.keys() & options
+    watch = Watch(**{name.removeprefix("on_"): options[name] for name in asked})
+    if is_spec == (output is not None):
+        raise UsageError("extract takes sources and an output, or an ExtractSpec alone")
+    return _extracted(what if output is None else extract_spec(what, output, options), watch)
+
+
+def _extracted(spec: ExtractSpec, watch: Watch) -> Report:
     started = time.monotonic()
-    watch = Watch(on_note, on_step, on_progress, stopping)
     watch.step(f"looking at {', '.join(spec.sources)}")
     request = _request(spec, watch, started)
     with engines.prepare(spec.runtime, watch.step) as cluster:

@@ -228,7 +228,7 @@ def test_an_index_that_cannot_be_used_is_told_and_changes_nothing(vectors, tmp_p
     index, (note,) = noted()
     assert index is None and "index.faiss is damaged" in note and "all pairs" in note
     build_index(dataset, Wanted(metric="l2"))
-    assert "is for l2, and not for the cosine" in noted()[1][0]
+    assert "is for l2, and not for cosine" in noted()[1][0]
     shutil.rmtree(folder)
     shutil.copytree(whole, folder)
     commit(dataset.layout, 0, [f"{n:06}.jpg" for n in range(90)], vectors[:90], [(641, 480)] * 90)

@@ -13,8 +13,8 @@ import resfeat
 ROOT = Path(resfeat.__file__).parent
 # From the top: nothing imports what stands above it.
 ROOMS = ["cli", "extraction", "run", "engines", "downstream", "reporting", "fidelity", "worker",
-         "dataset", "plan", "runtimes", "backbones", "decoding", "sources", "storage", "spec",
-         "errors"]  # fmt: skip
+         "dataset", "plan", "runtimes", "backbones", "decoding", "sources", "storage",
+         "keywords", "spec", "errors"]  # fmt: skip
 # The way in, for programs and for `python -m resfeat`: they may see all.
 DOORS = ("__init__", "__main__")
 ONLY_THERE = {"ray": "engines", "click": "cli"}

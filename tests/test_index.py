@@ -16,6 +16,7 @@ from command import error_of
 from invented import clustered, commit, write_dataset
 from small import embed, write_pictures
 
+from resfeat import downstream
 from resfeat.dataset import Parts, open_dataset
 from resfeat.downstream import Wanted, build_index, open_index
 from resfeat.downstream.index import About
@@ -70,7 +71,7 @@ def nearest(vectors, queries, k, metric="cosine"):
 
 
 def numbers(found):
-    return [[int(each.id.partition(".")[0]) for each in row] for row in found]
+    return [[int(name.partition(".")[0]) for name in row] for row in found.ids]
 
 
 def recall(found, expected):
@@ -98,7 +99,7 @@ def test_faiss_opens_it_without_us_and_finds_what_is_near(kind, whole, vectors, 
 
     ours = open_index(dataset).search(queries, 10)
     assert numbers(ours) == by_faiss
-    assert np.allclose([[each.cosine for each in row] for row in ours], scores)
+    assert np.allclose(ours.scores, scores) and ours.scores.dtype == np.float32
     if kind not in ("sq8", "pq"):
         units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         cosines = (queries / lengths)[0] @ units[by_faiss[0]].T
@@ -113,13 +114,18 @@ def test_by_distance(dataset, vectors):
     assert about.metric == "l2" and about.kind == "flat"
     queries = 3 * vectors[:20]  # another length: other neighbours than by the angle
     expected = nearest(vectors, queries, 5, "l2")
-    assert numbers(open_index(dataset).search(queries, 5)) == expected.tolist()
+    found = open_index(dataset).search(queries, 5)
+    assert numbers(found) == expected.tolist()
+    distances = np.linalg.norm(queries[0] - vectors[expected[0]], axis=1)
+    assert np.allclose(found.scores[0], distances, atol=1e-4)
     assert expected.tolist() != nearest(vectors, queries, 5).tolist()
 
 
 def test_more_than_there_are(dataset, vectors):
-    (found,) = open_index(dataset).search(vectors[:1], ROWS + 5)
-    assert len({each.id for each in found}) == ROWS
+    for kind in ("flat", "ivf"):  # the lists that it looks into hold less
+        build_index(dataset, Wanted(kind=kind))
+        found = open_index(dataset).search(vectors[0], ROWS + 5)
+        assert found.ids.shape == (1, ROWS) and len(set(found.ids[0])) == ROWS
 
 
 def changed(dataset, vectors):
@@ -150,7 +156,7 @@ def test_it_follows_the_dataset_and_reads_only_what_changed(kind, dataset, vecto
     expected = [[names[n] for n in row] for row in nearest(rows, queries, 10)]
     with pytest.warns(UserWarning, match="older than the dataset.* this search is exact"):
         found = stale.search(queries, 10)
-    assert [[each.id for each in row] for row in found] == expected
+    assert found.ids.tolist() == expected
 
     read, blocks = [], Parts.blocks
     monkeypatch.setattr(
@@ -169,7 +175,7 @@ def test_it_follows_the_dataset_and_reads_only_what_changed(kind, dataset, vecto
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = index.search(queries, 10)
-    assert [[each.id for each in row] for row in found] == expected
+    assert found.ids.tolist() == expected
     assert "nothing to do" in build_index(dataset).done
 
 
@@ -219,6 +225,42 @@ def test_it_is_seen_whole_or_not_at_all(dataset, vectors, monkeypatch):
         assert open_index(there) is None
         assert {path.name for path in folder(there).iterdir()} <= {"index.faiss", "ids.parquet"}
         assert build_index(there).about.rows == ROWS - SHARD
+
+
+def test_search_goes_by_a_fresh_index_and_says_why_not(dataset, vectors, resfeat, monkeypatch):
+    scanned = []
+    scan = downstream.nearest
+    monkeypatch.setattr(downstream, "nearest", lambda *how: scanned.append(how) or scan(*how))
+
+    def searched(*options):
+        """Ids, cosines or distances, whether all rows were looked at, and what was noted."""
+        scanned.clear()
+        done = resfeat("search", dataset.layout.root, "--id", "000007.jpg", "--json", *options)
+        ((query,), note) = json.loads(done.stdout), done.stderr.strip()
+        ids, *scores = zip(*(each.values() for each in query["neighbours"]), strict=True)
+        return list(ids), np.ravel(scores), bool(scanned), note
+
+    expected = [f"{n:06}.jpg" for n in nearest(vectors, vectors[7:8], 10)[0]]
+    by_index, exact = searched(), searched("--exact")
+    assert by_index[0] == exact[0] == expected and np.allclose(by_index[1], exact[1], atol=1e-6)
+    assert by_index[2:] == (False, "") and exact[2:] == (True, "")
+    *_, was_scanned, note = searched("--metric", "l2")
+    assert was_scanned
+    assert note == "Note: the index is for cosine, and not for l2; this search is exact"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "faiss", None)
+        ids, _, was_scanned, note = searched()
+        assert ids == expected and was_scanned and "pip install 'resfeat[faiss]'" in note
+    changed(dataset, vectors)
+    ids, _, was_scanned, note = searched()
+    assert was_scanned and note.startswith("Note: the index is older than the dataset, of which 2")
+    assert note.endswith("`resfeat index` brings it up to date; this search is exact")
+    assert resfeat("index", dataset.layout.root).returncode == 0
+    assert searched()[0] == ids and searched()[2:] == (False, "")
+    path = folder(dataset) / "ids.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    ids_now, _, was_scanned, note = searched()
+    assert ids_now == ids and was_scanned and "ids.parquet is damaged" in note
 
 
 def refused(done, code=2):

@@ -18,10 +18,9 @@ from small import embed, embedded_pictures, failures_of, image_table, vectors_of
 from tables import rows
 
 from resfeat.dataset import open_dataset
-from resfeat.downstream import contact_sheet
-from resfeat.downstream.search import Neighbour
+from resfeat.downstream import Tile, contact_sheet
 from resfeat.errors import Failure, UsageError
-from resfeat.sources import Item, cells, listing, read, read_ahead, runs
+from resfeat.sources import Item, cells, item_of, listing, read, read_ahead, runs
 from resfeat.spec import SourceOptions
 from resfeat.storage import remote as stores
 
@@ -286,7 +285,9 @@ def test_the_sheet_shows_images_that_lie_in_rows(pictures, tmp_path):
     items = open_dataset(tmp_path / "out").items(["t.parquet#3", "no"])
     assert list(items) == ["t.parquet#3"]
     sheets = [
-        contact_sheet([str(paths[3])], [[Neighbour(name, 1.0)]], items)
+        contact_sheet(
+            [[Tile("query", "it", item_of(str(paths[3]))), Tile("1.0000", name, items.get(name))]]
+        )
         for name in ("t.parquet#3", "no")
     ]
     shown = [sheet.crop((176, 8, 336, 168)).tobytes() for sheet in sheets]

@@ -1,7 +1,11 @@
 """Search: exact, streamed, and embedded as the dataset was."""
 
+import base64
+import io
 import json
+import re
 from dataclasses import replace
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small import embed
 
+import resfeat as package
 from resfeat.backbones.weights import resolve
-from resfeat.dataset import Dataset, Layout, Record
-from resfeat.downstream import contact_sheet, embed_queries, search
-from resfeat.downstream.search import Neighbour
+from resfeat.dataset import Dataset, Layout, Record, open_dataset
+from resfeat.downstream import Tile, contact_sheet, exact
 from resfeat.errors import ResfeatError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec, SourceOptions
 
@@ -22,35 +27,105 @@ QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0,
          "--resize", 72, "--crop", 64]  # fmt: skip
 
 
+def parted(blocks):
+    """A dataset of such parts, as search reads it. Ids count the rows."""
+    starts = np.cumsum([0, *map(len, blocks)])
+
+    def part(shard, rows, layer):
+        for start in range(0, len(blocks[shard]), rows):
+            some = blocks[shard][start : start + rows]
+            first = int(starts[shard]) + start
+            yield pa.array([str(first + n) for n in range(len(some))]), some
+
+    layout = SimpleNamespace(committed=lambda: list(range(len(blocks))))
+    return SimpleNamespace(layout=layout, part=part)
+
+
+def by_all_pairs(vectors, queries, k, metric):
+    """Scores and places of the nearest, in float64, with a full sort."""
+    ours, theirs = queries.astype(np.float64), vectors.astype(np.float64)
+    if metric == "l2":
+        near = -np.array([[np.sqrt(((q - x) ** 2).sum()) for x in theirs] for q in ours])
+    else:
+        lengths = [np.linalg.norm(each, axis=1) for each in (ours, theirs)]
+        near = ours @ theirs.T / np.outer(*(np.where(each, each, 1) for each in lengths))
+    order = np.argsort(-near, axis=1, kind="stable")[:, :k]
+    scores = np.take_along_axis(near, order, axis=1)
+    return (scores if metric == "cosine" else -scores), order
+
+
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 60), block=st.integers(1, 20), k=st.integers(1, 12), seed=st.integers(0))
-def test_the_streamed_answer_is_that_of_all_cosines_at_once(rows, block, k, seed):
-    chance = np.random.default_rng(seed % 2**32)
-    vectors = chance.standard_normal((rows, 8)).astype(np.float32)
-    queries = chance.standard_normal((3, 8)).astype(np.float32)
-    vectors[0] = 0  # near to nothing, and no division by its length
-    starts = range(0, rows, block)
-    blocks = [(pa.array([str(i) for i in range(s, min(s + block, rows))]), vectors[s : s + block])
-              for s in starts]  # fmt: skip
-    found = search(SimpleNamespace(vectors=lambda layer: iter(blocks)), queries, k)
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=5),
+    rows=st.integers(1, 40),
+    k=st.integers(1, 12),
+    metric=st.sampled_from(["cosine", "l2"]),
+    scale=st.sampled_from([1e-20, 1e-3, 1, 1e15]),
+    apart=st.sampled_from([1, 1e-3, 1e-6]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_streamed_answer_is_that_of_all_pairs_at_once(
+    sizes, rows, k, metric, scale, apart, seed
+):
+    """Also where vectors are so alike, so long or so short that float32 cannot tell."""
+    chance = np.random.default_rng(seed)
+    middle = chance.standard_normal(8)
+    some = middle + apart * chance.standard_normal((sum(sizes) + 3, 8))
+    vectors, queries = np.split((scale * some).astype(np.float32), [sum(sizes)])
+    vectors[::7] = 0  # near to nothing, and no division by its length
+    queries[0] = vectors[-1] if len(vectors) else queries[0]
+    blocks = np.split(vectors, np.cumsum(sizes)[:-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "ROWS", rows)
+        patch.setattr(exact, "QUERIES", 2)
+        found = exact.scan(parted(blocks), queries, k, None, metric)
 
-    lengths = np.linalg.norm(vectors, axis=1)
-    lengths[0] = 1
-    cosines = queries @ vectors.T / lengths / np.linalg.norm(queries, axis=1, keepdims=True)
-    for row, nearest in zip(cosines, found, strict=True):
-        expected = np.sort(row)[::-1][:k]
-        assert np.allclose([neighbour.cosine for neighbour in nearest], expected, atol=1e-6)
-        assert all(abs(row[int(n.id)] - n.cosine) < 1e-6 for n in nearest)
+    scores, places = by_all_pairs(vectors, queries, k, metric)
+    assert found.ids.shape == found.scores.shape == (3, min(k, len(vectors)))
+    # In float64, sums of another order differ by so much.
+    tolerance = 1e-6 * (1 if metric == "cosine" else max(scores.max(initial=0), 1e-30))
+    assert np.allclose(found.scores, scores, rtol=1e-6, atol=tolerance * 1e-3 + 1e-12 * scale)
+    differs = found.ids != places.astype(str)
+    if differs.any():  # only among those that are equally near, to float64
+        every, order = by_all_pairs(vectors, queries, len(vectors), metric)
+        for row, column in np.argwhere(differs):
+            place = list(order[row]).index(int(found.ids[row, column]))
+            assert every[row, place] == pytest.approx(scores[row, column], rel=1e-12, abs=1e-12)
 
 
-def test_equal_vectors_keep_the_order_of_the_plan():
-    """Within a batch of rows, across batches, and where more are equal than are asked for."""
-    vectors = np.eye(2, dtype=np.float32)[[1, 0, 1, 1, 0, 1]]
-    blocks = [(pa.array(list("abc")), vectors[:3]), (pa.array(list("def")), vectors[3:])]
-    for k, expected in (4, "acdf"), (3, "acd"), (6, "acdfbe"):
-        rows = SimpleNamespace(vectors=lambda layer: iter(blocks))
-        (found,) = search(rows, np.float32([[0, 1]]), k)
-        assert "".join(each.id for each in found) == expected
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_equal_vectors_keep_the_order_of_the_plan(metric, monkeypatch):
+    """Within some rows, across them and across parts that other threads read, and where more are
+    equal than are asked for. Of a length at which float32's sums depend on the place in a batch."""
+    monkeypatch.setattr(exact, "ROWS", 5)
+    one, other = np.random.default_rng(0).standard_normal((2, 1001)).astype(np.float32)
+    kinds = np.array([1, 0, 1, 1, 0, 1] * 6)
+    vectors = np.where(kinds[:, None], one, other)
+    blocks = np.split(vectors, [4, 11, 13, 30])
+    for k in (1, 3, 20, 24, 36):
+        found = nearest_of(blocks, one[None], k, metric)
+        assert found.ids[0].tolist() == [*np.flatnonzero(kinds).astype(str),
+                                         *np.flatnonzero(kinds == 0).astype(str)][:k]  # fmt: skip
+        assert len(set(found.scores[0, : min(k, 24)])) == 1
+
+
+def nearest_of(blocks, queries, k, metric):
+    return exact.scan(parted(blocks), queries, k, None, metric)
+
+
+def test_rows_that_come_nearer_and_nearer_are_compared_one_by_one_no_more_than_need_be(monkeypatch):
+    """Each is nearer than all before it: a threshold alone would rule out none."""
+    compared = []
+    compare = exact._Nearest._compare
+    monkeypatch.setattr(
+        exact._Nearest, "_compare",
+        lambda self, query, rows: (compared.append(len(rows)), compare(self, query, rows))[1],
+    )  # fmt: skip
+    angles = np.linspace(np.pi / 2, 0.1, 4000)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    found = nearest_of(np.split(vectors, 2), np.float32([[1, 0]]), 3, "cosine")
+    assert found.ids.tolist() == [["3999", "3998", "3997"]]
+    assert sum(compared) < 200
 
 
 def test_pixels_that_are_made_otherwise_now_are_not_blamed_on_the_weights(photos, tmp_path):
@@ -64,10 +139,9 @@ def test_pixels_that_are_made_otherwise_now_are_not_blamed_on_the_weights(photos
         created="",
         versions={"resfeat": "0.0.9"},
     )
-    query = str(sorted((photos / "chelsea").iterdir())[0])
     told = rf"made with another pixel_policy \(0 there, {PIXEL_POLICY} now\): .* resfeat 0\.0\.9"
     with pytest.raises(ResfeatError, match=told):
-        embed_queries(Dataset(Layout(tmp_path), older), [query])
+        package.Embedder.of(Dataset(Layout(tmp_path), older))
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +203,57 @@ def test_a_caption_keeps_the_end_of_a_long_name(monkeypatch):
         lambda draw, place, text, *rest, **options: captions.append(text),
     )
     long = "a/folder/with/a/long/name/IMG_0001.jpg"
-    contact_sheet(["photos/cat.jpg"], [[Neighbour(long, 0.5), Neighbour("b.jpg", 0.25)]], {})
-    assert captions == ["query\ncat.jpg", f"0.5000\n…{long[-23:]}", "0.2500\nb.jpg"]
+    contact_sheet([[Tile("query", "photos/cat.jpg", None), Tile("0.5000", long, None)]])
+    assert captions == ["query\nphotos/cat.jpg", f"0.5000\n…{long[-23:]}"]
+
+
+def told(done):
+    assert done.returncode == 0, done.stderr
+    return {
+        each["query"]: [tuple(near.values()) for near in each["neighbours"]]
+        for each in json.loads(done.stdout)
+    }
+
+
+def test_files_folders_ids_and_vectors_ask_for_the_same(dataset, photos, resfeat, tmp_path):
+    opened = open_dataset(dataset)
+    ids = [name for name in opened.ids() if name.startswith("rocket")][:4]
+    folder = tmp_path / "some" / "deeper"
+    folder.mkdir(parents=True)
+    for name in ids:
+        (folder / name.replace("/", "-")).write_bytes((photos / name).read_bytes())
+    found = opened.find(ids)
+    np.save(tmp_path / "these.npy", np.stack([found[name] for name in ids]))
+    np.save(tmp_path / "one.npy", found[ids[0]])
+    for metric, name in (("cosine", "cosine"), ("l2", "distance")):
+        ask = ["search", dataset, "-k", 3, "--json", "--metric", metric]
+        by_file = told(resfeat(*ask, *(photos / name for name in ids)))
+        assert list(by_file) == [str(photos / name) for name in ids]
+        expected = list(by_file.values())
+        assert [near[0] for near in expected] == [
+            (n, 1.0 if metric == "cosine" else 0) for n in ids
+        ]
+        by_folder = told(resfeat(*ask, tmp_path / "some"))
+        assert list(by_folder) == [str(folder / name.replace("/", "-")) for name in ids]
+        assert list(by_folder.values()) == expected
+        by_id = told(resfeat(*ask, *(word for name in ids for word in ("--id", name))))
+        assert list(by_id.items()) == list(zip(ids, expected, strict=True))
+        by_vector = told(
+            resfeat(*ask, tmp_path / "these.npy", "--id", ids[1], tmp_path / "one.npy")
+        )
+        names = [f"{tmp_path}/these.npy[{n}]" for n in range(4)]
+        assert list(by_vector) == [*names, f"{tmp_path}/one.npy[0]", ids[1]]
+        assert list(by_vector.values()) == [*expected, expected[0], expected[1]]
+        lines = resfeat(*ask[:4], "--metric", metric, "--id", ids[0]).stdout.splitlines()
+        assert lines[:2] == [ids[0], f"  rank  {name}  id"] and lines[2].split()[2] == ids[0]
+
+
+def test_more_than_there_are_gives_what_there_is_and_says_so(dataset, resfeat):
+    ids = open_dataset(dataset).ids()
+    done = resfeat("search", dataset, "--id", ids[0], "-k", 5000, "--json")
+    assert len(told(done)[ids[0]]) == len(ids)
+    (line,) = done.stderr.splitlines()
+    assert f"has {len(ids)} images, fewer than -k 5000" in line
 
 
 def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path):
@@ -140,12 +263,87 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
         (line,) = done.stderr.strip().splitlines()
         return line
 
+    def saved(name, vectors):
+        np.save(tmp_path / name, vectors)
+        return tmp_path / name
+
     query = sorted((photos / "chelsea").iterdir())[0]
-    (tmp_path / "bad.jpg").write_bytes(b"bad")
+    bad, empty = tmp_path / "some" / "bad.jpg", tmp_path / "empty"
+    bad.parent.mkdir()
+    bad.write_bytes(b"bad")
+    empty.mkdir()
     assert "no resfeat dataset" in refused(tmp_path, query)
     assert "not_found" in refused(dataset, tmp_path / "no.jpg")
-    assert "unidentified" in refused(dataset, query, tmp_path / "bad.jpg")
+    assert f"cannot use {bad} as a query: unidentified" in refused(dataset, query, bad)
+    assert f"cannot use {bad} as a query: unidentified" in refused(dataset, bad.parent)
+    assert "no images in" in refused(dataset, empty)
+    assert "nothing to look for: name an image" in refused(dataset)
+    assert "no embedding of the id 'no.jpg': ids stand in" in refused(dataset, "--id", "no.jpg")
+    short, wide = np.zeros((2, 3), np.float32), np.zeros((2, 512))
+    odd = np.zeros((3, 512), np.float32)
+    odd[1, 7] = np.nan
+    assert "vectors of 3 numbers, and" in refused(dataset, saved("short.npy", short))
+    assert "float64 [2, 512] are no embeddings" in refused(dataset, saved("wide.npy", wide))
+    assert "vector 1 is not all finite" in refused(dataset, saved("odd.npy", odd))
+    assert "holds no vectors" in refused(dataset, saved("none.npy", odd[:0]))
+    assert "no such file" in refused(dataset, tmp_path / "no.npy")
+    (tmp_path / "text.npy").write_text("text")
+    assert "with np.save" in refused(dataset, tmp_path / "text.npy")
+    objects = np.array([{}], object)
+    np.save(tmp_path / "objects.npy", objects, allow_pickle=True)
+    assert "with np.save" in refused(dataset, tmp_path / "objects.npy")
+    assert "no layer 'layer2'" in refused(dataset, query, "--layer", "layer2")
     assert "cannot write" in refused(dataset, query, "--sheet", tmp_path / "no" / "x.png", code=1)
+    assert "cannot write" in refused(dataset, query, "--html", tmp_path / "no" / "x.html", code=1)
+    failed = tmp_path / "failed"
+    embed(failed, bad)
+    assert "has no embeddings yet: see `resfeat status" in refused(failed, query)
+
+
+class Seen(HTMLParser):
+    """What a browser would make of a page: its tags, in order, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_and_runs_nothing_of_a_name(resfeat, tmp_path):
+    (tmp_path / "in").mkdir()
+    odd = ["<script>alert(1)<", "x' onerror='alert(1)", 'y" onload="alert(1)', "&lt;b&gt;{style}",
+           "\x1b[31m\u202ered"]  # fmt: skip
+    for n, name in enumerate(odd):
+        Image.new("RGB", (48, 32), (50 * n, 100, 0)).save(tmp_path / "in" / f"{name}.png")
+    embed(tmp_path / "out", tmp_path / "in")
+    page = tmp_path / "near.html"
+    done = resfeat("search", tmp_path / "out", tmp_path / "in", "-k", 5, "--html", page)
+    assert done.returncode == 0 and done.stdout.endswith(f"Page: {page}\n")
+    assert "\x1b" not in done.stdout
+    text = page.read_text()
+    seen = Seen(text)
+    assert {tag for tag, _ in seen.tags} == set(
+        "html head meta title style body h1 p section figure img figcaption b bdi".split()
+    )
+    pictures = [attributes for tag, attributes in seen.tags if tag == "img"]
+    assert len(pictures) == 5 * 6
+    assert {name for each in pictures for name in each} == {"src", "width", "height", "alt"}
+    assert all(each["src"].startswith("data:image/jpeg;base64,") for each in pictures)
+    first = Image.open(io.BytesIO(base64.b64decode(pictures[0]["src"].partition(",")[2])))
+    assert first.size == (160, 160)
+    names = {each["alt"] for each in pictures}
+    for name in odd[:4]:
+        assert f"{name}.png" in names and f"{name}.png" in seen.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", text)
+    assert not re.search(r"https?:|//|url\(", re.sub('base64,[^"]*', "", text))
+    for needed in ("prefers-color-scheme: dark", 'name="viewport"', "default-src 'none'"):
+        assert needed in text
 
 
 def test_weights_that_have_changed_since_are_refused(photos, checkpoint, resfeat, tmp_path):

@@ -70,9 +70,13 @@ def duplicates(
     if table:
         downstream.write_groups(groups, table)
     if html:
-        items = dataset.items(downstream.shown_on_page(groups))
-        title = f"Duplicates in {dataset.layout.root}"
-        page = downstream.duplicates_page(title, groups, threshold, items)
+        rows, headings = downstream.duplicate_tiles(groups, dataset.items)
+        about = (
+            f"{dataset.layout.root}: {len(groups):,} groups, linked by a cosine of {threshold:g}"
+        )
+        if len(rows) < len(groups):
+            about += f"; the largest {len(rows):,} are shown"
+        page = downstream.contact_page(rows, "Duplicates", about, headings)
         downstream.write_document(html, page.encode("utf-8", "replace"))
     if as_json:
         told = {
@@ -94,8 +98,6 @@ def _index(dataset: Dataset, layer: str | None, lines: Lines) -> Index | None:
     from resfeat.downstream.index import usable_index
 
     index, why = usable_index(dataset, layer)
-    if index and index.about.metric != "cosine":
-        why, index = f"the index is for {index.about.metric}, and not for the cosine", None
     if why:
         lines.note(f"{why}; all pairs are compared")
     elif not index and dataset.commits().embedded > MANY:

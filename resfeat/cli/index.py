@@ -11,8 +11,9 @@ from resfeat.cli import options, shown
 from resfeat.cli.progress import Lines
 
 if TYPE_CHECKING:
+    from resfeat.downstream import Metric
     from resfeat.downstream.index import About
-    from resfeat.downstream.kinds import Auto, Kind, Metric
+    from resfeat.downstream.kinds import Auto, Kind
 
 EXAMPLES = """\b
 Examples:

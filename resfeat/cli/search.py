@@ -1,67 +1,127 @@
 """resfeat search"""
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from resfeat.cli import shown
 from resfeat.errors import ResfeatError, UsageError
 
+if TYPE_CHECKING:
+    from resfeat.dataset import Dataset
+    from resfeat.downstream import Metric, Neighbours, Queries
+
 EXAMPLES = """\b
 Examples:
   resfeat search embeddings photos/cat.jpg
-  resfeat search embeddings cat.jpg dog.jpg -k 5 --sheet nearest.png
+  resfeat search embeddings new-photos/ -k 5 --html nearest.html
+      Each image of a folder; a page to look at, or to send to someone.
+  resfeat search embeddings --id cat/1.jpg --id cat/2.jpg --sheet nearest.png
+      Images of the dataset, by their ids; a picture.
+  resfeat search embeddings vectors.npy --metric l2
+      Vectors of your own, float32 [Q, D].
   resfeat search embeddings cat.jpg --json | jq '.[0].neighbours[0].id'
 """
 
 
 @click.command(epilog=EXAMPLES)
 @click.argument("output", metavar="OUT")
-@click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
+@click.argument("queries", metavar="QUERY...", nargs=-1)
+@click.option("--id", "ids", metavar="ID", multiple=True, help="An image of OUT; repeat for more.")
 @click.option(
     "-k", default=10, show_default=True, type=click.IntRange(min=1), help="How many to find."
 )
+@click.option(
+    "--metric", default="cosine", show_default=True, type=click.Choice(["cosine", "l2"]),
+    help="What near means: the angle, or the distance.",
+)  # fmt: skip
 @click.option(
     "--layer",
     metavar="NAME",
     help="Which embedding of a dataset with several.  [default: the last]",
 )
+@click.option("--exact", is_flag=True, help="Look at all rows, also where there is an index.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object a query.")
 @click.option(
     "--sheet", metavar="F.png", type=click.Path(dir_okay=False),
     help="Draw queries and finds as a picture.",
 )  # fmt: skip
+@click.option(
+    "--html", metavar="F.html", type=click.Path(dir_okay=False),
+    help="Write them as one page that needs nothing beside it.",
+)  # fmt: skip
 def search(
-    output: str, queries: tuple[str, ...], k: int, layer: str | None, as_json: bool,
-    sheet: str | None,
+    output: str, queries: tuple[str, ...], ids: tuple[str, ...], k: int, metric: Metric,
+    layer: str | None, exact: bool, as_json: bool, sheet: str | None, html: str | None,
 ) -> None:  # fmt: skip
-    """Find the images of the dataset OUT that are nearest to the image files QUERY...
+    """Find the images of the dataset OUT that are nearest to each QUERY: an image file, a folder of
+    them, or a .npy of vectors.
 
-    Exact cosine over all rows. A query is embedded as the dataset's own images were.
+    Exact, over all rows, but where there is an index of the dataset as it stands (`resfeat
+    index`), which may miss a few. An image is embedded as the dataset's own were.
     """
+    if not queries and not ids:
+        raise UsageError("nothing to look for: name an image, a folder or a .npy, or give --id ID")
     from resfeat import downstream
     from resfeat.dataset import open_dataset
 
     dataset = open_dataset(output)
-    if not dataset.commits().embedded:
+    if not (rows := dataset.commits().embedded):
         raise UsageError(f"{output} has no embeddings yet: see `resfeat status {output}`")
-    vectors = downstream.embed_queries(dataset, queries, layer)
-    found = downstream.search(dataset, vectors, k, layer)
-    if sheet:
-        items = dataset.items([neighbour.id for row in found for neighbour in row])
-        try:
-            downstream.contact_sheet(queries, found, items).save(sheet)
-        except (OSError, ValueError) as error:
-            message = f"cannot write {sheet}: {error}; give a path that ends in .png"
-            raise ResfeatError(message) from error
-    answers = list(zip(queries, found, strict=True))
+    asked = downstream.queries_of(dataset, queries, ids, layer)
+    index, why = (None, "") if exact else downstream.usable_index(dataset, layer, metric)
+    if why:
+        click.echo(f"Note: {shown(why)}; this search is exact", err=True)
+    if index:
+        found = index.search(asked.vectors, k)
+    else:
+        found = downstream.nearest(dataset, asked.vectors, k, layer, metric)
+    if k > rows:
+        click.echo(
+            f"Note: {output} has {rows:,} images, fewer than -k {k}: these are all", err=True
+        )
+    if sheet or html:
+        _draw(dataset, asked, found, sheet, html)
+    name = "cosine" if metric == "cosine" else "distance"
+    answers = [
+        (query, list(zip(row.tolist(), scores.tolist(), strict=True)))
+        for query, row, scores in zip(asked.names, found.ids, found.scores, strict=True)
+    ]
     if as_json:
-        told = [{"query": query, "neighbours": list(map(vars, row))} for query, row in answers]
+        told = [
+            {"query": query, "neighbours": [{"id": each, name: score} for each, score in row]}
+            for query, row in answers
+        ]
         click.echo(json.dumps(told))
         return
     for query, row in answers:
-        click.echo(f"{query}\n  rank  cosine  id")
-        for rank, neighbour in enumerate(row, start=1):
-            click.echo(f"  {rank:>4}  {neighbour.cosine:.4f}  {shown(neighbour.id)}")
-    if sheet:
-        click.echo(f"Picture: {sheet}")
+        click.echo(f"{shown(query)}\n  rank  {name}  id")
+        for rank, (each, score) in enumerate(row, start=1):
+            click.echo(f"  {rank:>4}  {score:>{len(name)}.4f}  {shown(each)}")
+    for what, place in (("Picture", sheet), ("Page", html)):
+        if place:
+            click.echo(f"{what}: {place}")
+
+
+def _draw(
+    dataset: Dataset, asked: Queries, found: Neighbours, sheet: str | None, html: str | None
+) -> None:
+    from resfeat import downstream
+
+    rows = downstream.tiles(asked, found, dataset.items(found.ids.ravel().tolist()))
+    place, ending = sheet, ".png"
+    try:
+        if sheet:
+            downstream.contact_sheet(rows).save(sheet)
+        if place := html:
+            identity, ending = dataset.record.identity, ".html"
+            about = f"{dataset.layout.root}: {identity.model}, {len(rows)} queries"
+            page = downstream.contact_page(rows, "Nearest images", about)
+            with open(html, "w", encoding="utf-8") as file:
+                file.write(page)
+    except (OSError, ValueError) as error:
+        message = f"cannot write {place}: {error}; give a path that ends in {ending}"
+        raise ResfeatError(message) from error

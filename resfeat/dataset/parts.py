@@ -57,10 +57,10 @@ class Parts:
 
     def __init__(self, dataset: Dataset, layer: str | None = None) -> None:
         """layer: whose vectors are read; the last by default."""
-        self._layout = dataset.layout
+        self._dataset, self._layout, self._layer = dataset, dataset.layout, layer
         self.column = dataset.check_layer(layer)
         self.digests: Mapping[int, str] = digests_of(dataset.layout)
-        self.dim = 0  # values of a vector
+        self.dim = dataset.dim(layer) or 0
         rows = [self._rows_in(shard) for shard in self.digests]
         ends = np.cumsum(rows, dtype=np.int64).tolist()
         self.rows: int = ends[-1] if ends else 0
@@ -70,7 +70,6 @@ class Parts:
     def _rows_in(self, shard: int) -> int:
         part = self._layout.embeddings / self._layout.part_name(shard)
         with readable(part, SENT_BACK), open_parquet(part) as file:
-            self.dim = file.schema_arrow.field(self.column).type.list_size
             return int(file.metadata.num_rows)
 
     def places_in(self, shard: int) -> NDArray[np.int64]:
@@ -83,16 +82,11 @@ class Parts:
         for shard in self.digests if shards is None else shards:
             if self._ends[shard] <= start:
                 continue
-            place, part = (
-                self.starts[shard],
-                self._layout.embeddings / self._layout.part_name(shard),
-            )
-            with readable(part, SENT_BACK), open_parquet(part) as file:
-                columns = ["id", self.column]
-                for batch in file.iter_batches(BLOCK, columns=columns, use_threads=False):
-                    if place + batch.num_rows > start:
-                        yield Block(shard, place, batch["id"], _array(batch, self.column))
-                    place += batch.num_rows
+            place = self.starts[shard]
+            for ids, vectors in self._dataset.part(shard, BLOCK, self._layer):
+                if place + len(ids) > start:
+                    yield Block(shard, place, ids, vectors)
+                place += len(ids)
 
     def at(self, places: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """The rows at these places, which ascend. Reads just the row groups that hold them."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from resfeat.dataset.layout import Layout
 from resfeat.dataset.notes import Commits, Note
 from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FAILURES, FailedItem, failed_items
+from resfeat.dataset.vectors import rows_in
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.plan import changed_since
 from resfeat.sources import Item, items_of
@@ -25,6 +26,8 @@ from resfeat.storage import Location, dataset_of, open_parquet
 # pyarrow.dataset is imported where it is used: it takes pandas with it, half a second.
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
+
+    from resfeat.dataset.examples import Examples
 
 SENT_BACK = "`resfeat verify --repair` sends what is damaged back to be done again"
 
@@ -41,7 +44,8 @@ def open_dataset(output: str | os.PathLike[str]) -> Dataset:
 
 
 class Dataset:
-    """The committed rows of a dataset, streamed."""
+    """The committed rows of a dataset: `vectors` streams them; `table`, `ids`, `labels` and `torch`
+    take what they give into memory. All are in plan order."""
 
     def __init__(self, layout: Layout, record: Record) -> None:
         self.layout = layout
@@ -86,13 +90,79 @@ class Dataset:
 
         layer: the last one where it is not given. Raises UsageError for one that is not there.
         """
-        column = self.check_layer(layer)
+        self.check_layer(layer)
+        for shard in self.layout.committed():
+            yield from self.part(shard, rows, layer)
+
+    def part(
+        self, shard: int, rows: int = 4096, layer: str | None = None
+    ) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
+        """The same of one of the shards that are committed. Several threads may read at once."""
+        part = self.layout.embeddings / self.layout.part_name(shard)
+        with readable(part, SENT_BACK):
+            yield from rows_in(part, self.check_layer(layer), rows)
+
+    def find(
+        self, ids: Collection[str], layer: str | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Embeddings float32 [D] by id: of those of these ids that have one."""
+        import pyarrow.compute as pc
+
+        wanted, found = pa.array(set(ids), pa.string()), dict[str, NDArray[np.float32]]()
         for shard in self.layout.committed():
             part = self.layout.embeddings / self.layout.part_name(shard)
             with readable(part, SENT_BACK), open_parquet(part) as file:
-                for batch in file.iter_batches(rows, columns=["id", column], use_threads=False):
-                    flat = batch[column].flatten().to_numpy().astype(np.float32, copy=False)
-                    yield batch["id"], flat.reshape(batch.num_rows, -1)
+                there = file.read(["id"], use_threads=False)["id"]
+            if not pc.any(pc.is_in(there, wanted)).as_py():
+                continue
+            for names, vectors in self.part(shard, layer=layer):
+                places = pc.indices_nonzero(pc.is_in(names, wanted)).to_pylist()
+                found |= {names[place].as_py(): vectors[place].copy() for place in places}
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows in plan order, in memory: all columns, or these. Raises UsageError where there
+        are no rows yet, or no such column."""
+        names = [self.layout.part_name(shard) for shard in self.layout.committed()]
+        if not names:
+            raise self.empty()
+        with readable(self.layout.embeddings, SENT_BACK):
+            rows = dataset_of(self.layout.embeddings, names)
+            for column in columns or ():
+                if column not in rows.schema.names:
+                    there = ", ".join(rows.schema.names)
+                    more = " (labels come with --label-from parent)" if column == "label" else ""
+                    raise UsageError(
+                        f"{self.layout.root} has no column '{column}'{more}: give one of {there}"
+                    )
+            return rows.to_table(columns=columns)
+
+    def empty(self) -> UsageError:
+        """What to raise where rows are needed and there are none."""
+        root = self.layout.root
+        return UsageError(f"{root} has no embeddings yet: see `resfeat status {root}`")
+
+    def ids(self) -> list[str]:
+        """The ids of the rows, in plan order: those of `vectors`."""
+        ids: list[str] = self.table(["id"])["id"].to_pylist()
+        return ids
+
+    def labels(self, column: str = "label") -> list[Any]:
+        """The labels of the rows, in plan order, or another column of theirs; None where one has
+        none. Raises UsageError where there is no such column."""
+        labels: list[Any] = self.table([column])[column].to_pylist()
+        return labels
+
+    def torch(self, label: str | None = "label", layer: str | None = None) -> Examples:
+        """The rows as a `torch.utils.data.Dataset`, in memory: 4 D bytes a row. Row n is its
+        embedding, a float32 tensor [D], and the number of its label among `classes`; with
+        label=None the embedding alone. Raises UsageError where there is no such column or layer,
+        and where a row has no label."""
+        from resfeat.dataset.examples import Examples
+
+        return Examples.of(self, label, layer)
 
     def check_layer(self, layer: str | None) -> str:
         """The column of a layer, or of the last one. Raises UsageError where it is not there."""
@@ -102,6 +172,16 @@ class Dataset:
                 f"{self.layout.root} has no layer '{layer}': give one of {', '.join(columns)}"
             )
         return columns[layer or list(columns)[-1]]
+
+    def dim(self, layer: str | None = None) -> int | None:
+        """D, the length of a layer's embeddings; None where there are none yet."""
+        column = self.check_layer(layer)
+        for shard in self.layout.committed():
+            part = self.layout.embeddings / self.layout.part_name(shard)
+            with readable(part, SENT_BACK), open_parquet(part) as file:
+                length: int = file.schema_arrow.field(column).type.list_size
+                return length
+        return None
 
     def items(self, ids: Sequence[str]) -> dict[str, Item]:
         """The images with these ids, as they are listed now."""

@@ -1,7 +1,7 @@
 """Bytes to pixels."""
 
 from resfeat.decoding.careful import CarefulDecoder
-from resfeat.decoding.decode import Picture, decode, quiet
+from resfeat.decoding.decode import Picture, decode, decode_image, quiet
 from resfeat.decoding.load import Decoder, Loaded, load, loaded
 from resfeat.decoding.pillow import MAX_PIXELS
 from resfeat.decoding.room import Room
@@ -14,6 +14,7 @@ __all__ = [
     "Picture",
     "Room",
     "decode",
+    "decode_image",
     "load",
     "loaded",
     "quiet",

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -79,8 +80,26 @@ def decode(
 ) -> Picture | Failure:
     """The pixels that the model is to see, or why there are none. Raises ResfeatError where our own
     code fails, never for bad data."""
+    return _judged(partial(_decode, data, preprocessing, way, room))
+
+
+def decode_image(
+    image: Image.Image, preprocessing: Preprocessing, way: Decode
+) -> Picture | Failure:
+    """The same of an image that Pillow has opened, which stays as it is: what `decode` gives for a
+    PNG of its pixels."""
+
+    def decoded() -> Picture:
+        _check_size(image)
+        return _by_pillow(b"", image, preprocessing, way)
+
+    return _judged(decoded)
+
+
+def _judged(decoded: Callable[[], Picture]) -> Picture | Failure:
+    """What it gives, or whose fault it is that it gives nothing."""
     try:
-        return _decode(data, preprocessing, way, room)
+        return decoded()
     except RefusedError as refused:
         return Failure("decode", refused.reason, str(refused))
     except MemoryError:
@@ -101,12 +120,7 @@ def _decode(data: bytes, preprocessing: Preprocessing, way: Decode, room: RoomFo
     with foreign(data):
         image = _open(data)
     with image:
-        if 0 in image.size:
-            raise RefusedError("corrupt", f"{image.width} x {image.height} pixels")
-        if image.width * image.height > MAX_PIXELS:
-            raise RefusedError(
-                "too_many_pixels", f"{image.width} x {image.height}; {MAX_PIXELS:,} at most"
-            )
+        _check_size(image)
         if image.info.get("progressive") and (scans := _scans(data)) > MAX_SCANS:
             raise RefusedError("too_large", f"a JPEG of {scans:,} scans; {MAX_SCANS} at most")
         # Of three colours in an odd file; a plain one did not come as far as this.
@@ -119,6 +133,15 @@ def _decode(data: bytes, preprocessing: Preprocessing, way: Decode, room: RoomFo
                 return picture
         with room(image.width * image.height):
             return _by_pillow(data, image, preprocessing, way)
+
+
+def _check_size(image: Image.Image) -> None:
+    if 0 in image.size:
+        raise RefusedError("corrupt", f"{image.width} x {image.height} pixels")
+    if image.width * image.height > MAX_PIXELS:
+        raise RefusedError(
+            "too_many_pixels", f"{image.width} x {image.height}; {MAX_PIXELS:,} at most"
+        )
 
 
 def _decode_plain(data: bytes, preprocessing: Preprocessing, room: RoomFor) -> Picture | None:

@@ -1,15 +1,24 @@
-"""What people do with a dataset."""
+"""What people do with a dataset.
 
-from resfeat.downstream.duplicates import Group, find_duplicates, write_document, write_groups
-from resfeat.downstream.duplicates_page import duplicates_page
-from resfeat.downstream.duplicates_page import shown as shown_on_page
+`embedder.py` takes torch with it, and is imported where it runs.
+"""
+
+from resfeat.downstream.duplicates import (
+    Group,
+    duplicate_tiles,
+    find_duplicates,
+    write_document,
+    write_groups,
+)
+from resfeat.downstream.exact import Metric, Neighbours
 from resfeat.downstream.index import Index, open_index, usable_index
 from resfeat.downstream.indexing import Wanted, build_index
-from resfeat.downstream.search import Neighbour, embed_queries, search
-from resfeat.downstream.sheet import contact_sheet
+from resfeat.downstream.queries import Queries, queries_of
+from resfeat.downstream.search import nearest
+from resfeat.downstream.sheet import Tile, contact_page, contact_sheet, tiles
 
 __all__ = [
-    "Group", "Index", "Neighbour", "Wanted", "build_index", "contact_sheet",
-    "duplicates_page", "embed_queries", "find_duplicates", "open_index", "search", "shown_on_page",
-    "usable_index", "write_document", "write_groups",
+    "Group", "Index", "Metric", "Neighbours", "Queries", "Tile", "Wanted", "build_index",
+    "contact_page", "contact_sheet", "duplicate_tiles", "find_duplicates", "nearest", "open_index",
+    "queries_of", "tiles", "usable_index", "write_document", "write_groups",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,17 +15,21 @@ from numpy.typing import NDArray
 from resfeat.dataset import Parts
 from resfeat.downstream.kinds import prepared
 from resfeat.downstream.pairs import Places, linked
+from resfeat.downstream.sheet import Tile
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.storage import write_whole
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
     from resfeat.downstream.index import Index
+    from resfeat.sources import Item
 
 THRESHOLD = 0.95
 # Of a larger group not every pair is looked at: see `Group`.
 LARGE = 2048
 HELD_BYTES = 256 << 20  # of vectors of groups that are looked at together
+
+SHOWN_GROUPS, SHOWN_MEMBERS = 100, 12  # on a page
 
 Tell = Callable[[str], None]
 
@@ -75,8 +79,7 @@ def find_duplicates(
         raise UsageError(f"--threshold {threshold:.15g}: give a cosine above 0, and at most 1")
     parts = Parts(dataset, layer)
     if not parts.rows:
-        root = dataset.layout.root
-        raise UsageError(f"{root} has no embeddings yet: see `resfeat status {root}`")
+        raise dataset.empty()
     places, hashes = linked(parts, threshold, index, tell)
     if places:
         tell(f"comparing the members of {len(places):,} groups")
@@ -135,6 +138,30 @@ def _bound(cosines: NDArray[np.float32]) -> float:
     """What the cosine of no two can be below, by their cosines to one."""
     angles = np.sort(np.arccos(np.clip(cosines.astype(np.float64), -1, 1)))
     return float(np.cos(min(np.pi, angles[-2:].sum())))
+
+
+def duplicate_tiles(
+    groups: Sequence[Group], items: Callable[[list[str]], Mapping[str, Item]]
+) -> tuple[list[list[Tile]], list[str]]:
+    """The largest groups as rows of a page, which would be too large with all, and what stands
+    above each. items: gives images by their ids."""
+    some = [(group, group.members[:SHOWN_MEMBERS]) for group in groups[:SHOWN_GROUPS]]
+    there = items([each.id for _, members in some for each in members])
+    rows, headings = [], []
+    for group, members in some:
+        rows.append([Tile(_caption(each), each.id, there.get(each.id)) for each in members])
+        least = f"{'at least ' if group.is_bound else ''}{group.least_cosine:.4f}"
+        heading = f"{len(group.members):,} images, least cosine {least}"
+        more = len(group.members) - len(members)
+        headings.append(heading + (f"; {more:,} more are not shown" if more else ""))
+    for row in rows:
+        row[0] = row[0]._replace(heading=f"keep, {row[0].heading.partition(', ')[2]}")
+    return rows, headings
+
+
+def _caption(member: Member) -> str:
+    near = "equal" if member.is_equal else f"{member.cosine:.4f}"
+    return f"{near}, {member.width} x {member.height}, {member.size:,} bytes"
 
 
 def write_groups(groups: Sequence[Group], path: str) -> None:

@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import digests_of
-from resfeat.downstream.kinds import KINDS, Kind, Metric, faiss, prepared
-from resfeat.downstream.search import Neighbour, search
+from resfeat.downstream.exact import Metric, Neighbours
+from resfeat.downstream.kinds import KINDS, Kind, faiss, prepared
+from resfeat.downstream.search import check_vectors, nearest
 from resfeat.errors import ResfeatError, first_line
 
 if TYPE_CHECKING:
@@ -117,15 +118,19 @@ def open_index(dataset: Dataset, layer: str | None = None) -> Index | None:
     return Index(dataset, name, folder, about) if about and isinstance(folder, Path) else None
 
 
-def usable_index(dataset: Dataset, layer: str | None = None) -> tuple[Index | None, str]:
-    """The index of a layer if it can be searched and is that of the dataset as it stands; else why
-    not, in one line, which is empty where there is none."""
+def usable_index(
+    dataset: Dataset, layer: str | None = None, metric: Metric = "cosine"
+) -> tuple[Index | None, str]:
+    """The index of a layer if it can be searched for that metric and is that of the dataset as it
+    stands; else why not, in one line, which is empty where there is none."""
     dataset.check_layer(layer)
     try:
         index = open_index(dataset, layer)
         if index is None or index.stale:
             why = f"{index.stale}: `resfeat index` brings it up to date" if index else ""
             return None, why
+        if index.about.metric != metric:
+            return None, f"the index is for {index.about.metric}, and not for {metric}"
         index.check()
         faiss()
     except ResfeatError as error:
@@ -165,25 +170,25 @@ class Index:
             "changed since"
         )
 
-    def search(self, queries: NDArray[np.float32], k: int) -> list[list[Neighbour]]:
-        """The k nearest images to each query, float32 [Q, D], nearest first.
+    def search(self, queries: NDArray[np.float32], k: int = 10) -> Neighbours:
+        """The k nearest images to each query, float32 [Q, D], or to one, [D], nearest first.
 
-        By exact search, with a warning, where the index is stale. Raises ResfeatError where it is
-        damaged, UsageError where faiss is not installed.
+        By exact search where the index is stale, with a warning, or finds less than k. Raises
+        ResfeatError where it is damaged, and UsageError as `search.nearest` does, and where faiss
+        is not installed.
         """
+        about, asked = self.about, np.atleast_2d(queries)
         if self.stale:
             warnings.warn(f"{self.stale}: this search is exact", stacklevel=2)
-            return search(self._dataset, queries, k, self._layer)
-        scores, found = self.nearest(prepared(queries, self.about.metric), k)
-        return [
-            [Neighbour(name, float(score)) for name, score in zip(*row, strict=True)]
-            for row in self._named(scores, found)
-        ]
-
-    def _named(self, scores: NDArray[np.float32], found: NDArray[np.int64]) -> Any:
-        for row, values in zip(found, scores, strict=True):
-            there = row >= 0  # it finds less than k where it has less, or looks into too few lists
-            yield self.ids["id"].take(self.places_of(row[there])).to_pylist(), values[there]
+            return nearest(self._dataset, asked, k, self._layer, about.metric)
+        check_vectors(self._dataset, asked, "the queries", self._layer)
+        scores, found = self.nearest(prepared(asked, about.metric), k)
+        if (found < 0).any():  # as where the lists that it looks into hold less
+            return nearest(self._dataset, asked, k, self._layer, about.metric)
+        names = self.ids["id"].take(self.places_of(found.ravel())).to_pylist()
+        if about.metric == "l2":
+            scores = np.sqrt(scores)  # FAISS gives squares
+        return Neighbours(np.array(names, np.object_).reshape(found.shape), scores)
 
     def nearest(
         self, queries: NDArray[np.float32], k: int

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Block, Dataset, Parts, vector_hashes, writable
+from resfeat.downstream.exact import Metric
 from resfeat.downstream.index import (
     ABOUT,
     FAISS,
@@ -39,7 +40,6 @@ from resfeat.downstream.index import (
 from resfeat.downstream.kinds import (
     Auto,
     Kind,
-    Metric,
     choose,
     faiss,
     make,
@@ -105,8 +105,7 @@ def build_index(
         )
     parts = Parts(dataset, name)
     if not parts.rows:
-        root = dataset.layout.root
-        raise UsageError(f"{root} has no embeddings yet: see `resfeat status {root}`")
+        raise dataset.empty()
     with writable(dataset.layout), _alone(folder):
         work = _Work(dataset, name, folder, parts, tell)
         there, why = _there(dataset, name, wanted)

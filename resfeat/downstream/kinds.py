@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat.downstream.exact import Metric
 from resfeat.errors import UsageError
 
 Kind = Literal["flat", "ivf", "sq8", "pq", "hnsw"]
 Auto = Literal["auto"]
-Metric = Literal["cosine", "l2"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # As many bytes as a query may be compared with in a moment: some 30 ms on two cores.

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat.downstream.exact import Metric
 from resfeat.downstream.index import Measured
-from resfeat.downstream.kinds import Kind, Metric, efforts_of, faiss, set_effort
+from resfeat.downstream.kinds import Kind, efforts_of, faiss, set_effort
 
 NEAREST = 10
 RECALL = 0.95  # that a search is to have, if trying harder gives it

@@ -1,13 +1,17 @@
-"""A contact sheet: each query in a row with its nearest images."""
+"""Each query in a row with its nearest images: as a picture, or as a page."""
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from html import escape
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from resfeat.decoding import Loaded, load, quiet
-from resfeat.downstream.search import Neighbour
-from resfeat.sources import Item, item_of
+from resfeat.downstream.exact import Neighbours
+from resfeat.downstream.queries import Queries
+from resfeat.sources import Item
 from resfeat.spec import Preprocessing
 
 TILE, CAPTION, GAP = 160, 32, 8
@@ -17,33 +21,113 @@ TILE_PIXELS = Preprocessing(
     resize=TILE, crop=TILE, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1)
 )
 INK, PAPER, MISSING = (20, 20, 20), (255, 255, 255), (222, 222, 222)
+JPEG_QUALITY = 82
 
 
-def contact_sheet(
-    queries: Sequence[str], neighbours: Sequence[Sequence[Neighbour]], items: Mapping[str, Item]
-) -> Image.Image:
-    """One row a query: the query, then its neighbours with cosine and id. items: the images, by id.
-    One that cannot be read any more is a grey tile."""
+class Tile(NamedTuple):
+    """An image with what stands below it. item: None where there is none to be shown."""
+
+    heading: str
+    name: str
+    item: Item | None
+
+
+def tiles(queries: Queries, found: Neighbours, items: Mapping[str, Item]) -> list[list[Tile]]:
+    """One row a query: the query, then its neighbours with score and id. items: those images, by
+    id."""
+    rows = []
+    for query, item, ids, scores in zip(
+        queries.names, queries.items, found.ids, found.scores, strict=True
+    ):
+        near = zip(ids, scores, strict=True)
+        others = (Tile(f"{score:.4f}", name, items.get(name)) for name, score in near)
+        rows.append([Tile("query", query, item), *others])
+    return rows
+
+
+def contact_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
+    """Rows of tiles as a picture. An image that cannot be read any more is a grey tile."""
     across, down = TILE + GAP, TILE + CAPTION + GAP  # from one tile to the next
-    size = GAP + (1 + max(map(len, neighbours))) * across, GAP + len(queries) * down
+    size = GAP + max(map(len, rows)) * across, GAP + len(rows) * down
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
-    for row, (query, found) in enumerate(zip(queries, neighbours, strict=True)):
-        tiles: list[tuple[str, str, Item | None]]
-        tiles = [("query", Path(query).name, item_of(query))]
-        tiles += [(f"{n.cosine:.4f}", n.id, items.get(n.id)) for n in found]
-        for column, (heading, name, item) in enumerate(tiles):
-            left, top = GAP + column * across, GAP + row * down
-            sheet.paste(_tile(item), (left, top))
+    for line, row in enumerate(rows):
+        for column, (heading, name, item) in enumerate(row):
+            left, top = GAP + column * across, GAP + line * down
+            sheet.paste(_thumbnail(item), (left, top))
             text = f"{heading}\n{name if len(name) <= LETTERS else '…' + name[1 - LETTERS :]}"
             draw.multiline_text((left, top + TILE + 2), text, INK, font, spacing=2)
     return sheet
 
 
-def _tile(item: Item | None) -> Image.Image:
+def contact_page(
+    rows: Sequence[Sequence[Tile]], title: str, about: str, headings: Sequence[str] = ()
+) -> str:
+    """The same as one HTML page that needs nothing beside it, on any screen; the first of each row
+    is marked. headings: of the rows. Names are text on it, whatever they are: nothing of them is
+    run."""
+    above = [f"<h2>{escape(each)}</h2>" for each in headings] or [""] * len(rows)
+    body = "\n".join(
+        f"<section>{heading}{''.join(map(_figure, row))}</section>"
+        for heading, row in zip(above, rows, strict=True)
+    )
+    return PAGE.format(style=STYLE, title=escape(title), about=escape(about), body=body)
+
+
+def _figure(tile: Tile) -> str:
+    picture = io.BytesIO()
+    _thumbnail(tile.item).save(picture, "JPEG", quality=JPEG_QUALITY)
+    data = base64.b64encode(picture.getvalue()).decode()
+    # What a terminal or an editor would act on is no part of a page.
+    name = escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in tile.name))
+    return (
+        "<figure>"
+        f'<img src="data:image/jpeg;base64,{data}" width="{TILE}" height="{TILE}" alt="{name}">'
+        f"<figcaption><b>{escape(tile.heading)}</b> <bdi>{name}</bdi></figcaption></figure>"
+    )
+
+
+def _thumbnail(item: Item | None) -> Image.Image:
     with quiet():
         image = load(item, TILE_PIXELS, "pillow") if item else None
     if isinstance(image, Loaded):
         return Image.fromarray(image.picture.pixels)
     return Image.new("RGB", (TILE, TILE), MISSING)  # gone or broken since it was embedded
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --line: #d9d9e0; --mark: #2f6fdb }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7e7ea; --paper: #16161a; --line: #3a3a42; --mark: #7fb0ff }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; color: var(--ink);
+  background: var(--paper); font: 15px/1.4 system-ui, sans-serif }
+h1 { font-size: 1.3rem; margin: 0; overflow-wrap: anywhere }
+section { border-top: 1px solid var(--line); padding: 1rem 0; display: grid; gap: .75rem;
+  grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)) }
+h2 { font-size: 1rem; margin: 0; grid-column: 1 / -1 }
+figure { margin: 0; min-width: 0 }
+img { display: block; width: 100%; height: auto; border-radius: 4px }
+figure:first-of-type img { outline: 3px solid var(--mark) }
+figcaption { margin-top: .3rem; font-size: .85rem; overflow-wrap: anywhere }
+"""
+# The policy lets the page load nothing and run nothing.
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" \
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{about}</p>
+{body}
+</body>
+</html>
+"""

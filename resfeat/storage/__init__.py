@@ -9,6 +9,7 @@ from resfeat.storage.clouds import (
     is_remote,
 )
 from resfeat.storage.draft import Draft, Drafts, draft, sha256, write_json, write_whole
+from resfeat.storage.extents import extents
 from resfeat.storage.fence import Fence
 from resfeat.storage.fetch import Fetched, Known, fetch, open_binary, stat
 from resfeat.storage.listing import pages
@@ -27,7 +28,7 @@ from resfeat.storage.remote import StorePath, Version
 __all__ = [
     "OBJECT", "SCHEMES", "ChangedError", "CredentialsError", "Draft", "Drafts", "Fence", "Fetched",
     "Known", "Location", "MissingBucketError", "Page", "RefusedError", "StorePath", "Version",
-    "dataset_of", "draft", "fetch", "file_system_of", "is_remote", "locate", "make_folder",
-    "open_binary", "open_parquet", "pages", "remove", "remove_all", "sha256", "stat",
+    "dataset_of", "draft", "extents", "fetch", "file_system_of", "is_remote", "locate",
+    "make_folder", "open_binary", "open_parquet", "pages", "remove", "remove_all", "sha256", "stat",
     "write_json", "write_whole",
 ]  # fmt: skip

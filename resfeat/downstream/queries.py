@@ -1,0 +1,112 @@
+"""What a user asks for the nearest of: image files, folders of them, ids, or vectors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resfeat.downstream.search import check_vectors
+from resfeat.errors import UsageError, first_line
+from resfeat.sources import Item, item_of, listing
+from resfeat.spec import SourceOptions
+
+if TYPE_CHECKING:
+    from resfeat.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Queries:
+    """names: as the user knows them. vectors: float32 [Q, D]. items: their images; None of a vector
+    that was given as such."""
+
+    names: Sequence[str]
+    vectors: NDArray[np.float32]
+    items: Sequence[Item | None]
+
+
+def queries_of(
+    dataset: Dataset, given: Sequence[str], ids: Sequence[str] = (), layer: str | None = None
+) -> Queries:
+    """Images, folders and .npy files that are given, in their order, then images of the dataset by
+    id. Images are embedded as the dataset's own were. Raises UsageError for whatever cannot be
+    used, and ResfeatError if no such embeddings can be made any more."""
+    dataset.check_layer(layer)
+    parts: list[Queries] = []
+    images: list[tuple[str, Item]] = []
+    for name in given:
+        if name.lower().endswith(".npy"):
+            parts += [_embedded(dataset, images, layer), _read(dataset, name, layer)]
+            images = []
+        elif os.path.isdir(name):
+            images += _listed(name)
+        else:
+            images.append((name, item_of(name)))
+    parts += [_embedded(dataset, images, layer), _known(dataset, ids, layer)]
+    parts = [part for part in parts if part.names]
+    return Queries(
+        [name for part in parts for name in part.names],
+        np.concatenate([part.vectors for part in parts]),
+        [item for part in parts for item in part.items],
+    )
+
+
+def _listed(folder: str) -> list[tuple[str, Item]]:
+    items = list(listing([folder], SourceOptions()))
+    if not items:
+        raise UsageError(f"no images in {folder}: give a folder that has some")
+    return [(os.path.join(folder, item.id), item) for item in items]
+
+
+def _embedded(dataset: Dataset, images: Sequence[tuple[str, Item]], layer: str | None) -> Queries:
+    if not images:
+        return _NOTHING
+    from resfeat.downstream.embedder import Embedder  # brings torch, which ids and vectors need not
+
+    names, items = zip(*images, strict=True)
+    with closing(Embedder.of(dataset, layer)) as embedder:
+        vectors, failures = embedder.attempt(items)
+    for name, failure in zip(names, failures, strict=True):
+        if failure:
+            raise UsageError(f"cannot use {name} as a query: {failure.reason}, {failure.message}")
+    return Queries(names, vectors, items)
+
+
+def _read(dataset: Dataset, name: str, layer: str | None) -> Queries:
+    try:
+        vectors = np.load(Path(name), allow_pickle=False)
+    except FileNotFoundError:
+        raise UsageError(f"cannot use {name} as a query: there is no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(
+            f"cannot use {name} as queries ({first_line(error)}): save float32 [Q, D] with np.save"
+        ) from error
+    vectors = np.atleast_2d(vectors)
+    check_vectors(dataset, vectors, name, layer)
+    if not len(vectors):
+        raise UsageError(f"{name} holds no vectors: save float32 [Q, D] with np.save")
+    return Queries([f"{name}[{n}]" for n in range(len(vectors))], vectors, [None] * len(vectors))
+
+
+def _known(dataset: Dataset, ids: Sequence[str], layer: str | None) -> Queries:
+    if not ids:
+        return _NOTHING
+    found = dataset.find(ids, layer)
+    for name in ids:
+        if name not in found:
+            raise UsageError(
+                f"{dataset.layout.root} has no embedding of the id '{name}': ids stand in the "
+                "column `id`, and of what failed in failures/"
+            )
+    items = dataset.items(ids)
+    vectors = np.stack([found[name] for name in ids])
+    return Queries(ids, vectors, [items.get(name) for name in ids])
+
+
+_NOTHING = Queries((), np.empty((0, 0), np.float32), ())

@@ -1,0 +1,118 @@
+"""What people type in a notebook: the fields of the specs as keywords."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, TypedDict
+
+from resfeat.errors import UsageError
+from resfeat.spec import (
+    Decode,
+    DType,
+    ExtractSpec,
+    FeatureSpec,
+    Interpolation,
+    Pool,
+    Precision,
+    RuntimeName,
+    RuntimeOptions,
+)
+
+Address = str | os.PathLike[str]  # a path, or an address in a store or on the web
+
+
+class FeatureKeywords(TypedDict, total=False):
+    """As `FeatureSpec` says."""
+
+    model: str
+    weights: Address
+    layers: str | Sequence[str] | None
+    pool: Pool | None
+    normalize: bool
+    precision: Precision
+    dtype: DType
+    resize: int | None
+    crop: int | None
+    interpolation: Interpolation | None
+    decode: Decode
+
+
+class PlaceKeywords(TypedDict, total=False):
+    """As `RuntimeOptions` says of one process. runtime: its name, or all of the options."""
+
+    runtime: RuntimeName | RuntimeOptions | None
+    batch_size: int | None
+    gpus_per_worker: float | None
+    cpus_per_worker: int | None
+
+
+class EmbedderKeywords(FeatureKeywords, PlaceKeywords, total=False):
+    """What an `Embedder` is made with."""
+
+
+class ExtractKeywords(FeatureKeywords, PlaceKeywords, total=False):
+    """As `ExtractSpec` says, and `RuntimeOptions`."""
+
+    workers: int | None
+    address: str | None
+    label_from: Literal["parent"] | None
+    keep: str | Sequence[str]
+    uri_column: str | None
+    image_column: str | None
+    id_column: str | None
+    shard_size: int | None
+    max_error_rate: float
+    retry_failed: bool
+    update: bool
+    max_gone: float
+    partition: str | None
+    min_parity: float | None
+
+
+def check_names(call: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UsageError, with the nearest that there is, for a keyword that a call does not have."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise UsageError(f"{call} has no keyword '{name}': did you mean '{nearest}'?")
+
+
+def feature_spec(given: Mapping[str, Any]) -> FeatureSpec:
+    """The features among the keywords."""
+    return FeatureSpec(**_of(FeatureSpec, given))
+
+
+def runtime_options(given: Mapping[str, Any]) -> RuntimeOptions:
+    """How to run, of the keywords. Those beside `runtime=RuntimeOptions(...)` come before its."""
+    options = _of(RuntimeOptions, given)
+    if isinstance(whole := options.get("runtime"), RuntimeOptions):
+        del options["runtime"]
+        return replace(whole, **options)
+    return RuntimeOptions(**options)
+
+
+def extract_spec(
+    sources: Address | Sequence[Address], output: Address, given: Mapping[str, Any]
+) -> ExtractSpec:
+    """The extraction that is asked for by keywords."""
+    several = [sources] if isinstance(sources, str | os.PathLike) else sources
+    options = _of(ExtractSpec, given) | {"runtime": runtime_options(given)}
+    paths = tuple(os.fspath(each) for each in several)
+    return ExtractSpec(sources=paths, output=os.fspath(output), **options)
+
+
+def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords that are fields of a spec, in its types."""
+    own = {each.name: given[each.name] for each in fields(kind) if each.name in given}
+    for name in ("layers", "keep"):  # one name, or several
+        if isinstance(value := own.get(name), str):
+            own[name] = (value,)
+        elif value is not None:
+            own[name] = tuple(value)
+    if "weights" in own:
+        own["weights"] = os.fspath(own["weights"])
+    return own
