@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,13 @@ from resfeat.sources import Item
 from resfeat.spec import FeatureSpec, Identity, SourceOptions
 
 Vectors = NDArray[np.float32]
+
+
+class Sliced(Protocol):
+    """Vectors [N, D], or what makes them some at a time."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, some: slice, /) -> Vectors: ...
 
 
 @cache
@@ -34,7 +42,7 @@ def clustered(rows: int, dim: int, *, seed: int = 0, spread: float = 0.5) -> Vec
 
 
 def write_dataset(
-    root: Path, vectors: Vectors, ids: Sequence[str] | None = None, shard_size: int = 100
+    root: Path, vectors: Sliced, ids: Sequence[str] | None = None, shard_size: int = 100
 ) -> Dataset:
     """A finished dataset of vectors [N, D]."""
     layout, names = Layout(root), ids or [f"{n:06}.jpg" for n in range(len(vectors))]
