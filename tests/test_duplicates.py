@@ -96,6 +96,7 @@ def test_the_groups_are_those_of_all_pairs(held, dataset, vectors, monkeypatch):
 
 def test_by_the_index_they_are_the_same(vectors, tmp_path):
     dataset = write_dataset(tmp_path / "out", vectors, shard_size=90)
+    commit(dataset.layout, 7, [], vectors[:0])  # all of its images failed
     expected = find_duplicates(dataset, 0.95)
     build_index(dataset, Wanted(kind="flat"))
     index = open_index(dataset)
@@ -245,6 +246,8 @@ def test_what_is_refused_is_one_line(dataset, tmp_path, resfeat):
         assert done.returncode == code and done.stdout == ""
         return error_of(done.stderr)
 
+    done = resfeat("duplicates", out, "--threshold", "1", "--html", tmp_path / "none.html")
+    assert done.returncode == 0 and "duplicates" in done.stdout
     for threshold in ("0", "1.5", "-1", "nan"):
         told = refused(out, "--threshold", threshold)
         assert told == f"Error: --threshold {threshold}: give a cosine above 0, and at most 1"

@@ -64,20 +64,16 @@ def duplicates(
     from resfeat.dataset import open_dataset
 
     dataset = open_dataset(output)
+    for path in filter(None, (table, html)):
+        downstream.check_place(path)
     with Lines() as lines:
         index = None if exact else _index(dataset, layer, lines)
         groups = downstream.find_duplicates(dataset, threshold, layer, index, lines.step)
+        if html:
+            lines.step("drawing the page")
+            _draw(dataset, groups, threshold, html)
     if table:
         downstream.write_groups(groups, table)
-    if html:
-        rows, headings = downstream.duplicate_tiles(groups, dataset.items)
-        about = (
-            f"{dataset.layout.root}: {len(groups):,} groups, linked by a cosine of {threshold:g}"
-        )
-        if len(rows) < len(groups):
-            about += f"; the largest {len(rows):,} are shown"
-        page = downstream.contact_page(rows, "Duplicates", about, headings)
-        downstream.write_document(html, page.encode("utf-8", "replace"))
     if as_json:
         told = {
             "dataset": str(dataset.layout.root),
@@ -91,6 +87,17 @@ def duplicates(
     for name, path in (("Table", table), ("Page", html)):
         if path:
             click.echo(f"{name}: {path}")
+
+
+def _draw(dataset: Dataset, groups: Sequence[Group], threshold: float, html: str) -> None:
+    from resfeat import downstream
+
+    rows, headings = downstream.duplicate_tiles(groups, dataset.items)
+    about = f"{dataset.layout.root}: {len(groups):,} groups, linked by a cosine of {threshold:g}"
+    if len(rows) < len(groups):
+        about += f"; the largest {len(rows):,} are shown"
+    page = downstream.contact_page(rows, "Duplicates", about, headings)
+    downstream.write_document(html, page.encode("utf-8", "replace"))
 
 
 def _index(dataset: Dataset, layer: str | None, lines: Lines) -> Index | None:

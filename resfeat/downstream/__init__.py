@@ -5,6 +5,7 @@
 
 from resfeat.downstream.duplicates import (
     Group,
+    check_place,
     duplicate_tiles,
     find_duplicates,
     write_document,
@@ -19,6 +20,6 @@ from resfeat.downstream.sheet import Tile, contact_page, contact_sheet, tiles
 
 __all__ = [
     "Group", "Index", "Metric", "Neighbours", "Queries", "Tile", "Wanted", "build_index",
-    "contact_page", "contact_sheet", "duplicate_tiles", "find_duplicates", "nearest", "open_index",
-    "queries_of", "tiles", "usable_index", "write_document", "write_groups",
+    "check_place", "contact_page", "contact_sheet", "duplicate_tiles", "find_duplicates",
+    "nearest", "open_index", "queries_of", "tiles", "usable_index", "write_document", "write_groups",
 ]  # fmt: skip

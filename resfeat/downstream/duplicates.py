@@ -146,7 +146,7 @@ def duplicate_tiles(
     """The largest groups as rows of a page, which would be too large with all, and what stands
     above each. items: gives images by their ids."""
     some = [(group, group.members[:SHOWN_MEMBERS]) for group in groups[:SHOWN_GROUPS]]
-    there = items([each.id for _, members in some for each in members])
+    there = items([each.id for _, members in some for each in members]) if some else {}
     rows, headings = [], []
     for group, members in some:
         rows.append([Tile(_caption(each), each.id, there.get(each.id)) for each in members])
@@ -187,6 +187,13 @@ def write_groups(groups: Sequence[Group], path: str) -> None:
     write_document(path, sink.getvalue().to_pybytes())
 
 
+def check_place(path: str) -> None:
+    """Raise ResfeatError where a file cannot be written for want of its folder: better said before
+    the work than after it."""
+    if not Path(path).absolute().parent.is_dir():
+        raise ResfeatError(f"cannot write {path}: its folder is not there; give another path")
+
+
 def write_document(path: str, content: bytes) -> None:
     """Write a file that was asked for, whole. Raises ResfeatError where that cannot be."""
     target = Path(path).absolute()
@@ -194,5 +201,5 @@ def write_document(path: str, content: bytes) -> None:
         write_whole(target.parent, target, content)
     except OSError as error:
         raise ResfeatError(
-            f"cannot write {path} ({first_line(error)}): give a path in a folder that is there"
+            f"cannot write {path}: {error.strerror or first_line(error)}; give another path"
         ) from error

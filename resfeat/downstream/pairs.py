@@ -128,7 +128,8 @@ def _near_by_index(
     """Pairs of each image and its nearest. Fills in the hashes."""
     place_of = np.full(len(index.ids), -1, np.int64)  # of each row of the index
     for shard in parts.digests:
-        places = parts.places_in(shard)
+        if not len(places := parts.places_in(shard)):
+            continue  # all of its images failed
         there, listed = np.flatnonzero(index.shards == shard), index.rows_of(shard)
         at = pc.index_in(parts.at(places, ["id"])["id"], value_set=listed["id"])
         place_of[there[at.to_numpy()]] = places
