@@ -167,7 +167,7 @@ def test_ray_data_takes_it_as_its_class(pictures, tmp_path):
         resfeat.Embedder,
         fn_constructor_kwargs={**SMALL, **how, "cpus_per_worker": 1},
         batch_size=5,
-        compute=ray.data.ActorPoolStrategy(size=1),
+        concurrency=1,
     )
     found = {row["path"]: row for row in embedded.take_all()}
     assert len(found) == len(expected) + 1

@@ -84,9 +84,9 @@ def duplicates(
         click.echo(json.dumps(told))
         return
     _tell(groups)
-    for name, path in (("Table", table), ("Page", html)):
-        if path:
-            click.echo(f"{name}: {path}")
+    for name, place in (("Table", table), ("Page", html)):
+        if place:
+            click.echo(f"{name}: {place}")
 
 
 def _draw(dataset: Dataset, groups: Sequence[Group], threshold: float, html: str) -> None:

@@ -21,5 +21,6 @@ from resfeat.downstream.sheet import Tile, contact_page, contact_sheet, tiles
 __all__ = [
     "Group", "Index", "Metric", "Neighbours", "Queries", "Tile", "Wanted", "build_index",
     "check_place", "contact_page", "contact_sheet", "duplicate_tiles", "find_duplicates",
-    "nearest", "open_index", "queries_of", "tiles", "usable_index", "write_document", "write_groups",
+    "nearest", "open_index", "queries_of", "tiles", "usable_index", "write_document",
+    "write_groups",
 ]  # fmt: skip

@@ -53,7 +53,7 @@ class Embedder:
 
         images = ray.data.read_binary_files("photos", include_paths=True)
         images.map_batches(resfeat.Embedder, fn_constructor_kwargs={"model": "resnet18"},
-                           batch_size=64, compute=ray.data.ActorPoolStrategy(size=2))
+                           batch_size=64, concurrency=2)
     """
 
     def __init__(self, *, column: str = "bytes", **asked: Unpack[EmbedderKeywords]) -> None:

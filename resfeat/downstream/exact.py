@@ -129,7 +129,8 @@ class _Nearest:
 
     def add(self, ids: pa.Array, rows: NDArray[np.float32], place: int) -> None:
         """Look at rows [n, D], the first of which has this place."""
-        query, row = np.nonzero(self._may_be_near(rows))
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # what is odd
+            query, row = np.nonzero(self._may_be_near(rows))
         if not len(query):
             return
         near = np.concatenate(
@@ -151,9 +152,8 @@ class _Nearest:
 
     def _may_be_near(self, rows: NDArray[np.float32]) -> NDArray[np.bool_]:
         """[Q, n]: which rows may be among the k nearest."""
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            squares = np.einsum("ij,ij->i", rows, rows)
-            near = self._rough @ rows.T
+        squares = np.einsum("ij,ij->i", rows, rows)
+        near = self._rough @ rows.T
         odd = _odd(squares)
         odd[odd] = rows[odd].any(axis=1)  # zeros are well known
         squares[odd] = 0
@@ -167,14 +167,16 @@ class _Nearest:
             longest = np.sqrt(squares.max(initial=0))
             doubt = doubt * longest * (self._lengths + longest)
             least = (self._lengths**2 - self._least**2) / 2 - doubt
-        near[:, odd] = np.inf
-        near[self._odd] = np.inf
+        near[:, odd] = -np.inf  # of these nothing is known
+        near[self._odd] = -np.inf
         may_be = near >= least.astype(np.float32)[:, None]
         if np.count_nonzero(may_be) > MANY * self._k * len(near) and self._k < len(rows):
             # At first nothing is known; and rows may come the nearer, the later. Then only those
             # that may be among the nearest of these.
             kth = np.partition(near, -self._k, axis=1)[:, -self._k]
             may_be &= near >= (kth - 2 * doubt).astype(np.float32)[:, None]
+        may_be[:, odd] = True
+        may_be[self._odd] = True
         found: NDArray[np.bool_] = may_be
         return found
 
