@@ -11,7 +11,9 @@ import click
 from resfeat import __version__
 from resfeat.errors import ResfeatError, UsageError
 
-COMMANDS = ("extract", "status", "verify", "search", "models", "bench")
+COMMANDS = (
+    "extract", "status", "verify", "search", "index", "duplicates", "models", "bench",
+)  # fmt: skip
 
 
 class Group(click.Group):

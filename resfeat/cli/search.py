@@ -43,6 +43,7 @@ Examples:
     metavar="NAME",
     help="Which embedding of a dataset with several.  [default: the last]",
 )
+@click.option("--exact", is_flag=True, help="Look at all rows, also where there is an index.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object a query.")
 @click.option(
     "--sheet", metavar="F.png", type=click.Path(dir_okay=False),
@@ -54,12 +55,13 @@ Examples:
 )  # fmt: skip
 def search(
     output: str, queries: tuple[str, ...], ids: tuple[str, ...], k: int, metric: Metric,
-    layer: str | None, as_json: bool, sheet: str | None, html: str | None,
+    layer: str | None, exact: bool, as_json: bool, sheet: str | None, html: str | None,
 ) -> None:  # fmt: skip
     """Find the images of the dataset OUT that are nearest to each QUERY: an image file, a folder of
     them, or a .npy of vectors.
 
-    Exact, over all rows. An image is embedded as the dataset's own were.
+    Exact, over all rows, but where there is an index of the dataset as it stands (`resfeat
+    index`), which may miss a few. An image is embedded as the dataset's own were.
     """
     if not queries and not ids:
         raise UsageError("nothing to look for: name an image, a folder or a .npy, or give --id ID")
@@ -70,7 +72,13 @@ def search(
     if not (rows := dataset.commits().embedded):
         raise UsageError(f"{output} has no embeddings yet: see `resfeat status {output}`")
     asked = downstream.queries_of(dataset, queries, ids, layer)
-    found = downstream.nearest(dataset, asked.vectors, k, layer, metric)
+    index, why = (None, "") if exact else downstream.usable_index(dataset, layer, metric)
+    if why:
+        click.echo(f"Note: {shown(why)}; this search is exact", err=True)
+    if index:
+        found = index.search(asked.vectors, k)
+    else:
+        found = downstream.nearest(dataset, asked.vectors, k, layer, metric)
     if k > rows:
         click.echo(
             f"Note: {output} has {rows:,} images, fewer than -k {k}: these are all", err=True

@@ -8,13 +8,15 @@ from resfeat.dataset.layout import ALL, Layout
 from resfeat.dataset.lease import check_lease
 from resfeat.dataset.lock import holder, run_lock
 from resfeat.dataset.notes import Commits
+from resfeat.dataset.parts import Block, Parts, digests_of
 from resfeat.dataset.reader import Dataset, Kept, kept_rows, open_dataset
 from resfeat.dataset.record import Record
-from resfeat.dataset.schema import FailedItem, Row, embeddings_schema
+from resfeat.dataset.schema import FailedItem, Row, embeddings_schema, vector_hashes
 from resfeat.dataset.writer import Lock
 
 __all__ = [
-    "ALL", "Commits", "Dataset", "FailedItem", "Kept", "Layout", "Lock", "Part", "Record", "Row",
-    "check_lease", "commit_generation", "embeddings_schema", "held", "holder",
-    "is_alone", "kept_rows", "open_dataset", "run_lock", "whole", "writable", "write_card",
+    "ALL", "Block", "Commits", "Dataset", "FailedItem", "Kept", "Layout", "Lock", "Part", "Parts",
+    "Record", "Row", "check_lease", "commit_generation", "digests_of", "embeddings_schema", "held",
+    "holder", "is_alone", "kept_rows", "open_dataset", "run_lock", "vector_hashes", "whole",
+    "writable", "write_card",
 ]  # fmt: skip

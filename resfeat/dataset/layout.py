@@ -9,6 +9,7 @@ OUT/
     plan/plan-00000.parquet       the frozen listing
     checksums/part-00000.json     the note of a shard's commit: rows and digests of its files
     int8/network.xml, .bin        the network that precision int8 made of the weights
+    index/<layer>/                index.faiss, ids.parquet and about.json, which names their digests
     runs/<run-id>.json            one report a run
     locks/<share>                 who is writing that share of the dataset now: all of it, or 2-of-4
     tmp/<share>/                  files that its writer has not published yet (not in a store)
@@ -65,6 +66,10 @@ class Layout:
 
     def note(self, shard: int) -> Location:
         return self.checksums / f"part-{shard:05d}.json"
+
+    def index(self, layer: str) -> Location:
+        """The folder of the index of a layer."""
+        return self.private / "index" / layer
 
     def run_report(self, run_id: str) -> Location:
         return self.runs / f"{run_id}.json"

@@ -118,3 +118,11 @@ def failures_table(items: Iterable[FailedItem], schema: pa.Schema) -> pa.Table:
     fields = [*FAILURES, *carried_fields(schema)]
     columns = zip([field.name for field in fields], zip(*rows, strict=True), strict=True)
     return pa.table(dict(columns), schema=pa.schema(fields))
+
+
+def vector_hashes(vectors: NDArray[np.floating]) -> NDArray[np.uint64]:
+    """Of each row's bits: a sum with fixed odd random factors, modulo 2^64."""
+    bits = vectors.view(f"u{vectors.itemsize}").astype(np.uint64)
+    factors = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        return bits @ (2 * factors + 1)

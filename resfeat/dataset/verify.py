@@ -24,7 +24,7 @@ from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
 from resfeat.dataset.reader import Dataset
 from resfeat.dataset.record import Record
-from resfeat.dataset.schema import FAILURES, layers_in
+from resfeat.dataset.schema import FAILURES, layers_in, vector_hashes
 from resfeat.errors import REASONS, ResfeatError, first_line
 from resfeat.plan import Shard, read_shard
 from resfeat.storage import Location, open_parquet, remove
@@ -217,7 +217,7 @@ def _look_at(dataset: Dataset, shard: Shard, was_committed: bool) -> _Look:
     if note and not look.problems and (note.embedded, note.reasons) != counted:
         look.wrong("checksum", layout.note(number), "it counts other rows than there are")
     look.embedded, look.failed = len(table), len(reasons)
-    look.vectors = _hashes(np.hstack(layers))
+    look.vectors = vector_hashes(np.hstack(layers))
     return look
 
 
@@ -284,14 +284,6 @@ def _fingerprint(table: pa.Table) -> object:
         return json.loads(table.schema.metadata[b"resfeat"])["fingerprint"]
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _hashes(vectors: NDArray[np.floating]) -> NDArray[np.uint64]:
-    """Of each row's bits: a sum with fixed odd random factors, modulo 2^64."""
-    bits = vectors.view(f"u{vectors.itemsize}").astype(np.uint64)
-    factors = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        return bits @ (2 * factors + 1)
 
 
 def _doubles(hashes: Sequence[NDArray[np.uint64]]) -> int:

@@ -61,10 +61,17 @@ def contact_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
     return sheet
 
 
-def contact_page(rows: Sequence[Sequence[Tile]], title: str, about: str) -> str:
-    """The same as one HTML page that needs nothing beside it, on any screen. Names are text on it,
-    whatever they are: nothing of them is run."""
-    body = "\n".join(f"<section>{''.join(map(_figure, row))}</section>" for row in rows)
+def contact_page(
+    rows: Sequence[Sequence[Tile]], title: str, about: str, headings: Sequence[str] = ()
+) -> str:
+    """The same as one HTML page that needs nothing beside it, on any screen; the first of each row
+    is marked. headings: of the rows. Names are text on it, whatever they are: nothing of them is
+    run."""
+    above = [f"<h2>{escape(each)}</h2>" for each in headings] or [""] * len(rows)
+    body = "\n".join(
+        f"<section>{heading}{''.join(map(_figure, row))}</section>"
+        for heading, row in zip(above, rows, strict=True)
+    )
     return PAGE.format(style=STYLE, title=escape(title), about=escape(about), body=body)
 
 
@@ -75,7 +82,7 @@ def _figure(tile: Tile) -> str:
     # What a terminal or an editor would act on is no part of a page.
     name = escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in tile.name))
     return (
-        f"<figure{' class=query' if tile.heading == 'query' else ''}>"
+        "<figure>"
         f'<img src="data:image/jpeg;base64,{data}" width="{TILE}" height="{TILE}" alt="{name}">'
         f"<figcaption><b>{escape(tile.heading)}</b> <bdi>{name}</bdi></figcaption></figure>"
     )
@@ -100,9 +107,10 @@ body { margin: 0 auto; padding: 1rem; max-width: 90rem; color: var(--ink);
 h1 { font-size: 1.3rem; margin: 0; overflow-wrap: anywhere }
 section { border-top: 1px solid var(--line); padding: 1rem 0; display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)) }
+h2 { font-size: 1rem; margin: 0; grid-column: 1 / -1 }
 figure { margin: 0; min-width: 0 }
 img { display: block; width: 100%; height: auto; border-radius: 4px }
-.query img { outline: 3px solid var(--mark) }
+figure:first-of-type img { outline: 3px solid var(--mark) }
 figcaption { margin-top: .3rem; font-size: .85rem; overflow-wrap: anywhere }
 """
 # The policy lets the page load nothing and run nothing.

@@ -1,0 +1,277 @@
+"""The index of a dataset: what it is, whether it is still that of the dataset, and search by it.
+
+It lies in `OUT/_resfeat/index/<layer>/`:
+
+    index.faiss   FAISS opens it without us; it finds numbers of rows
+    ids.parquet   faiss_id, id, shard, and a hash of the vector, by ascending faiss_id
+    about.json    what it was made of, and the digests of both: the index is there if this is
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from resfeat.dataset import digests_of
+from resfeat.downstream.exact import Metric, Neighbours
+from resfeat.downstream.kinds import KINDS, Kind, faiss, prepared
+from resfeat.downstream.search import check_vectors, nearest
+from resfeat.errors import ResfeatError, first_line
+
+if TYPE_CHECKING:
+    from resfeat.dataset import Dataset
+
+FAISS, IDS, ABOUT = "index.faiss", "ids.parquet", "about.json"
+FORMAT = 1
+# Of larger files only the beginning and the end are checked: reading them would take as long as an
+# exact search.
+CHECKED_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How it did on rows that were held out, when it was made. recall_at_10: the share of their ten
+    nearest, by exact search, that it found; None for fewer than five rows. Seconds: a query, as one
+    of all that were asked together."""
+
+    rows: int
+    queries: int
+    recall_at_10: float | None
+    seconds: float
+    exact_seconds: float
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What an index is. asked: whether its kind was asked for; parts: the digest of each
+    part that it has the rows of, by shard; changed: rows that came or went since it was made;
+    files: digests of its files; effort: how hard a search tries, as `kinds.set_effort` has it."""
+
+    layer: str
+    kind: Kind
+    why: str
+    asked: bool
+    metric: Metric
+    dim: int
+    rows: int
+    trained_on: int
+    effort: int
+    fingerprint: str
+    generation: int
+    parts: Mapping[int, str]
+    measured: Measured
+    next_id: int
+    changed: int = 0
+    files: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """What an index says of itself; None where there is none. Raises ResfeatError where it
+        cannot be understood."""
+        path = folder / ABOUT
+        try:
+            content = json.loads(path.read_bytes())
+            if content.pop("format") != FORMAT or content["kind"] not in KINDS:
+                raise ValueError("of another version of resfeat")
+            content["parts"] = {int(shard): each for shard, each in content["parts"].items()}
+            content["measured"] = Measured(**content["measured"])
+            about = cls(**content)
+            if set(about.files) != {FAISS, IDS}:
+                raise ValueError("it names other files")
+            return about
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: object) -> ResfeatError:
+    why = first_line(error) if isinstance(error, BaseException) else error
+    return ResfeatError(f"{path} is damaged ({why}): `resfeat index` makes it anew")
+
+
+def open_index(dataset: Dataset, layer: str | None = None) -> Index | None:
+    """The index of a layer, the last by default; None where there is none, or OUT is in a store.
+
+    Raises ResfeatError where it is damaged, UsageError for a layer that the dataset does not have.
+    """
+    name = layer_of(dataset, layer)
+    folder = dataset.layout.index(name)
+    about = About.load(folder) if isinstance(folder, Path) else None
+    return Index(dataset, name, folder, about) if about and isinstance(folder, Path) else None
+
+
+def usable_index(
+    dataset: Dataset, layer: str | None = None, metric: Metric = "cosine"
+) -> tuple[Index | None, str]:
+    """The index of a layer if it can be searched for that metric and is that of the dataset as it
+    stands; else why not, in one line, which is empty where there is none."""
+    dataset.check_layer(layer)
+    try:
+        index = open_index(dataset, layer)
+        if index is None or index.stale:
+            why = f"{index.stale}: `resfeat index` brings it up to date" if index else ""
+            return None, why
+        if index.about.metric != metric:
+            return None, f"the index is for {index.about.metric}, and not for {metric}"
+        index.check()
+        faiss()
+    except ResfeatError as error:
+        return None, str(error)
+    return index, ""
+
+
+def layer_of(dataset: Dataset, layer: str | None) -> str:
+    """The layer that is meant. Raises UsageError where it is not there."""
+    dataset.check_layer(layer)
+    return layer or list(dataset.record.identity.columns)[-1]
+
+
+class Index:
+    """An index of a dataset. `stale`: why it is not that of the dataset as it stands, or None."""
+
+    def __init__(self, dataset: Dataset, layer: str, folder: Path, about: About) -> None:
+        self._dataset, self._layer, self._folder = dataset, layer, folder
+        self.about = about
+        self.stale = self._stale()
+
+    def _stale(self) -> str | None:
+        about, record = self.about, self._dataset.record
+        if about.fingerprint != record.identity.fingerprint:
+            return (
+                f"the index is of embeddings with the fingerprint {about.fingerprint[:12]}, and "
+                f"these have {record.identity.fingerprint[:12]}"
+            )
+        if about.layer != self._layer:
+            return f"the index is of the layer {about.layer}, and not of {self._layer}"
+        now, then = digests_of(self._dataset.layout), about.parts
+        if now == then:
+            return None
+        count = sum(now.get(shard) != then.get(shard) for shard in {*now, *then})
+        return (
+            f"the index is older than the dataset, of which {count:,} of {len(now):,} parts have "
+            "changed since"
+        )
+
+    def search(self, queries: NDArray[np.float32], k: int = 10) -> Neighbours:
+        """The k nearest images to each query, float32 [Q, D], or to one, [D], nearest first.
+
+        By exact search where the index is stale, with a warning, or finds less than k. Raises
+        ResfeatError where it is damaged, and UsageError as `search.nearest` does, and where faiss
+        is not installed.
+        """
+        about, asked = self.about, np.atleast_2d(queries)
+        if self.stale:
+            warnings.warn(f"{self.stale}: this search is exact", stacklevel=2)
+            return nearest(self._dataset, asked, k, self._layer, about.metric)
+        check_vectors(self._dataset, asked, "the queries", self._layer)
+        scores, found = self.nearest(prepared(asked, about.metric), k)
+        if (found < 0).any():  # as where the lists that it looks into hold less
+            return nearest(self._dataset, asked, k, self._layer, about.metric)
+        names = self.ids["id"].take(self.places_of(found.ravel())).to_pylist()
+        if about.metric == "l2":
+            scores = np.sqrt(scores)  # FAISS gives squares
+        return Neighbours(np.array(names, np.object_).reshape(found.shape), scores)
+
+    def nearest(
+        self, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores and FAISS's numbers [Q, k] of the nearest to `prepared` queries; -1 for none."""
+        scores, found = self.faiss.search(queries, min(k, self.about.rows))
+        return scores, found
+
+    def places_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where these numbers stand in `ids`."""
+        return np.searchsorted(self._numbers, numbers)
+
+    @cached_property
+    def _numbers(self) -> NDArray[np.int64]:
+        numbers: NDArray[np.int64] = self.ids["faiss_id"].to_numpy()
+        return numbers
+
+    @cached_property
+    def ids(self) -> pa.Table:
+        """faiss_id, id, shard and hash of each row."""
+        path = self._folder / IDS
+        self._check(path)
+        try:
+            return pq.read_table(path, use_threads=False).combine_chunks()
+        except (OSError, ValueError) as error:
+            raise damaged(path, error) from error
+
+    @cached_property
+    def faiss(self) -> Any:
+        """The index as FAISS has it, to be searched: its file is mapped, not read."""
+        return self._read(faiss().IO_FLAG_MMAP)
+
+    def to_change(self) -> Any:
+        """The same in memory, to be changed."""
+        return self._read(0)
+
+    def _read(self, flags: int) -> Any:
+        library, path = faiss(), self._folder / FAISS
+        self._check(path)
+        try:
+            index = library.read_index(str(path), flags)
+        except RuntimeError as error:
+            raise damaged(path, error) from error
+        if (index.ntotal, index.d) != (self.about.rows, self.about.dim):
+            raise damaged(path, "it holds other rows")
+        return index
+
+    def check(self) -> None:
+        """Raise ResfeatError where its files are not what was written."""
+        for name in self.about.files:
+            self._check(self._folder / name)
+
+    def _check(self, path: Path) -> None:
+        try:
+            there = digest_of(path)
+        except OSError as error:
+            raise damaged(path, error) from error
+        if there != self.about.files[path.name]:
+            raise damaged(path, "it is not what was written")
+
+    def rows_of(self, shard: int) -> pa.Table:
+        """Its rows of one part."""
+        return self.ids.filter(pc.equal(self.ids["shard"], shard))
+
+    @cached_property
+    def shards(self) -> NDArray[np.int32]:
+        """The part of each row of `ids`."""
+        shards: NDArray[np.int32] = self.ids["shard"].to_numpy()
+        return shards
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's size and of its content, or, of one larger than `CHECKED_BYTES`, of its
+    beginning and its end."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= CHECKED_BYTES:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        else:
+            for start in (0, size - CHECKED_BYTES // 2):
+                file.seek(start)
+                for _ in range(CHECKED_BYTES // 2 >> 20):
+                    digest.update(file.read(1 << 20))
+    return digest.hexdigest()

@@ -1,0 +1,262 @@
+"""Groups of duplicates: those that comparing all pairs gives, with what is said of each."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from command import error_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from invented import clustered, commit, write_dataset
+from PIL import Image
+from small import embed, write_pictures
+
+from resfeat.dataset import open_dataset
+from resfeat.downstream import Wanted, build_index, find_duplicates, open_index
+from resfeat.downstream.pairs import Links
+
+
+def grouped(cosines, threshold):
+    """Connected rows by a matrix of cosines, by a walk from each."""
+    left, groups = set(range(len(cosines))), []
+    while left:
+        waiting, group = [min(left)], set()
+        while waiting:
+            row = waiting.pop()
+            if row not in group:
+                group.add(row)
+                waiting += np.flatnonzero(cosines[row] >= threshold).tolist()
+        left -= group
+        if len(group) > 1:
+            groups.append(sorted(group))
+    return groups
+
+
+def near(rows=600, dim=16):
+    """Vectors with duplicates: equal ones, near ones, and chains."""
+    vectors = clustered(rows, dim, spread=1.0)
+    chance = np.random.default_rng(1)
+    vectors[100] = vectors[7] = vectors[431]
+    vectors[8] = 2 * vectors[7]  # another length
+    for n in range(200, 230):  # each near the one before it
+        vectors[n] = vectors[n - 1] + 0.12 * chance.standard_normal(dim)
+    for n in range(300, 312):
+        vectors[n] = vectors[299] + 0.05 * chance.standard_normal(dim)
+    return vectors
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return near()
+
+
+@pytest.fixture(scope="module")
+def dataset(vectors, tmp_path_factory):
+    """Not to be changed."""
+    return write_dataset(tmp_path_factory.mktemp("duplicates") / "out", vectors, shard_size=90)
+
+
+def cosines_of(vectors):
+    units = vectors.astype(np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    return units @ units.T
+
+
+def rows_of(group):
+    return sorted(int(member.id.partition(".")[0]) for member in group.members)
+
+
+@pytest.mark.parametrize("held", [None, 100])
+def test_the_groups_are_those_of_all_pairs(held, dataset, vectors, monkeypatch):
+    """Also where the rows are read several times, since few are held."""
+    if held:
+        monkeypatch.setattr("resfeat.downstream.pairs.HELD_BYTES", held * 4 * 16)
+        monkeypatch.setattr("resfeat.downstream.pairs.memory_bytes", lambda: 0)
+        monkeypatch.setattr("resfeat.downstream.pairs.COMPARED", 7)
+    cosines = cosines_of(vectors)
+    found = find_duplicates(dataset, 0.95)
+    expected = grouped(cosines, 0.95)
+    assert len(expected) >= 3 and max(map(len, expected)) > 12
+    assert sorted(map(rows_of, found)) == expected
+    assert [len(group.members) for group in found] == sorted(map(len, expected), reverse=True)
+    for group in found:
+        rows, kept = rows_of(group), int(group.members[0].id.partition(".")[0])
+        every = cosines[np.ix_(rows, rows)]
+        assert not group.is_bound and group.least_cosine == pytest.approx(every.min(), abs=1e-6)
+        for member in group.members:
+            row = int(member.id.partition(".")[0])
+            assert member.cosine == pytest.approx(cosines[kept, row], abs=1e-6)
+            assert member.is_equal == np.array_equal(vectors[row], vectors[kept])
+    # A chain joins images that are less alike than the threshold, and that is told.
+    assert min(group.least_cosine for group in found) < 0.94
+
+
+def test_by_the_index_they_are_the_same(vectors, tmp_path):
+    dataset = write_dataset(tmp_path / "out", vectors, shard_size=90)
+    commit(dataset.layout, 7, [], vectors[:0])  # all of its images failed
+    expected = find_duplicates(dataset, 0.95)
+    build_index(dataset, Wanted(kind="flat"))
+    index = open_index(dataset)
+    assert find_duplicates(dataset, 0.95, index=index) == expected
+    # One that lost rows and got others has other numbers than places.
+    ids = [f"{n:06}.jpg" for n in range(90, 180)]
+    commit(dataset.layout, 1, [*ids[50:], "new.jpg"], vectors[[*range(140, 180), 5]])
+    build_index(dataset)
+    by_index = find_duplicates(dataset, 0.95, index=open_index(dataset))
+    assert by_index == find_duplicates(dataset, 0.95) != expected
+    assert any("new.jpg" in [each.id for each in group.members] for group in by_index)
+
+
+def test_of_a_large_group_the_least_cosine_is_a_bound(dataset, vectors, monkeypatch):
+    exact = {group.members[0].id: group for group in find_duplicates(dataset, 0.95)}
+    monkeypatch.setattr("resfeat.downstream.duplicates.LARGE", 10)
+    monkeypatch.setattr("resfeat.downstream.duplicates.HELD_BYTES", 12 * 4 * 16)
+    found = find_duplicates(dataset, 0.95)
+    assert {group.is_bound for group in found} == {True, False}
+    for group in found:
+        true = exact[group.members[0].id]
+        assert group.is_bound == (len(group.members) > 10)
+        assert [each.id for each in group.members] == [each.id for each in true.members]
+        assert group.least_cosine <= true.least_cosine + 1e-6
+        if not group.is_bound:
+            assert group.least_cosine == pytest.approx(true.least_cosine, abs=1e-6)
+
+
+def test_equal_vectors_are_a_group_at_any_threshold_and_zeros_are_none(tmp_path):
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[3] = vectors[1]
+    vectors[4:] = 0
+    (group,) = find_duplicates(write_dataset(tmp_path / "out", vectors), 1)
+    assert rows_of(group) == [1, 3] and group.least_cosine == 1
+    assert all(member.is_equal for member in group.members)
+
+
+def test_the_largest_picture_is_kept_and_then_the_first_id(tmp_path):
+    vectors = np.ones((5, 4), np.float32)
+    dataset = write_dataset(tmp_path / "out", vectors)
+    ids = ["d.jpg", "c.jpg", "b.jpg", "a.jpg", "e.jpg"]
+    sizes = [(100, 100), (200, 100), (50, 400), (10, 10), (199, 100)]
+    commit(dataset.layout, 0, ids, vectors, sizes)
+    (group,) = find_duplicates(dataset, 0.99)
+    assert [member.id for member in group.members] == ["b.jpg", "a.jpg", "c.jpg", "d.jpg", "e.jpg"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs=st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60),
+       at_once=st.integers(1, 60))  # fmt: skip
+def test_links_join_what_is_joined(pairs, at_once):
+    links, matrix = Links(40), np.eye(40)
+    for start in range(0, len(pairs), at_once):
+        some = np.array(pairs[start : start + at_once]).T
+        links.link(some[0], some[1])
+    for left, right in pairs:
+        matrix[left, right] = matrix[right, left] = 1
+    assert sorted(group.tolist() for group in links.groups()) == grouped(matrix, 1)
+
+
+class Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.loaded = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_command_with_real_pictures(tmp_path, resfeat):
+    (tmp_path / "in").mkdir()
+    first, *_ = write_pictures(tmp_path / "in", 6)
+    evil = "<script>alert(1)<&.png"
+    with Image.open(first) as picture:
+        picture.save(tmp_path / "in" / evil)
+        picture.resize((48, 40)).save(tmp_path / "in" / "small.png")
+    embed(tmp_path / "out", tmp_path / "in")
+    table, page = tmp_path / "d.parquet", tmp_path / "d.html"
+    command = ["duplicates", tmp_path / "out", "--threshold", "0.999999"]
+    done = resfeat(*command, "--out", table, "--html", page)
+    assert done.returncode == 0, done.stderr
+    there = {
+        path.relative_to(tmp_path / "in").as_posix() for path in (first, tmp_path / "in" / evil)
+    }
+    kept, other = sorted(there)
+    lines = done.stdout.splitlines()
+    assert lines[1].split() == ["2", "1.0000", *kept.split()]
+    assert lines[2].split() == ["equal", *other.split()]
+    assert lines[3] == "1 groups; 1 images beside those to keep"
+    rows = pq.read_table(table).to_pylist()
+    assert [(row["group"], row["id"], row["keep"], row["equal"]) for row in rows] == [
+        (0, kept, True, True), (0, other, False, True),
+    ]  # fmt: skip
+    assert all(row["least_cosine"] == 1 and not row["least_is_bound"] for row in rows)
+    told = json.loads(resfeat(*command, "--json").stdout)
+    assert told["groups"][0]["keep"] == kept and told["index"] is None
+    assert [each["id"] for each in told["groups"][0]["members"]] == [kept, other]
+
+    tags = Tags(page.read_text())
+    assert "script" not in tags.tags and tags.tags.count("img") == 2
+    assert {kept, other} <= set(tags.texts)
+    assert all(each.startswith("data:") for each in tags.loaded)
+    assert "http" not in page.read_text().replace("http-equiv", "")
+
+
+def test_an_index_that_cannot_be_used_is_told_and_changes_nothing(vectors, tmp_path, resfeat):
+    dataset = write_dataset(tmp_path / "out", vectors, shard_size=90)
+    expected = json.loads(resfeat("duplicates", tmp_path / "out", "--json").stdout)["groups"]
+
+    def noted(*options):
+        done = resfeat("duplicates", tmp_path / "out", "--json", *options)
+        told = json.loads(done.stdout)
+        notes = [line for line in done.stderr.splitlines() if line.startswith("Note:")]
+        assert told["groups"] == expected
+        return told["index"], notes
+
+    build_index(dataset, Wanted(kind="flat"))
+    assert noted() == ("flat", []) and noted("--exact") == (None, [])
+    folder = dataset.layout.index("avgpool")
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    content = bytearray((folder / "index.faiss").read_bytes())
+    content[-1] ^= 1
+    (folder / "index.faiss").write_bytes(content)
+    index, (note,) = noted()
+    assert index is None and "index.faiss is damaged" in note and "all pairs" in note
+    build_index(dataset, Wanted(metric="l2"))
+    assert "is for l2, and not for cosine" in noted()[1][0]
+    shutil.rmtree(folder)
+    shutil.copytree(whole, folder)
+    commit(dataset.layout, 0, [f"{n:06}.jpg" for n in range(90)], vectors[:90], [(641, 480)] * 90)
+    expected = json.loads(resfeat("duplicates", tmp_path / "out", "--json", "--exact").stdout)
+    expected = expected["groups"]
+    assert "older than the dataset" in noted()[1][0]
+
+
+def test_what_is_refused_is_one_line(dataset, tmp_path, resfeat):
+    out = dataset.layout.root
+
+    def refused(*arguments, code=2):
+        done = resfeat("duplicates", *arguments)
+        assert done.returncode == code and done.stdout == ""
+        return error_of(done.stderr)
+
+    done = resfeat("duplicates", out, "--threshold", "1", "--html", tmp_path / "none.html")
+    assert done.returncode == 0 and "duplicates" in done.stdout
+    for threshold in ("0", "1.5", "-1", "nan"):
+        told = refused(out, "--threshold", threshold)
+        assert told == f"Error: --threshold {threshold}: give a cosine above 0, and at most 1"
+    assert "no resfeat dataset" in refused(tmp_path)
+    assert "has no layer 'x'" in refused(out, "--layer", "x")
+    assert "cannot write" in refused(out, "--out", tmp_path / "no" / "d.parquet", code=1)
+    assert "cannot write" in refused(out, "--html", tmp_path / "no" / "d.html", code=1)
+    shutil.copytree(out, tmp_path / "empty")
+    for part in (tmp_path / "empty" / "embeddings").iterdir():
+        part.unlink()
+    assert "has no embeddings yet" in refused(tmp_path / "empty")
+    assert open_dataset(tmp_path / "empty").record
