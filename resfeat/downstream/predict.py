@@ -71,7 +71,7 @@ class Predictions:
                 keys, vectors = block
                 for key, share in zip(keys, self._classifier.share(view, vectors), strict=True):
                     of_image = waiting.setdefault(key, [None] * count)
-                    of_image[view] = share
+                    of_image[view] = share.copy()  # one that waits keeps no others in memory
                     if all(each is not None for each in of_image):
                         ids.append(key)
                         shares.append(waiting.pop(key))

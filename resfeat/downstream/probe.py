@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -22,7 +23,7 @@ try:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
     from sklearn.neighbors import KNeighborsClassifier
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import ThreadpoolController
 except ImportError as error:
     raise UsageError(
         "a probe needs scikit-learn, which is not installed: pip install 'resfeat[probe]'"
@@ -35,6 +36,7 @@ MOST_STEPS = 1000
 # The least values for which several threads are worth it. With fewer they mostly wait for each
 # other: on a busy machine that took ten times as long.
 THREADED = 2**22
+LIBRARIES = ThreadpoolController()
 STILL = 1e-6  # the spread, in vectors of length 1, of a dimension that says nothing
 TOP = 5
 TOGETHER = "together"
@@ -119,7 +121,8 @@ def measure(data: Labelled, method: Method, on_step: Callable[[str], object]) ->
 
 def learn(data: Labelled) -> Classifier:
     """Logistic regression on all images and all datasets together."""
-    weight, bias = _weights(data.vectors, data.which, len(data.classes))
+    with _threads(data.vectors):
+        weight, bias = _weights(data.vectors, data.which, len(data.classes))
     return Classifier(data.views, data.classes, weight, bias)
 
 
@@ -169,7 +172,18 @@ def _guesses(
 ) -> Iterator[tuple[Rows, Matrix]]:
     """Of each split what the tested images are, and the votes on them."""
     for train, test in splits:
-        yield which[test], fit(vectors[train], which[train], vectors[test])
+        learned = vectors[train]
+        with _threads(learned):
+            votes = fit(learned, which[train], vectors[test])
+        yield which[test], votes
+
+
+def _threads(vectors: Matrix) -> AbstractContextManager[object]:
+    """As many as are worth it: see THREADED."""
+    limit: AbstractContextManager[object] = LIBRARIES.limit(
+        limits=None if vectors.size >= THREADED else 1
+    )
+    return limit
 
 
 def _nearest(vectors: Matrix, which: Rows, tested: Matrix, *, count: int, k: int) -> Matrix:
@@ -193,8 +207,7 @@ def _weights(vectors: Matrix, which: Rows, count: int) -> tuple[Matrix, Matrix]:
     """
     mean, spread = vectors.mean(axis=0), vectors.std(axis=0)
     spread[spread < STILL] = 1
-    threads = None if vectors.size >= THREADED else 1
-    with warnings.catch_warnings(), threadpool_limits(threads):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = LogisticRegression(max_iter=MOST_STEPS).fit((vectors - mean) / spread, which)
     slopes, starts = model.coef_, model.intercept_
