@@ -136,8 +136,8 @@ def _print(data: Labelled, measured: Measured, method: Method) -> None:
             f"{name:<{width}}  {score.dims:>6,}  {score.classifier:<20}{score.top1:>8.4f}{rest}"
         )
     if pairs := measured.most_confused(MOST_CONFUSED):
-        told = "; ".join(
-            f"{data.classes[true]} taken for {data.classes[guess]} ({count:,} times)"
+        told = ", ".join(
+            f"{data.classes[true]} taken for {data.classes[guess]} ({count:,})"
             for true, guess, count in pairs
         )
-        click.echo(f"\nMost confused by the last: {shown(told)}")
+        click.echo(f"\nMost often wrong, by the last: {shown(told)}")

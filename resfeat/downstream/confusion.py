@@ -40,7 +40,7 @@ def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str]) -> I
         _write_upright(picture, name, (margin + middle, top - GAP), font)
     if cell >= COUNTED:
         for (row, column), count in np.ndenumerate(confusion):
-            if count:
+            if count and font.getlength(str(count)) < cell:
                 ink = PAPER if dark[row, column] > 0.5 else INK
                 middle_of = margin + column * cell + cell // 2, top + row * cell + cell // 2
                 draw.text(middle_of, str(count), ink, font, anchor="mm")
