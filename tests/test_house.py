@@ -68,6 +68,24 @@ def test_the_imports_are_seen():
     assert {"ray", "torch", "pyarrow", "numpy"} <= every
 
 
+def test_extract_takes_along_nothing_of_what_comes_after():
+    """What it imports, and what that imports, by their names."""
+    files = {path.relative_to(ROOT.parent).with_suffix("").as_posix(): path for path in MODULES}
+    by_name = {
+        name.replace("/", ".").removesuffix(".__init__"): path for name, path in files.items()
+    }
+    seen, left = set(), ["resfeat.cli.extract", "resfeat.extraction"]
+    while left:
+        name = left.pop()
+        if name in seen or name not in by_name:
+            continue
+        seen.add(name)
+        for _, each in imported(by_name[name]):
+            left += [each, each.rpartition(".")[0]]
+    assert {"resfeat.worker.shard", "resfeat.dataset.reader"} <= seen
+    assert [name for name in seen if name.startswith("resfeat.downstream")] == []
+
+
 def test_the_top_level_is_six_modules():
     assert len([named(path) for path in ROOT.glob("*.py")]) <= MOST_MODULES
 

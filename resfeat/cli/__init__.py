@@ -12,7 +12,8 @@ from resfeat import __version__
 from resfeat.errors import ResfeatError, UsageError
 
 COMMANDS = (
-    "extract", "status", "verify", "search", "index", "duplicates", "models", "bench",
+    "extract", "status", "verify", "search", "index", "duplicates", "probe", "predict",
+    "models", "bench",
 )  # fmt: skip
 
 

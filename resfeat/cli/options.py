@@ -19,7 +19,7 @@ def _number(context: click.Context, param: click.Parameter, value: str) -> int |
         raise click.BadParameter(f"'{value}' is neither a number nor auto") from error
 
 
-def _names(context: click.Context, param: click.Parameter, value: str | None) -> Any:
+def names(context: click.Context, param: click.Parameter, value: str | None) -> Any:
     return tuple(name.strip() for name in value.split(",")) if value else value
 
 
@@ -53,7 +53,7 @@ features = _all(
     option(
         "--layers",
         metavar="NAME,...",
-        callback=_names,
+        callback=names,
         help="Layers to store, one column each; see `resfeat models MODEL`.  [default: the last]",
     ),
     _choice(
@@ -86,7 +86,7 @@ listing = _all(
     option(
         "--keep",
         metavar="NAME,...",
-        callback=lambda context, param, value: _names(context, param, value) or (),
+        callback=lambda context, param, value: names(context, param, value) or (),
         help="Columns of tables, or files beside an image in a tar (json, txt, cls), to store with "
         "the embeddings.",
     ),
