@@ -135,7 +135,8 @@ def _embed(view: View, paths: Sequence[str]) -> NDArray[np.float32]:
     _by_view([view], [dataset])
     from resfeat.downstream.embedder import Embedder  # it takes torch with it
 
-    return Embedder.of(dataset, view.layer)(paths)
+    with closing(Embedder.of(dataset, view.layer)) as embedder:
+        return embedder(paths)
 
 
 def _by_view(views: Sequence[View], datasets: Sequence[Dataset]) -> list[Dataset]:
