@@ -77,7 +77,8 @@ def test_extract_takes_along_nothing_of_what_comes_after():
     seen, left = set(), ["resfeat.cli.extract", "resfeat.extraction"]
     while left:
         name = left.pop()
-        if name in seen or name not in by_name:
+        # The package itself imports its names when they are used.
+        if name in seen or name not in by_name or name == "resfeat":
             continue
         seen.add(name)
         for _, each in imported(by_name[name]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,7 +137,8 @@ def _embed(view: View, paths: Sequence[str]) -> NDArray[np.float32]:
     from resfeat.downstream.embedder import Embedder  # it takes torch with it
 
     with closing(Embedder.of(dataset, view.layer)) as embedder:
-        return embedder(paths)
+        vectors: NDArray[np.float32] = embedder(paths)
+    return vectors
 
 
 def _by_view(views: Sequence[View], datasets: Sequence[Dataset]) -> list[Dataset]:

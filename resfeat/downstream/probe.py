@@ -37,7 +37,9 @@ MOST_STEPS = 1000
 # other: on a busy machine that took ten times as long.
 THREADED = 2**22
 LIBRARIES = ThreadpoolController()
-STILL = 1e-6  # the spread, in vectors of length 1, of a dimension that says nothing
+# Dimensions are scaled by their own spread and this share of that of all: by their own alone, those
+# that are nearly always 0 in a trained network would become as loud as the others.
+DAMPED = 0.5
 TOP = 5
 TOGETHER = "together"
 
@@ -203,10 +205,10 @@ def _linear(vectors: Matrix, which: Rows, tested: Matrix, *, count: int) -> Matr
 
 def _weights(vectors: Matrix, which: Rows, count: int) -> tuple[Matrix, Matrix]:
     """Weight [count, D] and bias [count] of a logistic regression on dimensions that were given a
-    mean of 0 and a spread of 1, for vectors as they are. A class without images is never the best.
-    """
+    mean of 0 and about the same spread, for vectors as they are. A class without images is never
+    the best."""
     mean, spread = vectors.mean(axis=0), vectors.std(axis=0)
-    spread[spread < STILL] = 1
+    spread += DAMPED * np.sqrt((spread**2).mean()) or 1  # 1: all vectors are the same
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = LogisticRegression(max_iter=MOST_STEPS).fit((vectors - mean) / spread, which)
