@@ -30,7 +30,9 @@ def one_photo(tmp_path):
 HERE = ["--model", "cifar_resnet20", "--weights", "random:0", "--workers", 0]
 
 
-@pytest.mark.parametrize("command", [[], ["extract"], ["search"], ["status"], ["models"]])
+@pytest.mark.parametrize(
+    "command", [[], ["extract"], ["search"], ["status"], ["models"], ["index"], ["duplicates"]]
+)
 def test_help_imports_nothing_heavy(command):
     program = (
         "import sys; from resfeat.cli import main\n"
@@ -55,7 +57,7 @@ def test_help_takes_under_300_ms():
 
 def test_help_names_every_command(resfeat):
     told = resfeat("--help").stdout
-    for command in ("extract", "status", "search", "models"):
+    for command in ("extract", "status", "search", "index", "duplicates", "models"):
         assert f"\n  {command} " in told
 
 
