@@ -30,9 +30,7 @@ def one_photo(tmp_path):
 HERE = ["--model", "cifar_resnet20", "--weights", "random:0", "--workers", 0]
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["extract"], ["search"], ["probe"], ["predict"], ["status"], ["models"]]
-)
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_help_imports_nothing_heavy(command):
     program = (
         "import sys; from resfeat.cli import main\n"
@@ -57,7 +55,7 @@ def test_help_takes_under_300_ms():
 
 def test_help_names_every_command(resfeat):
     told = resfeat("--help").stdout
-    for command in ("extract", "status", "search", "probe", "predict", "models"):
+    for command in COMMANDS:
         assert f"\n  {command} " in told
 
 

@@ -41,9 +41,9 @@ def near(rows=600, dim=16):
     chance = np.random.default_rng(1)
     vectors[100] = vectors[7] = vectors[431]
     vectors[8] = 2 * vectors[7]  # another length
-    for n in range(200, 230):  # each near the one before it
+    for n in range(250, 280):  # each near the one before it, into the next part
         vectors[n] = vectors[n - 1] + 0.12 * chance.standard_normal(dim)
-    for n in range(300, 312):
+    for n in (20, *range(300, 312), 333, 512):  # in several parts
         vectors[n] = vectors[299] + 0.05 * chance.standard_normal(dim)
     return vectors
 
