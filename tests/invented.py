@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+from small import write_pictures
 from tables import listed, planned
 
 from resfeat.backbones.weights import resolve
@@ -17,8 +18,18 @@ from resfeat.plan import write_plan
 from resfeat.sources import Item
 from resfeat.spec import FeatureSpec, SourceOptions
 
+MANY = 200_000
 KINDS = 12  # of images: those of a kind are near to each other
 FAILED_EVERY = 1000
+
+
+def invented(once: Callable[..., Path]) -> Path:
+    """MANY rows and one in FAILED_EVERY that failed, whose files are 40 small pictures."""
+
+    def write(folder: Path) -> None:
+        invent(folder / "out", write_pictures(folder / "in", 40), MANY)
+
+    return once("invented", write) / "out"
 
 
 def invent(output: Path, pictures: Sequence[Path], count: int, dim: int = 64) -> Dataset:
