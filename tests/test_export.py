@@ -192,6 +192,23 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(form, dataset, r
     assert sorted(os.listdir(tmp_path)) == ["begun", "damaged", "link", "there"]
 
 
+@pytest.mark.parametrize("form", ["npy", "clip"])
+def test_a_part_that_is_replaced_meanwhile_is_noticed(form, dataset, tmp_path, monkeypatch):
+    """By one with fewer rows, after the rows were counted."""
+    shutil.copytree(dataset, tmp_path / "out")
+    part = tmp_path / "out" / "embeddings" / "part-00001.parquet"
+    write = getattr(module, f"_{form}")
+
+    def replaced(rows, folder):
+        pq.write_table(pq.read_table(part).slice(1), part)
+        write(rows, folder)
+
+    monkeypatch.setattr(module, f"_{form}", replaced)
+    with pytest.raises(module.ResfeatError, match="was changed while it was read: export again"):
+        module.export(open_dataset(tmp_path / "out"), form, str(tmp_path / "x"))
+    assert os.listdir(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize(("form", "library"), [("faiss", "faiss"), ("lance", "lance")])
 def test_a_missing_extra_is_one_line(form, library, dataset, resfeat, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
