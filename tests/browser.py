@@ -10,6 +10,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
 MISSING = f"none of {', '.join(NAMES)} is installed (on Debian: apt-get install chromium)"
 
+SILENT_SECONDS = 60
 DESKTOP, PHONE = (1280, 900), (390, 844)
 # No sandbox, since root has none; no cards of a GPU; and nothing that Chromium does by itself.
 _OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -96,7 +98,7 @@ class Wire:
     """Messages to and from Chromium, each JSON with a zero byte behind it."""
 
     def __init__(self, to: int, of: int) -> None:
-        self._to, self._of = os.fdopen(to, "wb", 0), os.fdopen(of, "rb")
+        self._to, self._of = to, of
         self._numbers, self._rest = itertools.count(1), b""
         self.events: list[dict[str, Any]] = []
 
@@ -104,7 +106,9 @@ class Wire:
         message = {"id": next(self._numbers), "method": method, "params": params}
         if session:
             message["sessionId"] = session
-        self._to.write(json.dumps(message).encode() + b"\0")
+        left = json.dumps(message).encode() + b"\0"
+        while left:
+            left = left[os.write(self._to, left) :]
         while (answer := self._next()).get("id") != message["id"]:
             self._note(answer)
         assert "error" not in answer, answer
@@ -120,9 +124,10 @@ class Wire:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            some = self._of.read1(1 << 16)
-            if not some:
-                raise AssertionError("Chromium ended")
+            ready, _, _ = select.select([self._of], [], [], SILENT_SECONDS)
+            assert ready, f"Chromium has said nothing for {SILENT_SECONDS} s"
+            some = os.read(self._of, 1 << 16)
+            assert some, "Chromium ended"
             self._rest += some
         first, _, self._rest = self._rest.partition(b"\0")
         return json.loads(first)
@@ -151,3 +156,5 @@ def opened(profile: Path) -> Iterator[Page]:
     finally:
         program.terminate()
         program.wait()
+        os.close(to)
+        os.close(of)

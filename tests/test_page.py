@@ -351,13 +351,14 @@ def test_what_a_page_must_not_do_it_cannot(small, chromium, tmp_path):
     text = page(open_dataset(small))
     file = tmp_path / "page.html"
     wrong = "<script>document.title = 'owned'</script><img src='http://127.0.0.1:9/x.png'>"
+    wrong += "<iframe src='http://127.0.0.1:9/'></iframe>"
     wrong += "<b style='color: red' id='styled'>x</b>"
     file.write_text(text.replace("<footer", f"{wrong}<footer"))
     chromium.open(file)
     assert chromium.run("document.title") == "out - resfeat"
     red = chromium.run("getComputedStyle(document.getElementById('styled')).color")
     assert red != "rgb(255, 0, 0)"
-    assert len([each for each in chromium.complaints() if "Content Security Policy" in each]) >= 3
+    assert len([each for each in chromium.complaints() if "Content Security Policy" in each]) >= 4
 
 
 @pytest.fixture(scope="module")
