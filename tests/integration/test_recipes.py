@@ -15,7 +15,7 @@ SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | 
 
 
 def blocks(title: str) -> list[str]:
-    return re.findall(r"^```python.*?\n(.*?)^```", SECTIONS[title], re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", SECTIONS[title], re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +151,12 @@ def test_pgvector(recipe, expected):
 
 
 @pytest.mark.ray
-def test_ray(recipe):
+def test_ray(recipe, expected):
     from command import share_ray
 
     share_ray()
     (left,) = recipe("Ray Data")
-    assert left["rows"].count() == 12
-    counts = left["rows"].groupby("label").count().take_all()
-    assert {row["label"]: row["count()"] for row in counts} == {"cat": 6, "dog": 6}
+    found = {row["id"]: row["length"] for row in left["found"]}
+    assert sorted(found) == expected[0]
+    lengths = np.linalg.norm(expected[1], axis=1)
+    assert np.allclose([found[name] for name in expected[0]], lengths, rtol=1e-6)
