@@ -50,7 +50,7 @@ def recipe(home, resfeat, tmp_path, monkeypatch):
         for number, block in enumerate(blocks(title)):
             file = tmp_path / f"recipe{number}.py"
             file.write_text(block)
-            left.append(runpy.run_path(str(file)))
+            left.append(runpy.run_path(str(file), run_name="__main__"))
         return left
 
     return run
