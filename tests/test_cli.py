@@ -15,7 +15,7 @@ import pytest
 from command import error_of
 from PIL import Image
 
-from resfeat.cli import progress
+from resfeat.cli import COMMANDS, progress
 from resfeat.reporting import Progress
 
 

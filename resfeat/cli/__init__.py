@@ -13,7 +13,7 @@ from resfeat.errors import ResfeatError, UsageError
 
 COMMANDS = (
     "extract", "status", "verify", "search", "index", "duplicates", "probe", "predict",
-    "models", "bench",
+    "page", "export", "models", "bench",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 OUT/
   README.md                       a dataset card: what this is, and which files are its rows
+  page.html                       what `resfeat page` made of it, if nothing else was said
   embeddings/part-00000.parquet   one file per committed shard; its presence is the commit
   failures/part-00000.parquet     images of that shard that gave no embedding, if there are any
   _resfeat/
@@ -31,6 +32,7 @@ class Layout:
     def __init__(self, root: str | os.PathLike[str], share: str = ALL) -> None:
         self.root = locate(root)
         self.card = self.root / "README.md"
+        self.page = self.root / "page.html"
         self.embeddings = self.root / "embeddings"
         self.failures = self.root / "failures"
         self.private = self.root / "_resfeat"
