@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resfeat import engines, runtimes, sources
 from resfeat.backbones import check_name
@@ -18,6 +18,7 @@ from resfeat.plan import Partition
 from resfeat.reporting import Preview, Progress, Report, Watch
 from resfeat.run import Request, Run, begin, previewed
 from resfeat.spec import ExtractSpec
+from resfeat.storage import public
 from resfeat.worker import Job
 
 if TYPE_CHECKING:
@@ -32,13 +33,15 @@ def extract(
     on_step: Callable[[str], None] = lambda step: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stopping: Callable[[], bool] = lambda: False,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Report:
     """Bring the dataset at `spec.output` to completion, from wherever it stands.
 
     `on_note` is told, a line each, what a user should know of how the run was set up; the report
     has the same. `on_step` is told what is being done before it takes long. `on_progress` is called
     about twice a second. Once `stopping` gives true, shards in hand are finished if that takes no
-    longer than `engines.DRAIN_SECONDS`, and the report's status is "interrupted".
+    longer than `engines.DRAIN_SECONDS`, and the report's status is "interrupted". `options` go into
+    the report: the command's own, and where they came from.
 
     Raises UsageError where the spec cannot be carried out, Stopped where it was stopped before
     there was a plan, and ResfeatError where the run cannot begin or go on. What is committed by
@@ -46,12 +49,12 @@ def extract(
     """
     started = time.monotonic()
     watch = Watch(on_note, on_step, on_progress, stopping)
-    watch.step(f"looking at {', '.join(spec.sources)}")
-    request = _request(spec, watch, started)
+    watch.step(f"looking at {', '.join(map(public, spec.sources))}")
+    request = replace(_request(spec, watch, started), options=options or {})
     with engines.prepare(spec.runtime, watch.step) as cluster:
         if request.has_work() and cluster:
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
-        watch.step(f"loading {spec.model} with weights {spec.weights}")
+        watch.step(f"loading {spec.model} with weights {public(spec.weights)}")
         from resfeat.backbones.weights import resolve
 
         with begin(request, resolve(spec)) as run:
@@ -77,7 +80,7 @@ def preview(
 
     watch = Watch(step=on_step, progress=on_progress, stopping=stopping)
     request = _request(spec, watch, time.monotonic())
-    watch.step(f"loading {spec.model} with weights {spec.weights}")
+    watch.step(f"loading {spec.model} with weights {public(spec.weights)}")
     return previewed(request, resolve(spec))
 
 
