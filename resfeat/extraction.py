@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from resfeat.plan import Partition
 from resfeat.reporting import Preview, Progress, Report, Watch
 from resfeat.run import Request, Run, begin, previewed
 from resfeat.spec import ExtractSpec
+from resfeat.storage import public
 from resfeat.worker import Job
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 
 class Watching(TypedDict, total=False):
-    """What `extract` tells and asks while it runs."""
+    """What `extract` tells and asks while it runs. options: the command's own, and where each came
+    from, which go into the report."""
 
+    options: Mapping[str, Mapping[str, Any]]
     on_note: Callable[[str], None]
     on_step: Callable[[str], None]
     on_progress: Callable[[Progress], None]
@@ -69,21 +72,23 @@ def extract(what: Any, /, output: Address | None = None, **options: Any) -> Repo
     is_spec = isinstance(what, ExtractSpec)
     known = Watching.__annotations__ if is_spec else Options.__annotations__
     check_names("extract(spec)" if is_spec else "extract()", options, known)
+    given = options.pop("options", {})
     asked = Watching.__annotations__.keys() & options
     watch = Watch(**{name.removeprefix("on_"): options[name] for name in asked})
     if is_spec == (output is not None):
         raise UsageError("extract takes sources and an output, or an ExtractSpec alone")
-    return _extracted(what if output is None else extract_spec(what, output, options), watch)
+    spec = what if output is None else extract_spec(what, output, options)
+    return _extracted(spec, watch, given)
 
 
-def _extracted(spec: ExtractSpec, watch: Watch) -> Report:
+def _extracted(spec: ExtractSpec, watch: Watch, options: Mapping[str, Mapping[str, Any]]) -> Report:
     started = time.monotonic()
-    watch.step(f"looking at {', '.join(spec.sources)}")
-    request = _request(spec, watch, started)
+    watch.step(f"looking at {', '.join(map(public, spec.sources))}")
+    request = replace(_request(spec, watch, started), options=options)
     with engines.prepare(spec.runtime, watch.step) as cluster:
         if request.has_work() and cluster:
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
-        watch.step(f"loading {spec.model} with weights {spec.weights}")
+        watch.step(f"loading {spec.model} with weights {public(spec.weights)}")
         from resfeat.backbones.weights import resolve
 
         with begin(request, resolve(spec)) as run:
@@ -109,7 +114,7 @@ def preview(
 
     watch = Watch(step=on_step, progress=on_progress, stopping=stopping)
     request = _request(spec, watch, time.monotonic())
-    watch.step(f"loading {spec.model} with weights {spec.weights}")
+    watch.step(f"loading {spec.model} with weights {public(spec.weights)}")
     return previewed(request, resolve(spec))
 
 

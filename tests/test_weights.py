@@ -20,7 +20,7 @@ from reference import torchvision_model
 from torchvision.models import ResNet50_Weights, get_model
 
 from resfeat.backbones import build
-from resfeat.backbones.checkpoint import public
+from resfeat.backbones.checkpoint import origin_of
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.torch import TorchRuntime
@@ -298,9 +298,12 @@ def test_what_must_not_be_written_down_is_not_in_the_origin():
         ("s3://key:word@bucket/w.pth?region=eu", "s3://bucket/w.pth?region=eu"),
         ("https://host/w.pth#secret", "https://host/w.pth"),
         ("gs://anonymous@bucket/w.pth", "gs://bucket/w.pth"),
+        ("HTTPS://me:word@host/w.pth?signature=x", "HTTPS://host/w.pth"),
+        ("az://box/w.pth?sv=2024&sig=x", "az://box/w.pth"),
+        ("abfss://box@account/w.pth", "abfss://box@account/w.pth"),
         ("/data/w.pth", "/data/w.pth"),
     ):
-        assert public(given) == kept
+        assert origin_of(given) == kept
 
 
 class Canary:

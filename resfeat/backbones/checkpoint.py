@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch
 from torch import Tensor
 
 from resfeat.errors import ResfeatError, StoreError, UsageError, first_line
-from resfeat.storage import SCHEMES, StorePath, is_remote, web
+from resfeat.storage import SCHEMES, StorePath, is_remote, public, web
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")
 
@@ -38,16 +38,9 @@ def is_checkpoint(weights: str) -> bool:
     return named or Path(weights).expanduser().is_file()
 
 
-def public(source: str) -> str:
-    """The source without secrets: no password and no signature of a URI."""
-    parts = _split(source)
-    if not parts.scheme:
-        return str(Path(source).expanduser().absolute())
-    user, _, host = parts.netloc.rpartition("@")
-    if parts.scheme.startswith("abfs") and ":" not in user:  # CONTAINER@ACCOUNT
-        host = parts.netloc
-    query = "" if f"{parts.scheme}://" in web.WEB else parts.query
-    return urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
+def origin_of(source: str) -> str:
+    """Where a checkpoint is, as it may be written down: without secrets."""
+    return public(source) if "://" in source else str(Path(source).expanduser().absolute())
 
 
 def _split(source: str) -> SplitResult:
@@ -69,7 +62,7 @@ def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
     # The readers' errors for broken and hostile files have no common class.
     except Exception as error:
         raise ResfeatError(
-            f"cannot read weights {public(source)}: {_reason(error)}; only plain tensors are "
+            f"cannot read weights {origin_of(source)}: {_reason(error)}; only plain tensors are "
             "loaded, code in a checkpoint is never run: if it is your own, save "
             "`model.state_dict()` again"
         ) from error
@@ -84,7 +77,7 @@ def read_tensors(source: str) -> tuple[dict[str, Tensor], list[str]]:
         for name, tensor in content.items()
     ):
         raise ResfeatError(
-            f"weights {public(source)} hold no state dict that can be recognised: save "
+            f"weights {origin_of(source)} hold no state dict that can be recognised: save "
             "`model.state_dict()` and give that"
         )
     return {name: tensor.detach() for name, tensor in content.items()}, opened
@@ -177,7 +170,7 @@ def _fetch(source: str) -> bytes:
         if f"{scheme}://" in web.WEB:
             if "@" in host:
                 raise UsageError(
-                    f"weights {public(source)}: a password in an address is not sent; give an "
+                    f"weights {origin_of(source)}: a password in an address is not sent; give an "
                     "address that needs none, or a path"
                 )
             return web.get(source)[0]
@@ -185,15 +178,15 @@ def _fetch(source: str) -> bytes:
             return StorePath.of(source).read_bytes()
         known = ", ".join((*web.WEB, *(f"{each}://" for each in SCHEMES)))
         raise UsageError(
-            f"weights {public(source)}: {scheme}:// is not read; give a path or {known}"
+            f"weights {origin_of(source)}: {scheme}:// is not read; give a path or {known}"
         )
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UsageError(f"weights file {public(source)} does not exist") from error
+        raise UsageError(f"weights file {origin_of(source)} does not exist") from error
     except StoreError as error:  # which says where, and what to do
         told = first_line(error).removeprefix(f"{StorePath.of(source)}: ")
-        raise ResfeatError(f"cannot read weights {public(source)}: {told}") from error
+        raise ResfeatError(f"cannot read weights {origin_of(source)}: {told}") from error
     except (OSError, ValueError) as error:
         hint = "check its address, your credentials and the network" if scheme else "check it"
         raise ResfeatError(
-            f"cannot read weights {public(source)}: {first_line(error)}; {hint}"
+            f"cannot read weights {origin_of(source)}: {first_line(error)}; {hint}"
         ) from error

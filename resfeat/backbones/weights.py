@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resfeat.backbones import Family, Published, build, find, outline, shapes
-from resfeat.backbones.checkpoint import is_checkpoint, public, read_tensors, strip
+from resfeat.backbones.checkpoint import is_checkpoint, origin_of, read_tensors, strip
 from resfeat.backbones.ours import IMAGENET, LIKE_TORCHVISION
 from resfeat.backbones.resnet import ResNet, initialise
 from resfeat.errors import ResfeatError, UsageError
@@ -43,7 +43,7 @@ def resolve(spec: FeatureSpec) -> Weights:
     if spec.weights.startswith("random:"):
         origin, tensors = spec.weights, _random(spec, pixels.crop)
     else:
-        origin = published.name if published else public(spec.weights)
+        origin = published.name if published else origin_of(spec.weights)
         read, opened = (published.read(), []) if published else read_tensors(spec.weights)
         read = {network.current(name): tensor for name, tensor in read.items()}
         tensors, prefix, left_out = strip(read, expected, network.head)

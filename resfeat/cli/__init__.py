@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from resfeat import __version__
+from resfeat.cli import config
 from resfeat.errors import ResfeatError, UsageError
 
 COMMANDS = (
@@ -32,7 +33,8 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> object:
         try:
             _check_current_folder()
-            return super().invoke(context)
+            with config.named():
+                return super().invoke(context)
         except ResfeatError as error:
             click.echo(f"Error: {shown(str(error))}", err=True)
             leave(context, error.exit_code)
@@ -65,9 +67,13 @@ def leave(context: click.Context, code: int) -> NoReturn:
 
 @click.group(
     cls=Group,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "auto_envvar_prefix": config.PREFIX,  # RESFEAT_SEARCH_K, and so on
+    },
     epilog="Start with: resfeat extract photos -o embeddings",
 )
-@click.version_option(__version__, prog_name="resfeat")
+@click.version_option(__version__, prog_name="resfeat", allow_from_autoenv=False)
 def main() -> None:
     """Turn folders full of images into ResNet embeddings in Parquet."""

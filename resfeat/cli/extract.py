@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from resfeat.cli import leave, options
-from resfeat.cli.options import option
+from resfeat.cli import config, leave, options
+from resfeat.cli.options import option, switch
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import Stopped
@@ -56,6 +57,8 @@ Examples:
       A network of timm in bf16, first compared with fp32 on a sample of the images.
   resfeat extract /data/photos -o /data/embeddings --address auto --workers 16
       On the Ray cluster that runs here; all its machines see /data.
+  RESFEAT_UPDATE=1 resfeat extract --config job.toml
+      As a job wants it: job.toml has sources = ["photos"], output = "embeddings", and options.
 
 \b
 Exit codes: 0 finished; 3 finished, but more images failed than --max-error-rate allows;
@@ -64,11 +67,12 @@ Whatever ended a run, the same command resumes it.
 """
 
 
-@click.command(epilog=EXAMPLES)
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.command(epilog=EXAMPLES, context_settings={"auto_envvar_prefix": config.PREFIX})
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True, envvar="RESFEAT_SOURCES")
 @option(
     "-o", "--output", metavar="OUT", required=True, help="Dataset folder; resumed if it exists."
 )
+@config.option
 @option(
     "--min-parity",
     type=float,
@@ -87,8 +91,8 @@ Whatever ended a run, the same command resumes it.
 @option(
     "--max-error-rate", default=0.05, help="Share of failed images above which the exit code is 3."
 )
-@option("--retry-failed", is_flag=True, help="Also do the failed images again; other rows stay.")
-@option("--update", is_flag=True, help="List again, and bring OUT to what the sources hold now.")
+@switch("retry-failed", help="Also do the failed images again; other rows stay.")
+@switch("update", help="List again, and bring OUT to what the sources hold now.")
 @option(
     "--max-gone", default=0.1, help="Share of the images whose removal by --update is no mishap."
 )
@@ -97,22 +101,26 @@ Whatever ended a run, the same command resumes it.
     metavar="I/N",
     help="Do one of N shares, beside other runs; auto asks Slurm, and auto/N Kubernetes.",
 )
-@option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
-@option("--quiet", "talk", flag_value="quiet", help="Print errors only.")
-@option("--verbose", "talk", flag_value="verbose", help="Also print where the time went.")
-@option(
-    "--log-json", "talk", flag_value="json", help="Print progress and the report as JSON lines."
-)
+@switch("dry-run", help="Say what would be done, and write nothing.")
+@switch("quiet", help="Print errors only.")
+@switch("verbose", help="Also print where the time went.")
+@switch("log-json", help="Print progress and the report as JSON lines.")
 @click.pass_context
-def extract(context: click.Context, /, talk: str | None, dry_run: bool, **choices: Any) -> None:
+def extract(context: click.Context, /, dry_run: bool, **choices: Any) -> None:
     """Embed all images below SRC... and write Parquet to OUT.
 
     Every image becomes one row: in OUT/embeddings, or in OUT/failures with the reason. After a
     crash or a stop, give the same command: it resumes, and does no committed shard again.
+
+    Every option may come from the environment, as RESFEAT_MODEL or RESFEAT_MAX_ERROR_RATE, or from
+    the file of --config, as model or max-error-rate; so may SRC..., as RESFEAT_SOURCES or sources,
+    and OUT. The command line counts first, then the environment, then the file. Paths are relative
+    to the folder that you are in. The run's report says what counted, and where it came from.
     """
     choices["runtime"] = RuntimeOptions(**options.pick(choices, RuntimeOptions))
     spec = ExtractSpec(**options.pick(choices, ExtractSpec))
-    displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "json": JsonLines}
+    talk = _talk(context)
+    displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "log_json": JsonLines}
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
     with StopSignals() as signals, show() as display:
         display.step("starting")
@@ -126,13 +134,15 @@ def extract(context: click.Context, /, talk: str | None, dry_run: bool, **choice
             if dry_run:
                 preview = extraction.preview(spec, **watched)
                 display.end()
-                _foretell(preview, as_json=talk == "json")
+                _foretell(preview, as_json=talk == "log_json")
                 leave(context, 1 if preview.refusal else 0)
-            report = extraction.extract(spec, on_note=display.note, **watched)
+            report = extraction.extract(
+                spec, on_note=display.note, options=config.in_force(context), **watched
+            )
         except Stopped as stopped:
             click.echo(str(stopped), err=True)
             leave(context, signals.exit_code)
-    if talk == "json":
+    if talk == "log_json":
         click.echo(json.dumps({"event": "report", **report.as_dict()}))
     elif talk != "quiet":
         _tell(report, verbose=talk == "verbose")
@@ -144,6 +154,15 @@ def extract(context: click.Context, /, talk: str | None, dry_run: bool, **choice
         click.echo(f"Error: {told}; see {report.output}/failures", err=True)
         leave(context, TOO_MANY_FAILED)
     leave(context, 0)
+
+
+def _talk(context: click.Context) -> str | None:
+    """Which way to talk was asked for: on the command line, or else by a variable, or the file."""
+    asked = [name for name in ("log_json", "quiet", "verbose") if context.params[name]]
+    sources = {
+        name: context.get_parameter_source(name) or ParameterSource.DEFAULT for name in asked
+    }
+    return min(asked, key=sources.__getitem__, default=None)
 
 
 def _keep_pandas_out() -> None:

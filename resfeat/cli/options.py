@@ -12,21 +12,42 @@ from resfeat.spec import Decode, DType, Interpolation, Pool, Precision, RuntimeN
 Command = Callable[..., Any]
 
 
-def _number(context: click.Context, param: click.Parameter, value: str) -> int | None:
-    try:
-        return None if value == "auto" else int(value)
-    except ValueError as error:
-        raise click.BadParameter(f"'{value}' is neither a number nor auto") from error
+class Count(click.ParamType[int | None]):
+    """A number; "auto" becomes None."""
+
+    name = "count"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        try:
+            return None if value == "auto" else int(value)
+        except ValueError:
+            self.fail(f"'{value}' is neither a number nor auto", param, ctx)
 
 
-def names(context: click.Context, param: click.Parameter, value: str | None) -> Any:
-    return tuple(name.strip() for name in value.split(",")) if value else value
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them, or a list of them."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        return tuple(name.strip() for name in value.split(",")) if value else ()
 
 
 option = partial(click.option, show_default=True)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-# A number; "auto" becomes None.
-count = partial(option, default="auto", metavar="AUTO|N", callback=_number)
+count = partial(option, type=Count(), default="auto", metavar="AUTO|N")
+
+
+def switch(name: str, **more: Any) -> Callable[[Command], Command]:
+    """An option that is on or off. What a file or a variable has on, `--no-` and its name turns
+    off."""
+    return click.option(f"--{name}/--no-{name}", **more)
 
 
 def _choice(name: str, known: Any, **more: Any) -> Callable[[Command], Command]:
@@ -52,8 +73,8 @@ features = _all(
     ),
     option(
         "--layers",
+        type=Names(),
         metavar="NAME,...",
-        callback=names,
         help="Layers to store, one column each; see `resfeat models MODEL`.  [default: the last]",
     ),
     _choice(
@@ -61,7 +82,7 @@ features = _all(
         Pool,
         help="How a feature map becomes a vector.  [default: avg, or the model's own way]",
     ),
-    option("--normalize", is_flag=True, help="Scale each embedding to unit length (L2)."),
+    switch("normalize", help="Scale each embedding to unit length (L2)."),
     _choice("--dtype", DType, default="float32", help="Type of the stored values."),
     _choice("--precision", Precision, default="fp32", help="Precision of the forward pass."),
     option("--resize", type=int, help="Short side in pixels.  [default: the weights' own]"),
@@ -85,8 +106,9 @@ listing = _all(
     ),
     option(
         "--keep",
+        type=Names(),
         metavar="NAME,...",
-        callback=lambda context, param, value: names(context, param, value) or (),
+        callback=lambda context, param, value: value or (),
         help="Columns of tables, or files beside an image in a tar (json, txt, cls), to store with "
         "the embeddings.",
     ),

@@ -47,7 +47,7 @@ Examples:
 )  # fmt: skip
 @click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Of k-NN.")
 @click.option(
-    "--layer", metavar="NAME,...", callback=options.names,
+    "--layer", metavar="NAME,...", type=options.Names(),
     help="Which embedding of a dataset with several: one, or one for each dataset.  "
     "[default: the last]",
 )  # fmt: skip

@@ -31,7 +31,9 @@ class Report:
     busy seconds by stage, added up over threads and workers; `wait` is the time that the model
     waited for pixels. skipped: files that were passed over in listing, by extension. parity: how
     near a sample was to the reference; None for the reference itself. update: what an update found;
-    `open_dataset(...).changes` has the ids.
+    `open_dataset(...).changes` has the ids. options: of the command, by name: each one's `value`,
+    and whether it is `from` the command line, the environment, the file of --config, or the
+    default. A password or a signature in an address is left out.
     """
 
     run_id: str
@@ -57,6 +59,7 @@ class Report:
     parity: Parity | None = None
     partition: str | None = None
     update: Changes | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     error: str | None = None
 
     @property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from resfeat.dataset import Commits, Layout, Record
 from resfeat.errors import ResfeatError, Stopped, UsageError
@@ -13,6 +13,7 @@ from resfeat.plan import Changes, Difference, Partition, Shard, carried_columns
 from resfeat.reporting import Progress, Watch
 from resfeat.sources import Listing, printable
 from resfeat.spec import ExtractSpec
+from resfeat.storage import public
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +24,7 @@ SECONDS_BETWEEN_CALLS = 0.5
 @dataclass(frozen=True)
 class Request:
     """What a run is asked for, and where it looks and writes. started: by `time.monotonic`.
-    partition: the shards that it is to do; None has all of them."""
+    partition: the shards that it is to do; None has all of them. options: for the report."""
 
     spec: ExtractSpec
     layout: Layout
@@ -31,6 +32,7 @@ class Request:
     watch: Watch
     started: float
     partition: Partition | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def has_work(self) -> bool:
         """Whether there is anything to do, as the dataset stands now and is listed."""
@@ -71,7 +73,7 @@ class Request:
 
     def listed(self) -> Iterator[pa.Table]:
         """The tables of the listing, while the user is told how far it is. Raises Stopped."""
-        self.watch.step(f"listing {', '.join(self.spec.sources)}")
+        self.watch.step(f"listing {', '.join(map(public, self.spec.sources))}")
         listed, told = 0, time.monotonic()
         for table in self.listing.tables():
             listed += table.num_rows

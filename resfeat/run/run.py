@@ -97,6 +97,7 @@ class Run:
             report,
             skipped=dict(self.request.listing.skipped),
             update=self.changes,
+            options=self.request.options,
             partition=str(self.request.partition) if self.request.partition else None,
         )
         # A disk too full for the report must not hide the error that the report is about.

@@ -18,6 +18,7 @@ from resfeat.storage.location import (
     file_system_of,
     locate,
     make_folder,
+    public,
     remove,
     remove_all,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "OBJECT", "SCHEMES", "ChangedError", "CredentialsError", "Draft", "Drafts", "Fence", "Fetched",
     "Known", "Location", "MissingBucketError", "Page", "RefusedError", "StorePath", "Version",
     "dataset_of", "draft", "extents", "fetch", "file_system_of", "is_remote", "locate",
-    "make_folder", "open_binary", "open_parquet", "pages", "remove", "remove_all", "sha256", "stat",
+    "make_folder", "open_binary", "open_parquet", "pages", "public", "remove", "remove_all",
+    "sha256", "stat",
     "write_json", "write_whole",
 ]  # fmt: skip

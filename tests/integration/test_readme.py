@@ -43,8 +43,8 @@ FIRST = next(line for lines in SESSIONS for line in lines if line.startswith("re
 
 @pytest.fixture(scope="module")
 def home(photos, tmp_path_factory):
-    """photos/cat, photos/dog, both in shards/photos.tar and captions.csv, finetuned.pth, and
-    published weights in torch hub's cache."""
+    """photos/cat, photos/dog, both in shards/photos.tar and captions.csv, job.toml, finetuned.pth,
+    and published weights in torch hub's cache."""
     folder = tmp_path_factory.mktemp("readme")
     for name, subject in (("cat", "chelsea"), ("dog", "rocket")):
         (folder / "photos" / name).mkdir(parents=True)
@@ -56,6 +56,7 @@ def home(photos, tmp_path_factory):
     (folder / "shards").mkdir()
     with tarfile.open(folder / "shards" / "photos.tar", "w") as tar:
         tar.add(folder / "photos", "photos")
+    (folder / "job.toml").write_text(*blocks("toml"))
     cache = folder / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     published = cache / os.path.basename(ResNet50_Weights.DEFAULT.url)
@@ -87,13 +88,13 @@ def run(words, folder):
 
 
 # The longest has one extract after another, all of which other tests try, too.
-MORE = max(range(len(SESSIONS)), key=lambda number: len(SESSIONS[number]))
+LONGEST = max(range(len(SESSIONS)), key=lambda session: len(SESSIONS[session]))
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "session",
-    [pytest.param(n, marks=[pytest.mark.more] * (n == MORE)) for n in range(len(SESSIONS))],
+    [pytest.param(n, marks=[pytest.mark.more] * (n == LONGEST)) for n in range(len(SESSIONS))],
 )
 def test_the_commands(session, home, store, resfeat, monkeypatch):
     """In processes of their own the first, which starts its own Ray, and what talks to the store,
@@ -102,7 +103,9 @@ def test_the_commands(session, home, store, resfeat, monkeypatch):
     monkeypatch.chdir(home)
     share_ray()
     for command in SESSIONS[session]:
-        program, *words = shlex.split(command)
+        words = shlex.split(command)
+        variables = dict(word.split("=", 1) for word in words if word.startswith("RESFEAT_"))
+        program, *words = words[len(variables) :]
         if program == "make":  # these run this test; tests/test_project.py looks at them
             run(["make", "-n", "-C", str(ROOT), *words], home)
         elif program == "pip":
@@ -114,7 +117,7 @@ def test_the_commands(session, home, store, resfeat, monkeypatch):
             if command == FIRST or "s3://" in command:
                 run([sys.executable, "-m", "resfeat", *words], home)
                 continue
-            done = resfeat(*words, env={"TORCH_HOME": str(home)})
+            done = resfeat(*words, env={"TORCH_HOME": str(home), **variables})
             assert done.returncode == 0, done.stdout + done.stderr
     if FIRST in SESSIONS[session]:
         assert (home / "nearest.png").exists()
