@@ -11,7 +11,7 @@ import click
 from resfeat import __version__
 from resfeat.errors import ResfeatError, UsageError
 
-COMMANDS = ("extract", "status", "verify", "search", "models", "bench")
+COMMANDS = ("extract", "status", "verify", "search", "models", "bench", "doctor")
 
 
 class Group(click.Group):
