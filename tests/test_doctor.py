@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import resource
 import shutil
 import socket
@@ -11,10 +12,12 @@ from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
+from command import share_ray
 from object_store import ObjectStore
 
 from resfeat.cli.doctor import examine, probing, software, surroundings
 from resfeat.cli.doctor.probing import Finding, Probe
+from resfeat.errors import ResfeatError
 from resfeat.runtimes import hardware
 
 SECRET = "s3cr3t"
@@ -328,6 +331,22 @@ def test_a_cluster_that_is_not_there(silent, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://there:1")
     assert examine._address_of("auto") == "ray://there:1"
     assert examine._address_of("here:1") == "here:1"
+
+
+@pytest.mark.ray
+def test_a_cluster_that_answers_and_one_of_another_version(monkeypatch):
+    import ray
+
+    share_ray()
+    address = ray.get_runtime_context().gcs_address
+    assert apart(software.cluster_there, address, True).found == f"{address} answers"
+    from resfeat.engines import reach
+
+    told = json.dumps({"ray_version": "1.0", "python_version": platform.python_version()})
+    other = SimpleNamespace(internal_kv_get=lambda *asked: told.encode())
+    monkeypatch.setattr(reach, "GcsClient", lambda address: other)
+    with pytest.raises(ResfeatError, match=r"it runs ray 1\.0, and this is"):
+        reach.reach(address, 5)
 
 
 @pytest.mark.parametrize(
