@@ -14,7 +14,7 @@ from resfeat.errors import ResfeatError, UsageError
 
 COMMANDS = (
     "extract", "status", "verify", "search", "index", "duplicates", "probe", "predict",
-    "page", "export", "models", "bench",
+    "page", "export", "models", "bench", "doctor",
 )  # fmt: skip
 
 

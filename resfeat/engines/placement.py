@@ -47,10 +47,8 @@ def place(
             f"--cpus-per-worker {cores} is more than any machine has ({most:g}): give less"
         )
     workers = options.workers
-    if workers is None and gpus:
-        workers = gpus * (workers_on_a_gpu(share) if share else _to_a_gpu(machines, cores))
-    elif workers is None:
-        workers = int(cpus // (cores or min(most, CPUS_PER_WORKER)))
+    if workers is None:
+        workers = by_default(machines, gpus, share, cores)
     workers = min(max(1, workers), shards)
     if gpus:
         share = float(share or share_of_a_gpu(min(math.ceil(workers / gpus), MOST_SHARE_A_GPU)))
@@ -71,6 +69,16 @@ def place(
     # More workers than cores share them; Ray takes fractions.
     asked = {"num_cpus": math.floor(min(per_worker, placement.cpus) * 100) / 100}
     return workers, asked | {"num_gpus": share}, placement
+
+
+def by_default(
+    machines: Sequence[Machine], gpus: int, share: float | None = None, cores: int | None = None
+) -> int:
+    """How many workers these machines get where nobody says."""
+    if gpus:
+        return gpus * (workers_on_a_gpu(share) if share else _to_a_gpu(machines, cores))
+    most = max(machine.get("CPU", 0.0) for machine in machines)
+    return max(1, int(_sum(machines, "CPU") // (cores or min(most, CPUS_PER_WORKER))))
 
 
 def _sum(machines: Sequence[Machine], resource: str) -> float:
