@@ -273,7 +273,8 @@ def test_places_that_are_missing_files_or_not_named(tmp_path):
     assert surroundings.out("https://host/out")[0].state == "broken"
     assert surroundings.source(str(tmp_path), False)[0].state == "ok"
     assert "free" in surroundings.source(str(tmp_path / "dataset"), True)[0].found
-    assert "not there yet" in surroundings.source(str(tmp_path / "new"), True)[0].found
+    (new,) = surroundings.source(str(tmp_path / "new"), True)
+    assert "not there yet" in new.found and new.state == "note" and "as SRC" in new.verdict
     missing = apart(surroundings.source, str(tmp_path / "new"), False)
     assert missing.state == "broken" and "does not exist" in missing.found
     nothing = apart(surroundings.source, str(tmp_path / "*.tar"), True)
@@ -288,7 +289,7 @@ def test_stores_that_answer_refuse_or_have_nothing(monkeypatch):
             file.write(b"x")
         there = ("s3://bucket/photos", "s3://bucket/photos/1.jpg", "s3://bucket")
         assert {apart(surroundings.source, each, False).state for each in there} == {"ok"}
-        assert apart(surroundings.out, "s3://bucket/out").verdict == "fine as OUT"
+        assert apart(surroundings.out, "s3://bucket/out").verdict == surroundings.UNTRIED
         assert apart(surroundings.source, "s3://bucket/out", True).state == "note"
         assert apart(surroundings.source, "s3://bucket/out", False).state == "broken"
         missing = apart(surroundings.source, "s3://no-such-bucket/x", True)

@@ -121,6 +121,13 @@ def test_by_distance(dataset, vectors):
     assert expected.tolist() != nearest(vectors, queries, 5).tolist()
 
 
+def test_what_is_not_asked_for_stays_as_it_was_asked_for(dataset):
+    build_index(dataset, Wanted(metric="l2"))
+    about = build_index(dataset, Wanted(kind="ivf")).about
+    assert (about.kind, about.metric) == ("ivf", "l2")
+    assert build_index(dataset, Wanted(kind="auto")).about.kind == "flat"
+
+
 def test_more_than_there_are(dataset, vectors):
     for kind in ("flat", "ivf"):  # the lists that it looks into hold less
         build_index(dataset, Wanted(kind=kind))

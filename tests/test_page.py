@@ -22,7 +22,7 @@ from test_export import dataset, layered  # noqa: F401 (fixtures)
 from resfeat import open_dataset
 from resfeat.downstream import map as layout
 from resfeat.downstream.map import Sample, alike, draw, lay_out, principal, spread
-from resfeat.downstream.page import PICTURES, page, render
+from resfeat.downstream.page import PICTURES, _short, page, render
 
 needs_chromium = pytest.mark.skipif(browser.PROGRAM is None, reason=browser.MISSING)
 
@@ -225,6 +225,11 @@ def test_one_image_and_equal_images_have_a_map():
         assert share == 0 and np.isfinite(places).all() and len(places) == len(units)
 
 
+def test_no_signature_of_an_address_gets_into_a_page():
+    assert _short("https://host/a.jpg?X-Amz-Signature=secret") == "https://host/a.jpg"
+
+
+@pytest.mark.more
 def test_umap_is_the_same_each_time_and_says_what_it_needs(monkeypatch):
     pytest.importorskip("umap")
     units = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)

@@ -55,7 +55,7 @@ def page(output: str, file: Path | None, kind: Kind, layer: str | None) -> None:
         raise UsageError(f"-o {file}: there is no folder {file.parent}: make it first")
     text = made(dataset, kind, layer, lambda doing: click.echo(f"{doing} ...", err=True))
     try:
-        write_whole(file.absolute().parent, file.absolute(), text.encode())
+        write_whole(file.absolute().parent, file.absolute(), text.encode(errors="replace"))
     except OSError as error:
         raise ResfeatError(f"cannot write {file} ({error.strerror}): give another -o") from error
     click.echo(f"Page: {file} ({len(text) / 1e6:.1f} MB)")

@@ -69,8 +69,8 @@ def search(
     from resfeat.dataset import open_dataset
 
     dataset = open_dataset(output)
-    if not (rows := dataset.commits().embedded):
-        raise UsageError(f"{output} has no embeddings yet: see `resfeat status {output}`")
+    if not (rows := dataset.rows()):
+        raise dataset.empty()
     asked = downstream.queries_of(dataset, queries, ids, layer)
     index, why = (None, "") if exact else downstream.usable_index(dataset, layer, metric)
     if why:

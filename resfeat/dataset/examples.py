@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfeat.errors import UsageError
+from resfeat.errors import ResfeatError, UsageError
 
 if TYPE_CHECKING:
     from resfeat.dataset.reader import Dataset
@@ -26,18 +26,21 @@ class Examples(torch.utils.data.Dataset[Any]):
     @classmethod
     def of(cls, dataset: Dataset, label: str | None, layer: str | None) -> Self:
         """As `Dataset.torch` says."""
-        labels = None if label is None else dataset.labels(label)
+        table = None if label is None else dataset.table(["id", label])
+        labels = None if table is None else table[label].to_pylist()
         if labels and (without := labels.count(None)):
             raise UsageError(
                 f"{dataset.layout.root}: {without} of {len(labels)} rows have no '{label}': leave "
                 "them out of what you extract, or give label=None"
             )
-        parts = [vectors for _, vectors in dataset.vectors(layer=layer)]
-        if not parts:
+        blocks = list(dataset.vectors(layer=layer))
+        if not blocks:
             raise dataset.empty()
-        vectors = torch.from_numpy(np.concatenate(parts))
-        if labels is None:
+        vectors = torch.from_numpy(np.concatenate([some for _, some in blocks]))
+        if labels is None or table is None:
             return cls(vectors, None, [])
+        if [key for ids, _ in blocks for key in ids.to_pylist()] != table["id"].to_pylist():
+            raise ResfeatError(f"{dataset.layout.root} has changed while it was read: try again")
         classes, targets = np.unique(labels, return_inverse=True)
         return cls(vectors, torch.from_numpy(targets), classes.tolist())
 

@@ -144,6 +144,13 @@ class Dataset:
         root = self.layout.root
         return UsageError(f"{root} has no embeddings yet: see `resfeat status {root}`")
 
+    def rows(self) -> int:
+        """How many there are now, whether or not an update has still to come to some."""
+        if not self.layout.committed():
+            return 0
+        with readable(self.layout.embeddings, SENT_BACK):
+            return int(self.embeddings.count_rows())
+
     def ids(self) -> list[str]:
         """The ids of the rows, in plan order: those of `vectors`."""
         ids: list[str] = self.table(["id"])["id"].to_pylist()

@@ -95,7 +95,10 @@ def scan(
                 _Nearest(queries[start : start + QUERIES], k, metric) for _ in range(cpu_count())
             ]
             look = partial(_look, dataset=dataset, layer=layer, shards=shards)
-            list(pool.map(look, some))
+            try:
+                list(pool.map(look, some))
+            finally:
+                list(shards)  # where one fails, none is left for the others
             found.append(_Pairs.of([each.found for each in some]).best(k))
     scores = np.concatenate([each.near for each in found]) * (1 if metric == "cosine" else -1)
     ids = np.concatenate([each.ids for each in found])

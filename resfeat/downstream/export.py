@@ -78,8 +78,7 @@ class _Rows:
                 self.count += file.metadata.num_rows
                 schema = schema or file.schema_arrow
         if not self.count or schema is None:
-            root = dataset.layout.root
-            raise UsageError(f"{root} has no embeddings yet: see `resfeat status {root}`")
+            raise dataset.empty()
         self.schema, self.kind = schema, schema.field(column).type
         others = [field for field in schema if not _is_embedding(field.name)]
         self.others = pa.schema(others, schema.metadata)

@@ -38,6 +38,7 @@ from resfeat.downstream.index import (
     open_index,
 )
 from resfeat.downstream.kinds import (
+    CODES,
     Auto,
     Kind,
     choose,
@@ -109,7 +110,7 @@ def build_index(
     with writable(dataset.layout), _alone(folder):
         work = _Work(dataset, name, folder, parts, tell)
         there, why = _there(dataset, name, wanted)
-        if there:
+        if there and not why:
             follow = _follow(work, there)
             if isinstance(follow, Outcome):
                 return follow
@@ -136,17 +137,19 @@ class _Work:
 
 
 def _there(dataset: Dataset, layer: str, wanted: Wanted) -> tuple[Index | None, str]:
-    """The index that can be brought to what the dataset is, or why there is none."""
+    """The index that can be read, and why it cannot be brought to what is asked for."""
     try:
         index = open_index(dataset, layer)
         if index is None:
             return None, ""
         about, identity = index.about, dataset.record.identity
         if about.fingerprint != identity.fingerprint or about.layer != layer:
-            return None, str(index.stale)
+            return index, str(index.stale)
+        if wanted.kind == "auto" and about.asked:
+            return index, f"it was {about.kind} as asked for, and auto is asked for"
         for asked, now in (wanted.kind, about.kind), (wanted.metric, about.metric):
             if asked not in (None, "auto", now):
-                return None, f"it was {now}, and {asked} is asked for"
+                return index, f"it was {now}, and {asked} is asked for"
         index.check()
     except ResfeatError as error:
         return None, str(error).partition(":")[0]
@@ -212,6 +215,11 @@ def _anew(work: _Work, wanted: Wanted, why: str) -> Outcome:
     work.tell(f"making {choice.kind} of {rows:,} x {dim:,}: {choice.why}")
     index = make(choice.kind, metric, rows, dim)
     held_out, sample = _samples(choice.kind, rows, memory // (8 * 4 * dim))
+    if choice.kind == "pq" and len(sample) < CODES:
+        raise UsageError(
+            f"pq needs {CODES} rows to train on, and of {rows:,} there are {len(sample):,}: give "
+            "another --kind"
+        )
     if len(sample):
         work.tell(f"training on {len(sample):,} rows")
         index.train(prepared(parts.vectors_at(sample), metric))

@@ -103,8 +103,6 @@ def make(kind: Kind, metric: Metric, rows: int, dim: int) -> Any:
     if kind == "hnsw":
         return library.index_factory(dim, f"IDMap2,HNSW{LINKS}", measure)
     stored = {"ivf": "Flat", "sq8": "SQ8", "pq": f"PQ{_bytes_of_code(dim)}x8"}[kind]
-    if kind == "pq" and rows < CODES:
-        raise UsageError(f"pq needs {CODES} rows to train on, and there are {rows:,}: give --kind")
     index = library.index_factory(dim, f"IVF{lists_of(rows)},{stored}", measure)
     index.cp.min_points_per_centroid = 1  # says nothing of small sets, where it matters little
     if kind == "pq":

@@ -74,7 +74,8 @@ def labels_of(datasets: Sequence[Dataset], column: str) -> Labels:
     that is carried. Raises UsageError, with those there are, where none has it."""
     there: dict[str, None] = {}
     for dataset in datasets:
-        schema = dataset.embeddings.schema
+        with readable(dataset.layout.embeddings, SENT_BACK):
+            schema = dataset.embeddings.schema
         fields = {field.name: field for field in carried_fields(schema)}
         if "label" in schema.names:
             fields["label"] = schema.field("label")
@@ -195,7 +196,8 @@ def _label(value: Any) -> str | None:
 
 
 def _unlabelled(ids: Sequence[str], labels: Labels) -> str:
-    if other := next((key for key in labels if key not in set(ids)), None):
+    known = set(ids)
+    if other := next((key for key in labels if key not in known), None):
         return (
             f"no image has a label: the labels are of ids like '{other}', and the images have ids "
             f"like '{ids[0]}': give labels of these ids"

@@ -37,7 +37,7 @@ class Sample:
 def draw(dataset: Dataset, layer: str | None = None, most: int = SAMPLE) -> Sample:
     """At most so many rows, read as they stream by: what is kept is all the memory that it takes.
     Raises UsageError where the dataset has none."""
-    rows = dataset.commits().embedded
+    rows = dataset.rows()
     wanted = np.linspace(0, rows - 1, min(rows, most)).astype(np.int64)
     ids, kept, start = list[str](), list[NDArray[np.float32]](), 0
     for some, vectors in dataset.vectors(layer=layer):
@@ -47,8 +47,7 @@ def draw(dataset: Dataset, layer: str | None = None, most: int = SAMPLE) -> Samp
         kept.append(vectors[places])
         start += len(some)
     if not ids:
-        root = dataset.layout.root
-        raise UsageError(f"{root} has no embeddings yet: see `resfeat status {root}`")
+        raise dataset.empty()
     units = np.concatenate(kept)
     lengths = np.linalg.norm(units, axis=1, keepdims=True)
     lengths[lengths == 0] = 1

@@ -26,6 +26,7 @@ from resfeat.dataset.reader import SENT_BACK, readable
 from resfeat.downstream.map import NEAR, Kind, Sample, alike, draw, lay_out, spread
 from resfeat.downstream.search import nearest
 from resfeat.downstream.thumbnails import thumbnails
+from resfeat.storage import public
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
@@ -100,7 +101,9 @@ def _digest(template: str, tag: str) -> str:
 
 
 def _short(text: str) -> str:
-    """The end of a long id is what tells it from others."""
+    """Without secrets, since a page is sent to others. The end of a long id is what tells it from
+    others."""
+    text = public(text)
     return text if len(text) <= LETTERS else "…" + text[1 - LETTERS :]
 
 

@@ -156,7 +156,10 @@ def _splits(data: Labelled, method: Method) -> list[Split]:
     )
     with warnings.catch_warnings():  # of small classes, which are in some folds only: that is fine
         warnings.simplefilter("ignore")
-        return list(splitter.split(data.which, data.which))
+        splits = list(splitter.split(data.which, data.which))
+    if any(len(np.unique(data.which[train])) < 2 for train, _ in splits):
+        raise UsageError("images of one class alone are left to learn from: give less --test")
+    return splits
 
 
 def _few(which: Rows, splits: Sequence[Split], shots: int, seed: int) -> Iterator[Split]:

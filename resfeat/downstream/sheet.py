@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from typing import NamedTuple
 
@@ -11,8 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from resfeat.decoding import Loaded, load, quiet
 from resfeat.downstream.exact import Neighbours
 from resfeat.downstream.queries import Queries
+from resfeat.errors import Failure, ResfeatError
 from resfeat.sources import Item
 from resfeat.spec import Preprocessing
+from resfeat.storage import public
 
 TILE, CAPTION, GAP = 160, 32, 8
 LETTERS = 24
@@ -56,6 +59,7 @@ def contact_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
         for column, (heading, name, item) in enumerate(row):
             left, top = GAP + column * across, GAP + line * down
             sheet.paste(_thumbnail(item), (left, top))
+            name = public(name)
             text = f"{heading}\n{name if len(name) <= LETTERS else '…' + name[1 - LETTERS :]}"
             draw.multiline_text((left, top + TILE + 2), text, INK, font, spacing=2)
     return sheet
@@ -80,7 +84,8 @@ def _figure(tile: Tile) -> str:
     _thumbnail(tile.item).save(picture, "JPEG", quality=JPEG_QUALITY)
     data = base64.b64encode(picture.getvalue()).decode()
     # What a terminal or an editor would act on is no part of a page.
-    name = escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in tile.name))
+    shown = public(tile.name)  # a page is sent to others
+    name = escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown))
     return (
         "<figure>"
         f'<img src="data:image/jpeg;base64,{data}" width="{TILE}" height="{TILE}" alt="{name}">'
@@ -89,7 +94,8 @@ def _figure(tile: Tile) -> str:
 
 
 def _thumbnail(item: Item | None) -> Image.Image:
-    with quiet():
+    image: Loaded | Failure | None = None
+    with quiet(), suppress(ResfeatError):  # of a store that is out of reach
         image = load(item, TILE_PIXELS, "pillow") if item else None
     if isinstance(image, Loaded):
         return Image.fromarray(image.picture.pixels)

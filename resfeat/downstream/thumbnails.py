@@ -6,10 +6,12 @@ import base64
 import io
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from PIL import Image
 
 from resfeat.decoding import Loaded, load, quiet
+from resfeat.errors import Failure, ResfeatError
 from resfeat.sources import Item
 from resfeat.spec import Preprocessing
 
@@ -32,7 +34,9 @@ def thumbnails(ids: Iterable[str], items: Mapping[str, Item]) -> dict[str, str |
 
 
 def _drawn(item: Item | None) -> str | None:
-    image = load(item, _PIXELS, "turbo") if item else None
+    image: Loaded | Failure | None = None
+    with suppress(ResfeatError):  # of a store that is out of reach
+        image = load(item, _PIXELS, "turbo") if item else None
     if not isinstance(image, Loaded):
         return None
     jpeg = io.BytesIO()

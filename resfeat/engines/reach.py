@@ -14,6 +14,8 @@ def reach(address: str, seconds: float) -> None:
     """Have a cluster answer. Raises ResfeatError where it is of another version, and whatever Ray
     or the network raises where there is none; Ray may then take longer than `seconds`."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        raise ResfeatError("it has no port: give HOST:PORT, or ray://HOST:PORT")
     socket.create_connection((host.strip("[]"), int(port)), seconds).close()
     if address.startswith("ray://"):
         import grpc  # type: ignore[import-untyped]

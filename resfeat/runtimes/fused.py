@@ -2,7 +2,7 @@
 
 One after the other they read and write every feature map three times more, and memory is what
 limits a ResNet on a GPU: ResNet-50 in bf16 is twice as fast this way on an H100 (see
-tests/benchmarks/RESULTS.md). In bf16 and fp16 fewer values are rounded, so the bits are others.
+tests/benchmarks/GPU.md). In bf16 and fp16 fewer values are rounded, so the bits are others.
 """
 
 import copy

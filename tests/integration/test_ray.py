@@ -104,7 +104,7 @@ def test_placement(cluster, options, workers, cpus, asked, device):
     assert given[:2] == (workers, asked)
     assert (given[2].cpus, given[2].device) == (cpus, device)
     runtime = {"cpu": "openvino", "cuda": "torch"}[device]
-    assert (given[2].runtime, given[2].batch_size) == (runtime, {"cpu": 2, "cuda": 128}[device])
+    assert (given[2].runtime, given[2].batch_size) == (runtime, {"cpu": 2, "cuda": 256}[device])
 
 
 def test_int8_keeps_to_the_cpu_where_nothing_is_said_of_gpus(cluster):

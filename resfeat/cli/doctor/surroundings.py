@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from resfeat.cli.doctor.probing import ANSWER_SECONDS, Finding, State, must_answer_soon
@@ -91,6 +92,10 @@ def weights(fetch: bool) -> list[Finding]:
     return [Finding("weights", found, verdict, "note", there)]
 
 
+# What is said of a place in a store to write to: to try that would leave something there.
+UNTRIED = "fine as OUT if it may be written, which was not tried"
+
+
 def source(name: str, alone: bool) -> list[Finding]:
     """A place to read from. alone: no output was named, so this may be one."""
     from resfeat.sources import places
@@ -100,8 +105,13 @@ def source(name: str, alone: bool) -> list[Finding]:
     if is_remote(name) or is_web(name):
         return _distant(name, nothing="fine as OUT, but as SRC" if alone else "")
     is_dataset, is_there = os.path.isdir(Path(name, "_resfeat")), os.path.lexists(name)
-    if alone and (is_dataset or not (is_there or set("*?[") & set(name))):
+    if alone and is_dataset:
         return out(name)
+    if alone and not (is_there or set("*?[") & set(name)):
+        found = out(name)
+        if found[0].state == "broken":
+            return found
+        return [replace(found[0], state="note", verdict="fine as OUT, but as SRC check the name")]
     places.check(name)
     if os.path.exists(name) and not os.access(name, os.R_OK):
         return [Finding(name, "there, but not to be read", "check its rights", "broken")]
@@ -116,7 +126,7 @@ def out(name: str) -> list[Finding]:
     if is_web(name):
         return [Finding(name, "on the web", "nothing can be written there: see -o", "broken")]
     if is_remote(name):
-        return _distant(name, nothing="fine as OUT")
+        return _distant(name, nothing=UNTRIED)
     path = Path(name).absolute()
     return [_space(name, path, "give another -o")]
 
@@ -129,7 +139,7 @@ def _distant(name: str, nothing: str) -> list[Finding]:
     must_answer_soon()
     if reach(name, ANSWER_SECONDS / 2):
         return [Finding(name, "answers, and something is there")]
-    if nothing == "fine as OUT":
+    if nothing == UNTRIED:
         return [Finding(name, "answers, and nothing is there yet", nothing)]
     state: State = "note" if nothing else "broken"
     verdict = f"{nothing} check the name".strip()
