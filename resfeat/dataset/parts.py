@@ -84,9 +84,13 @@ class Parts:
                 continue
             place = self.starts[shard]
             for ids, vectors in self._dataset.part(shard, BLOCK, self._layer):
+                if place + len(ids) > self._ends[shard]:
+                    raise self._changed()
                 if place + len(ids) > start:
                     yield Block(shard, place, ids, vectors)
                 place += len(ids)
+            if place != self._ends[shard]:
+                raise self._changed()
 
     def at(self, places: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """The rows at these places, which ascend. Reads just the row groups that hold them."""
@@ -94,7 +98,9 @@ class Parts:
         for shard, start in self.starts.items():
             first, last = np.searchsorted(places, [start, self._ends[shard]])
             if first < last:
-                tables.append(self._some(shard, places[first:last] - start, columns))
+                tables += self._some(shard, places[first:last] - start, columns)
+        if sum(map(len, tables)) != len(places):
+            raise self._changed()
         return pa.concat_tables(tables)
 
     def vectors_at(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -103,7 +109,7 @@ class Parts:
             return np.empty((0, self.dim), np.float32)
         return _array(self.at(places, [self.column]), self.column)
 
-    def _some(self, shard: int, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+    def _some(self, shard: int, rows: NDArray[np.int64], columns: Sequence[str]) -> list[pa.Table]:
         part = self._layout.embeddings / self._layout.part_name(shard)
         tables = []
         with readable(part, SENT_BACK), open_parquet(part) as file:
@@ -115,18 +121,20 @@ class Parts:
                     table = file.read_row_group(group, columns=list(columns), use_threads=False)
                     tables.append(table.take(rows[first:last] - start))
                 start = end
-        return pa.concat_tables(tables)
+        return tables
 
     def check(self) -> None:
         """Raise ResfeatError where the dataset is not what it was any more."""
         if digests_of(self._layout) != self.digests:
-            raise ResfeatError(
-                f"{self._layout.root} changed while it was read: is a run writing there? Give the "
-                "same command again when it has ended"
-            )
+            raise self._changed()
+
+    def _changed(self) -> ResfeatError:
+        return ResfeatError(
+            f"{self._layout.root} changed while it was read: is a run writing there? Give the same "
+            "command again when it has ended"
+        )
 
 
-def _array(rows: pa.Table | pa.RecordBatch, column: str) -> NDArray[np.float32]:
-    table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+def _array(table: pa.Table, column: str) -> NDArray[np.float32]:
     (vectors,) = layers_in(table, [column])
     return vectors.astype(np.float32, copy=False)

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset.reader import SENT_BACK, readable
+from resfeat.downstream.views import unit
 from resfeat.errors import ResfeatError, Stopped, UsageError, first_line
 from resfeat.runtimes.hardware import memory_bytes
 from resfeat.storage import is_remote, open_parquet
@@ -184,8 +185,7 @@ def _library(name: str, extra: str) -> Any:
 
 def _unit(vectors: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """The same at length 1, and zeros as they are."""
-    lengths = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
-    return (vectors / np.where(lengths > 0, lengths, 1)).astype(vectors.dtype)
+    return unit(vectors.astype(np.float32)).astype(vectors.dtype)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.downstream.exact import Metric
+from resfeat.downstream.views import unit
 from resfeat.errors import UsageError
 
 Kind = Literal["flat", "ivf", "sq8", "pq", "hnsw"]
@@ -151,9 +152,7 @@ def prepared(vectors: NDArray[np.float32], metric: Metric) -> NDArray[np.float32
     """Vectors [N, D] as the index has them: for the cosine of length 1, or 0 if they are zero."""
     if metric == "l2":
         return np.ascontiguousarray(vectors, np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    lengths[lengths == 0] = 1
-    return np.ascontiguousarray(vectors / lengths, np.float32)
+    return np.ascontiguousarray(unit(vectors), np.float32)
 
 
 def _bytes_of_code(dim: int) -> int:

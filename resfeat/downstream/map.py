@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat.downstream.views import unit
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,10 +49,7 @@ def draw(dataset: Dataset, layer: str | None = None, most: int = SAMPLE) -> Samp
         start += len(some)
     if not ids:
         raise dataset.empty()
-    units = np.concatenate(kept)
-    lengths = np.linalg.norm(units, axis=1, keepdims=True)
-    lengths[lengths == 0] = 1
-    return Sample(ids, units / lengths, rows)
+    return Sample(ids, unit(np.concatenate(kept)), rows)
 
 
 def lay_out(sample: Sample, kind: Kind) -> tuple[NDArray[np.float32], float | None]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class DiskDraft:
 
     def discard(self) -> None:
         """Forget it, unless it was published."""
-        self.sink.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):  # where none could be made
+            self.sink.unlink()
 
 
 class StoreDraft:
