@@ -121,6 +121,17 @@ def test_by_distance(dataset, vectors):
     assert expected.tolist() != nearest(vectors, queries, 5).tolist()
 
 
+@pytest.mark.parametrize("rows", [SHARD - 50, SHARD + 50])
+def test_a_part_that_is_replaced_while_it_is_read_is_one_line(rows, dataset, vectors):
+    parts = Parts(dataset)
+    commit(dataset.layout, 0, [f"{n:06}.jpg" for n in range(rows)], vectors[:rows])
+    with pytest.raises(ResfeatError, match="changed while it was read"):
+        list(parts.blocks())
+    if rows < SHARD:
+        with pytest.raises(ResfeatError, match="changed while it was read"):
+            parts.vectors_at(np.arange(parts.rows))
+
+
 def test_what_is_not_asked_for_stays_as_it_was_asked_for(dataset):
     build_index(dataset, Wanted(metric="l2"))
     about = build_index(dataset, Wanted(kind="ivf")).about
