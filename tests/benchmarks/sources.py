@@ -25,7 +25,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
@@ -116,14 +116,14 @@ class Stub(BaseHTTPRequestHandler):
         ).encode() + (found + b"</ListBucketResult>")
 
     @classmethod
-    def prepare(cls, keys: list[str], folder: Path | None) -> None:
+    def prepare(cls, keys: Iterable[str], folder: Path | None) -> None:
         """Make what pages are made of. keys: sorted; folder: what holds them."""
-        cls.keys, cls.folder = keys, folder
+        cls.keys, cls.folder = list(keys), folder
         entries = [
             f"<Contents><Key>{key}</Key><LastModified>2026-11-20T10:00:00.000Z</LastModified>"
             f'<ETag>"{place:x}"</ETag>'
             f"<Size>{(folder / key).stat().st_size if folder else 48_213}</Size></Contents>"
-            for place, key in enumerate(keys)
+            for place, key in enumerate(cls.keys)
         ]
         cls.ends = [0, *accumulate(map(len, entries))]
         cls.entries = "".join(entries).encode("ascii")
@@ -154,7 +154,7 @@ class Stub(BaseHTTPRequestHandler):
             self.answer(206, file.read(end - start + 1), **about)
 
 
-def serve(keys: list[str], folder: Path | None, latency: float, port: object) -> None:
+def serve(keys: Iterable[str], folder: Path | None, latency: float, port: object) -> None:
     Stub.prepare(keys, folder)
     Stub.latency = latency
     ThreadingHTTPServer.request_queue_size = 128
@@ -165,8 +165,9 @@ def serve(keys: list[str], folder: Path | None, latency: float, port: object) ->
 
 
 @contextmanager
-def store(keys: list[str], folder: Path | None = None, latency: float = 0.0) -> Iterator[str]:
-    """A stub in another process; gives its address, which is in the environment meanwhile."""
+def store(keys: Iterable[str], folder: Path | None = None, latency: float = 0.0) -> Iterator[str]:
+    """A stub in another process, where the keys are made; gives its address, which is in the
+    environment meanwhile."""
     context = multiprocessing.get_context("fork")
     port = context.Queue()
     process = context.Process(target=serve, args=(keys, folder, latency, port), daemon=True)
@@ -215,9 +216,8 @@ def told(what: str, count: int, seconds: float) -> None:
 def keys(scale: float) -> None:
     count = int(1000 * scale)
     for latency in (0.0, LATENCY):
-        names = [f"photos/{a:05d}/IMG_{b:06d}.jpg" for a in range(count) for b in range(1000)]
+        names = (f"photos/{a:05d}/IMG_{b:06d}.jpg" for a in range(count) for b in range(1000))
         with store(names, latency=latency):
-            del names
             told(f"keys of a store, {latency * 1000:.0f} ms", *planned("s3://bucket/photos"))
 
 
