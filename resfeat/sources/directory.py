@@ -18,11 +18,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from resfeat.errors import Failure, Reason, ResfeatError, UsageError
 from resfeat.sources import rules
@@ -50,27 +53,37 @@ _REASONS: Mapping[int | None, Reason] = {
 _Entry = os.DirEntry[str]
 
 
-class _Columns(NamedTuple):
-    """The columns of items of which these alone are known: a listing makes millions of them, and an
-    object for each would take a quarter of its time."""
+class _Files(NamedTuple):
+    """Files of one folder, of which this alone is known. A listing makes millions of items: an
+    object for each, or each address put together by itself, would take a quarter of its time."""
 
-    id: list[str]
-    uri: list[str]
-    size: list[int]
-    mtime: list[int]
-    label: list[str | None]
+    id_start: str
+    uri_start: str
+    label: str | None
+    id_end: Sequence[str]
+    uri_end: Sequence[str]
+    size: Sequence[int]
+    mtime: Sequence[int]
 
-    def table(self) -> pa.Table:
-        given, schema = self._asdict(), schema_of()
-        nothing = [None] * len(self.id)
-        return pa.table([given.get(name, nothing) for name in schema.names], schema=schema)
 
-    def add(self, more: _Columns) -> None:
-        self.id.extend(more.id)
-        self.uri.extend(more.uri)
-        self.size.extend(more.size)
-        self.mtime.extend(more.mtime)
-        self.label.extend(more.label)
+def _table(runs: Sequence[_Files]) -> pa.Table:
+    of_run = np.repeat(np.arange(len(runs)), [len(run.size) for run in runs])
+
+    def once(name: str) -> pa.Array:
+        return pa.array([getattr(run, name) for run in runs], pa.string()).take(pa.array(of_run))
+
+    def each(name: str) -> pa.Array:
+        return pa.array(list(chain.from_iterable(getattr(run, name) for run in runs)))
+
+    schema = schema_of()
+    columns = {field.name: pa.nulls(len(of_run), field.type) for field in schema} | {
+        "id": pc.binary_join_element_wise(once("id_start"), each("id_end"), ""),
+        "uri": pc.binary_join_element_wise(once("uri_start"), each("uri_end"), ""),
+        "size": each("size"),
+        "mtime": each("mtime").cast(schema.field("mtime").type),
+        "label": once("label"),
+    }
+    return pa.table(columns, schema=schema)
 
 
 @dataclass
@@ -109,16 +122,17 @@ class Directories:
         self.roots, self.skipped = roots, Counter[str]()
 
     def tables(self) -> Iterator[pa.Table]:
-        rows, since = _Columns([], [], [], [], []), time.monotonic()
-        for some in self._columns():
-            rows.add(some)
-            if len(rows.id) >= TABLE or time.monotonic() - since > BEAT_SECONDS:
-                yield rows.table()
-                rows, since = _Columns([], [], [], [], []), time.monotonic()
-        if rows.id:
-            yield rows.table()
+        held, rows, since = list[_Files](), 0, time.monotonic()
+        for some in self._runs():
+            held.append(some)
+            rows += len(some.size)
+            if rows >= TABLE or time.monotonic() - since > BEAT_SECONDS:
+                yield _table(held)
+                held, rows, since = [], 0, time.monotonic()
+        if rows:
+            yield _table(held)
 
-    def _columns(self) -> Iterator[_Columns]:
+    def _runs(self) -> Iterator[_Files]:
         self.skipped.clear()
         # Every folder that was met, and whether a link leads there. Sources keep their own names.
         met = {_key(os.stat(root)): False for root in self.roots}
@@ -129,7 +143,7 @@ class Directories:
                 folder, name = os.path.split(root)
                 yield self._items(folder, [name], [os.stat(root)])
 
-    def _walk(self, root: str, met: dict[int, bool]) -> Iterator[_Columns]:
+    def _walk(self, root: str, met: dict[int, bool]) -> Iterator[_Files]:
         above = [_open(root, _key(os.stat(root)), linked=False)]
         try:
             while above:
@@ -163,7 +177,7 @@ class Directories:
         met[key] = linked
         return _open(entry.path, key, linked)
 
-    def _files(self, folder: str, entries: Sequence[_Entry]) -> _Columns:
+    def _files(self, folder: str, entries: Sequence[_Entry]) -> _Files:
         names = [entry.name for entry in entries]
         if rules.may_be_passed_over(names):
             self.skipped.update(filter(None, map(rules.passed_over, names)))
@@ -182,22 +196,20 @@ class Directories:
 
     def _items(
         self, folder: str, names: Sequence[str], statuses: Sequence[os.stat_result]
-    ) -> _Columns:
+    ) -> _Files:
         folder = os.path.join(folder, "")
         above, text = folder[len(self._base) :], "/".join(names)
         quoted = quote_from_bytes(os.fsencode(text))
         parts = names if quoted == text else quoted.split("/")
         if text.isascii() and "\\" not in text:
-            start = printable(above)
-            ids = [start + name for name in names]
+            start, ids = printable(above), names
         else:
-            ids = [printable(above + name) for name in names]
+            start, ids = "", [printable(above + name) for name in names]
         place = "file://" + quote_from_bytes(os.fsencode(folder))
         label = rules.folder_of(folder) if self._labelled else None
-        uris = [place + part for part in parts]
         sizes = [status.st_size for status in statuses]
         mtimes = [status.st_mtime_ns // 1000 for status in statuses]
-        return _Columns(ids, uris, sizes, mtimes, [label] * len(ids))
+        return _Files(start, place, label, ids, parts, sizes, mtimes)
 
 
 def _open(path: str, key: int, linked: bool) -> _Folder:
