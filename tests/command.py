@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, NoReturn
 
+import click
 import torch
 
 from resfeat.cli import main
@@ -23,8 +24,10 @@ from resfeat.storage import remote
 Done = subprocess.CompletedProcess
 
 
-def call(*arguments: object, env: Mapping[str, str] | None = None) -> Done[str]:
-    """Run the command here, and give what a finished process gives.
+def call(
+    *arguments: object, env: Mapping[str, str] | None = None, program: click.Command = main
+) -> Done[str]:
+    """Run the command here, or another program of Click's, and give what a finished process gives.
 
     An extract with workers runs on a Ray that stays for the session. What a run changes in its
     process is changed back. An exception that the command does not turn into a line is raised.
@@ -40,7 +43,7 @@ def call(*arguments: object, env: Mapping[str, str] | None = None) -> Done[str]:
         os.environ.update(env or {})
         remote.store.cache_clear()  # its clients have the variables of another test
         try:
-            main(words, prog_name="resfeat")
+            program(words, prog_name="resfeat")
         except SystemExit as left:
             code = left.code
     return Done(words, code or 0, *read())

@@ -18,20 +18,24 @@ from pathlib import Path
 PRELOADED = ["torch", "pyarrow.parquet", "pyarrow.fs", "PIL.Image", "safetensors.torch"]
 
 
-def start(*arguments: object, env: Mapping[str, str] | None = None) -> Process:
-    """The command under way."""
-    return Process(arguments, dict(os.environ if env is None else env))
+def start(
+    *arguments: object, env: Mapping[str, str] | None = None, script: Path | None = None
+) -> Process:
+    """The command under way, or a script of Python."""
+    return Process(arguments, dict(os.environ if env is None else env), script)
 
 
 class Process:
     """What `subprocess.Popen` has of it."""
 
-    def __init__(self, arguments: Iterable[object], env: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: Iterable[object], env: dict[str, str], script: Path | None = None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._texts = [Path(self._folder.name, name) for name in ("out", "err")]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        about = list(map(str, arguments)), os.getcwd(), env, self._texts
+        about = list(map(str, arguments)), os.getcwd(), env, self._texts, script
         self._process = context.Process(target=_run, args=about)
         self._process.start()
         self.pid: int = self._process.pid or 0
@@ -60,7 +64,9 @@ class Process:
         return out, err
 
 
-def _run(words: list[str], folder: str, env: dict[str, str], texts: list[Path]) -> None:
+def _run(
+    words: list[str], folder: str, env: dict[str, str], texts: list[Path], script: Path | None
+) -> None:
     for number, text in enumerate(texts, start=1):
         os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
@@ -72,6 +78,9 @@ def _run(words: list[str], folder: str, env: dict[str, str], texts: list[Path]) 
         sys.path.insert(0, place)
         if (hook := Path(place, "sitecustomize.py")).exists():
             runpy.run_path(str(hook))
+    if script:
+        sys.argv = [str(script), *words]
+        runpy.run_path(str(script), run_name="__main__")
     from resfeat.cli import main
 
     main(words, prog_name="resfeat")

@@ -165,6 +165,7 @@ def test_what_is_printed(one_photo, tmp_path, command, resfeat):
 
     as_json = resfeat("extract", one_photo, "-o", tmp_path / "c", *HERE, "--log-json")
     events = [json.loads(line) for line in as_json.stdout.splitlines()]
+    assert all(event.pop("time") for event in events)
     assert events[0] == {"event": "step", "text": "starting"}
     first = next(event for event in events if event["event"] == "progress")
     assert first == {"event": "progress", "total": 1, "done": 0, "failed": 0, "workers": 1,

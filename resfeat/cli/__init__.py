@@ -17,6 +17,9 @@ COMMANDS = (
     "page", "export", "models", "bench", "doctor",
 )  # fmt: skip
 
+# What `call` gives a command as its context's object.
+GOES_ON = object()
+
 
 class Group(click.Group):
     """Loads a command when it is named, and turns our errors into one line and an exit code."""
@@ -54,8 +57,8 @@ def shown(text: str) -> str:
 
 def leave(context: click.Context, code: int) -> NoReturn:
     """Exit, even where a thread of this process hangs in a decoder, or while it joins Ray: Python
-    would wait for it."""
-    for thread in threading.enumerate():
+    would wait for it. A process that goes on is not left."""
+    for thread in threading.enumerate() if context.obj is not GOES_ON else ():
         if thread.name.startswith(("load", "ray-init")):
             thread.join(timeout=1)
             if thread.is_alive():
@@ -63,6 +66,17 @@ def leave(context: click.Context, code: int) -> NoReturn:
                 sys.stderr.flush()
                 os._exit(code)
     context.exit(code)
+
+
+def call(*words: str) -> int:
+    """Run a command in this process, which goes on afterwards; gives the exit code. For scripts:
+    signals reach the one process that there is, and nothing outlives it."""
+    try:
+        code = main(list(words), prog_name="resfeat", standalone_mode=False, obj=GOES_ON)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return code or 0  # a command that does not leave gives none
 
 
 @click.group(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from resfeat.cli import config, leave, options
+from resfeat.cli import GOES_ON, config, leave, options
 from resfeat.cli.options import option, switch
-from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet
+from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet, tell
 from resfeat.cli.signals import StopSignals
-from resfeat.errors import Stopped
+from resfeat.errors import ResfeatError, Stopped
 from resfeat.spec import ExtractSpec, RuntimeOptions
 
 if TYPE_CHECKING:
     from resfeat.plan import Changes
-    from resfeat.reporting import Preview, Report
+    from resfeat.reporting import Metrics, Preview, Progress, Report
 
 TOO_MANY_FAILED = 3
 
@@ -105,8 +104,13 @@ Whatever ended a run, the same command resumes it.
 @switch("quiet", help="Print errors only.")
 @switch("verbose", help="Also print where the time went.")
 @switch("log-json", help="Print progress and the report as JSON lines.")
+@option(
+    "--metrics",
+    metavar="FILE.prom",
+    help="Write Prometheus text there, for node_exporter's textfile collector, while it runs too.",
+)
 @click.pass_context
-def extract(context: click.Context, /, dry_run: bool, **choices: Any) -> None:
+def extract(context: click.Context, /, **choices: Any) -> None:
     """Embed all images below SRC... and write Parquet to OUT.
 
     Every image becomes one row: in OUT/embeddings, or in OUT/failures with the reason. After a
@@ -125,35 +129,88 @@ def extract(context: click.Context, /, dry_run: bool, **choices: Any) -> None:
     with StopSignals() as signals, show() as display:
         display.step("starting")
         _keep_pandas_out()
-        from resfeat import extraction
-
-        watched: dict[str, Any] = {
-            "on_step": display.step, "on_progress": display.show, "stopping": signals.received
-        }  # fmt: skip
+        work = _foreseen if choices["dry_run"] else _extracted
         try:
-            if dry_run:
-                preview = extraction.preview(spec, **watched)
-                display.end()
-                _foretell(preview, as_json=talk == "log_json")
-                leave(context, 1 if preview.refusal else 0)
-            report = extraction.extract(
-                spec, on_note=display.note, options=config.in_force(context), **watched
-            )
-        except Stopped as stopped:
-            click.echo(str(stopped), err=True)
-            leave(context, signals.exit_code)
+            code = work(context, spec, display, signals)
+        except ResfeatError as error:
+            code = signals.exit_code if isinstance(error, Stopped) else error.exit_code
+            if talk == "log_json":
+                tell("error", text=str(error), exit_code=code)
+            if not isinstance(error, Stopped):
+                raise
+            click.echo(str(error), err=True)
+    if context.obj is GOES_ON and signals.received():
+        code = signals.exit_code  # the run is done, but whoever called is to stop, too
+    leave(context, code)
+
+
+def _foreseen(
+    context: click.Context, spec: ExtractSpec, display: Lines, signals: StopSignals
+) -> int:
+    """Say what would be done; gives the exit code."""
+    from resfeat import extraction
+
+    preview = extraction.preview(
+        spec, on_step=display.step, on_progress=display.show, stopping=signals.received
+    )
+    display.end()
+    _foretell(preview, as_json=_talk(context) == "log_json")
+    return 1 if preview.refusal else 0
+
+
+def _extracted(
+    context: click.Context, spec: ExtractSpec, display: Lines, signals: StopSignals
+) -> int:
+    """Do it, and say what was done; gives the exit code."""
+    from resfeat import extraction
+    from resfeat.reporting import Metrics
+
+    file = context.params["metrics"]
+    metrics = Metrics(file, spec.output, spec.partition) if file else None
+
+    def show(progress: Progress) -> None:
+        display.show(progress)
+        if metrics:
+            metrics.show(progress)
+
+    report, code = None, ResfeatError.exit_code
+    try:
+        report = extraction.extract(
+            spec, on_note=display.note, options=config.in_force(context), on_step=display.step,
+            on_progress=show, stopping=signals.received,
+        )  # fmt: skip
+        code = _exit_code(report, spec, signals)
+    except ResfeatError as error:
+        code = signals.exit_code if isinstance(error, Stopped) else error.exit_code
+        raise
+    finally:
+        if metrics:
+            _finish(metrics, code, report)
+    display.end()
+    talk = _talk(context)
     if talk == "log_json":
-        click.echo(json.dumps({"event": "report", **report.as_dict()}))
+        tell("report", **report.as_dict())
     elif talk != "quiet":
         _tell(report, verbose=talk == "verbose")
-    if report.status == "interrupted":
-        leave(context, signals.exit_code)
-    if report.error_rate > spec.max_error_rate:
+    if code == TOO_MANY_FAILED:
         more = f"more than --max-error-rate {spec.max_error_rate:.1%}"
         told = f"{report.error_rate:.1%} of the images failed, {more}"
         click.echo(f"Error: {told}; see {report.output}/failures", err=True)
-        leave(context, TOO_MANY_FAILED)
-    leave(context, 0)
+    return code
+
+
+def _exit_code(report: Report, spec: ExtractSpec, signals: StopSignals) -> int:
+    if report.status == "interrupted":
+        return signals.exit_code
+    return TOO_MANY_FAILED if report.error_rate > spec.max_error_rate else 0
+
+
+def _finish(metrics: Metrics, code: int, report: Report | None) -> None:
+    """Write down how the run ended. It has, whatever becomes of the file."""
+    try:
+        metrics.end(code, report)
+    except OSError as error:
+        click.echo(f"Note: --metrics could not be written: {error}", err=True)
 
 
 def _talk(context: click.Context) -> str | None:
@@ -188,7 +245,7 @@ class _Hidden:
 
 def _foretell(preview: Preview, *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"event": "preview", **preview.as_dict()}))
+        tell("preview", **preview.as_dict())
         return
     if preview.update is not None:
         click.echo(_changes(preview.update))

@@ -46,16 +46,19 @@ def page(output: str, file: Path | None, kind: Kind, layer: str | None) -> None:
     from resfeat.downstream.page import page as made
     from resfeat.storage import write_whole
 
-    dataset = open_dataset(output)
+    dataset, drafts = open_dataset(output), None
     if file is None:
         if not isinstance(dataset.layout.page, Path):
             raise UsageError(f"{output} is in a store: say with -o where to write the page")
-        file = dataset.layout.page
+        # What a killed process leaves among the drafts of OUT, the next run removes.
+        file, drafts = dataset.layout.page, Path(str(dataset.layout.tmp))
     if not file.absolute().parent.is_dir():
         raise UsageError(f"-o {file}: there is no folder {file.parent}: make it first")
     text = made(dataset, kind, layer, lambda doing: click.echo(f"{doing} ...", err=True))
     try:
-        write_whole(file.absolute().parent, file.absolute(), text.encode(errors="replace"))
+        drafts = drafts or file.absolute().parent
+        drafts.mkdir(parents=True, exist_ok=True)
+        write_whole(drafts, file.absolute(), text.encode(errors="replace"))
     except OSError as error:
         raise ResfeatError(f"cannot write {file} ({error.strerror}): give another -o") from error
     click.echo(f"Page: {file} ({len(text) / 1e6:.1f} MB)")

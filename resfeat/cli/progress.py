@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,17 +78,23 @@ class Lines(AbstractContextManager["Lines"]):
 
 
 class JsonLines(Lines):
-    """The same as JSON objects on standard output, for programs."""
+    """The same as JSON objects on standard output, for programs. LOGS.md has the fields."""
 
     def step(self, text: str) -> None:
-        click.echo(json.dumps({"event": "step", "text": text}))
+        tell("step", text=text)
 
     def note(self, text: str) -> None:
-        click.echo(json.dumps({"event": "note", "text": text}))
+        tell("note", text=text)
 
     def line(self, progress: Progress, speed: float) -> None:
         rate = round(speed, 2) if speed else None
-        click.echo(json.dumps({"event": "progress", **vars(progress), "images_per_second": rate}))
+        tell("progress", **vars(progress), images_per_second=rate)
+
+
+def tell(event: str, **fields: Any) -> None:
+    """Print a line of --log-json."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    click.echo(json.dumps({"event": event, "time": now, **fields}))
 
 
 class Quiet(Lines):

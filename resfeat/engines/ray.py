@@ -119,13 +119,15 @@ class RayEngine:
         self._local = options.address is None
         cluster.ready()
         workers, resources, self.placement = place(options, job.identity, shards)
-        remote = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})(
-            RayWorker
-        ).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
+        as_actor = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})
+        how = {"max_restarts": -1, "scheduling_strategy": "SPREAD", **resources}
         with ExitStack() as stack:
             members = []
-            for _ in range(workers):
-                members.append(Member(remote.remote(job, self.placement)))
+            for number in range(1, workers + 1):
+                # Ray titles a process by its class: this is what `ps` shows, behind "ray::".
+                named = type(f"resfeat worker {number}", (RayWorker,), {})
+                actor = as_actor(named).options(**how).remote(job, self.placement)
+                members.append(Member(actor))
                 stack.callback(ray.kill, members[-1].actor)
             # While they start. In a list, or Ray would fetch it for each call.
             self._network = [ray.put(network_for(job, self.placement, weights.tensors))]

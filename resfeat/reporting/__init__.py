@@ -1,7 +1,8 @@
 """What a run did, and what limits it."""
 
+from resfeat.reporting.metrics import Metrics
 from resfeat.reporting.preview import Preview, last_rate
 from resfeat.reporting.report import Report, versions
 from resfeat.reporting.tally import Progress, Tally, Watch
 
-__all__ = ["Preview", "Progress", "Report", "Tally", "Watch", "last_rate", "versions"]
+__all__ = ["Metrics", "Preview", "Progress", "Report", "Tally", "Watch", "last_rate", "versions"]

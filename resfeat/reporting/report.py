@@ -27,6 +27,7 @@ class Report:
     items, embedded, failed, reasons: the whole dataset, or the partition of it that the run was to
     do. images, images_failed: this run alone, in shards that it committed. kept: images in those
     whose rows stayed. changed: files that were not as listed any more when they were read.
+    bytes_read: of images, this run.
     start_seconds: until the first worker is live. seconds: from then to the last commit. stages:
     busy seconds by stage, added up over threads and workers; `wait` is the time that the model
     waited for pixels. skipped: files that were passed over in listing, by extension. parity: how
@@ -48,6 +49,7 @@ class Report:
     images_failed: int = 0
     kept: int = 0
     changed: int = 0
+    bytes_read: int = 0
     shards: int = 0
     shards_left: int = 0
     start_seconds: float = 0.0

@@ -78,6 +78,7 @@ class Tally:
         self._counts["kept"] += result.kept
         self._counts["images_failed"] += result.failed
         self._counts["changed"] += result.changed
+        self._counts["bytes_read"] += result.bytes_read
         self._stages.update(result.seconds)
         batch_size = self.engine["batch_size"]
         if result.fits < (self._fits or batch_size):

@@ -60,10 +60,12 @@ class _Group:
 
 
 class Batches:
-    """What becomes of items of one shard. seconds: busy seconds by stage, added up over threads."""
+    """What becomes of items of one shard. seconds: busy seconds by stage, added up over threads.
+    bytes_read: of images."""
 
     def __init__(self, worker: Worker, decode: Decoder) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.bytes_read = 0
         self._worker = worker
         self._decode = decode
         self._size = worker.placement.batch_size
@@ -175,6 +177,8 @@ class Batches:
         started = time.perf_counter()
         with self.stage("read"):
             contents = run.read()
+        with self._lock:
+            self.bytes_read += sum(len(each[0]) for each in contents if isinstance(each, tuple))
         if time.perf_counter() - started > SLOW_SECONDS * len(contents):
             self._worker.add_reader()
         with self.stage("decode"):

@@ -101,3 +101,4 @@ class ShardResult:
     fits: int  # images that the device's memory held at once
     seconds: Mapping[str, float]  # busy seconds by stage, added up over threads
     steady: bool = True  # as of a runtime
+    bytes_read: int = 0

@@ -66,6 +66,7 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
         fits=worker.fits,
         seconds=batches.seconds,
         steady=worker.runtime.steady,
+        bytes_read=batches.bytes_read,
     )
 
 

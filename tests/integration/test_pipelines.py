@@ -50,44 +50,6 @@ def test_demo(tmp_path):
         assert sheet.size == (8 + 7 * 168, 8 + 4 * 200)
 
 
-@pytest.mark.more
-def test_nightly(some, tmp_path):
-    output = tmp_path / "nights"
-    command = [sys.executable, PIPELINES / "nightly.py", some, output, *QUICK, "--workers", 0]
-    first = run(*command)
-    assert first.returncode == 3, first.stderr  # 12 of 72 are broken
-    assert "checked 72 images listed: 60 embedded, 12 failed, 0 without" in first.stdout
-    (report,) = (output / "_resfeat" / "runs").iterdir()
-    assert str(report) in first.stdout
-
-    command += ["--max-error-rate", 0.2]
-    same = run(*command)
-    assert same.returncode == 0 and "0 added, 0 changed, 0 removed, 72 kept" in same.stdout
-    for name in sorted(os.listdir(some))[:2]:
-        os.remove(some / name)
-    Image.new("RGB", (50, 40), "red").save(some / "new.png")
-    other = run(*command)
-    assert other.returncode == 0, other.stderr
-    assert "1 added, 0 changed, 2 removed, 70 kept" in other.stdout
-    assert "checked 71 images listed: " in other.stdout and "0 without" in other.stdout
-
-    # A night that was cut off in the first extraction is finished, and then brought up to date.
-    begun = tmp_path / "begun"
-    assert run(*command[:3], begun, *command[4:]).returncode == 0
-    part = begun / "embeddings" / "part-00000.parquet"
-    part.unlink()
-    Image.new("RGB", (50, 40), "blue").save(some / "newer.png")
-    cut_off = run(*command[:3], begun, *command[4:])
-    assert cut_off.returncode == 0, cut_off.stderr
-    assert "1 added, 0 changed, 0 removed, 71 kept" in cut_off.stdout
-
-    os.truncate(part, 1000)
-    damaged = run(*command[:3], begun, *command[4:])
-    assert damaged.returncode == 1 and "part-00000.parquet: it was changed" in damaged.stdout
-    usage = run(*command, "--workers", -1)
-    assert usage.returncode == 2 and "--workers -1" in usage.stderr
-
-
 @pytest.fixture
 def head(tmp_path):
     """The environment that reaches a Ray head with its job server, on the loopback address."""

@@ -40,7 +40,7 @@ IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
 def workers_of(process):
     """The processes of Ray workers below one."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in below if title(child).startswith("ray::RayWorker")]
+    return [child for child in below if title(child).startswith("ray::resfeat worker ")]
 
 
 @pytest.mark.more

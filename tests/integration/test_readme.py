@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PARITY = (ROOT / "tests" / "benchmarks" / "PARITY.md").read_text()
 DOCUMENTS = (
-    "README.md", "CONTRIBUTING.md", "tests/README.md", "tests/benchmarks/PARITY.md",
+    "README.md", "CONTRIBUTING.md", "LOGS.md", "tests/README.md", "tests/benchmarks/PARITY.md",
     "tests/benchmarks/RESULTS.md", "tests/benchmarks/SCALE.md",
 )  # fmt: skip
 
@@ -112,6 +112,8 @@ def test_the_commands(session, home, store, resfeat, monkeypatch):
             where = [str(ROOT) if word == "." else word for word in words]
             where = [str(ROOT / word) if word == "constraints.txt" else word for word in where]
             run([sys.executable, "-m", "pip", *where, "--dry-run", "--no-deps", "--quiet"], home)
+        elif program == "python":
+            run([sys.executable, str(ROOT / words[0]), *words[1:]], home)
         else:
             assert program == "resfeat"
             if command == FIRST or "s3://" in command:

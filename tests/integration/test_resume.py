@@ -51,7 +51,8 @@ def test_sigkill_half_way(workers, copied, choices, inline, unhurried, resfeat, 
     of_ray = ray_processes(process)
     titles = [title(child) for child in of_ray]
     # A worker's title goes on with the call that it is busy with.
-    for wanted in ("ray::RayWorker", "raylet", "gcs_server") if workers else ():
+    ours = [f"ray::resfeat worker {number}" for number in range(1, workers + 1)]
+    for wanted in [*ours, "raylet", "gcs_server"] if workers else ():
         assert any(title.startswith(wanted) for title in titles), titles
     assert workers or not titles
     process.kill()

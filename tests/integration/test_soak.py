@@ -157,7 +157,8 @@ class Run:
 
     def _injected(self, fault: str) -> bool:
         if fault == "worker killed":
-            workers = [each for each in self.below if title(each).startswith("ray::RayWorker")]
+            ours = "ray::resfeat worker "
+            workers = [each for each in self.below if title(each).startswith(ours)]
             if workers:
                 random.choice(workers).kill()
             return bool(workers)
