@@ -80,7 +80,7 @@ def is_current(output: str) -> bool:
     """Whether there is a dataset, and all of its shards are done, or there is none yet."""
     try:
         dataset = open_dataset(output)
-    except ResfeatError:  # which the command tells better
+    except (ResfeatError, OSError):  # which the command tells better
         return True
     return dataset.commits().done.keys() >= dataset.record.plan.shards.keys()
 
@@ -90,7 +90,8 @@ def alone(output: str) -> Iterator[bool]:
     """Hold OUT for a night; gives False, and says why, where another run is at work there.
 
     A night holds the folder by flock, so nothing is left of one that was killed, and in the
-    folder nothing of any. In a store, only the run that writes is seen.
+    folder nothing of any. Of nights on other machines, and in a store, only a run that writes is
+    seen: there the scheduler has to start one at a time.
     """
     with made(output) as folder:
         try:
@@ -129,7 +130,7 @@ def writer(output: str) -> str | None:
     """The run that is writing OUT; None where there is none."""
     try:
         return holder(Layout(output))
-    except ResfeatError:
+    except (ResfeatError, OSError):  # which the command tells better
         return None
 
 

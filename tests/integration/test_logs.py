@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -217,6 +218,20 @@ def test_while_a_run_goes_on_the_file_keeps_what_it_says_of_the_last(tmp_path, m
         found = {name: value for (name, *_), value in samples(file).items()}
         assert found.get("resfeat_images_done") == seen
         assert ended.items() <= found.items() and found["resfeat_run_active"] == 1
+
+
+def test_the_collector_never_sees_a_draft(tmp_path, monkeypatch):
+    """It reads all that is called *.prom."""
+    there, replace = [], os.replace
+
+    def replaced(draft, file):
+        there.append((sorted(tmp_path.glob("*.prom")), Path(draft).read_text()[-1]))
+        replace(draft, file)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    told = Metrics(str(tmp_path / "a.prom"), str(tmp_path / "out"), None)
+    told.end(0, None)
+    assert there == [([], "\n"), ([tmp_path / "a.prom"], "\n")]
 
 
 def test_a_file_that_cannot_be_written(job, tmp_path, monkeypatch):

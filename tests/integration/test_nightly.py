@@ -273,8 +273,12 @@ def test_an_output_in_a_store_has_neither_index_nor_page(folder):
 
 @pytest.mark.parametrize(
     ("language", "command"),
-    [("crontab", r"0 2 \* \* \* (.*)\n"), ("ini", r"(?:.*\n)+ExecStart=(.*)\n(?:.*\n)+")],
-)
+    [
+        pytest.param("crontab", r"0 2 \* \* \* (.*)\n", id="cron"),
+        pytest.param("ini", r"(?:.*\n)+ExecStart=(.*)\n(?:.*\n)+", id="systemd",
+                     marks=pytest.mark.more),
+    ],
+)  # fmt: skip
 def test_the_lines_of_the_readme_for_schedulers(language, command, folder, tmp_path):
     """As they stand, in a shell as cron has it, but for where things are."""
     (block,) = re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
