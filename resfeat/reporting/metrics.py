@@ -6,6 +6,7 @@ run stays until the next has ended, and when one last went well stays whatever f
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -73,6 +74,7 @@ class Metrics:
         self._set("resfeat_run_start_timestamp_seconds", time.time())
         try:
             self._write()
+            self._written = -math.inf  # where the run stands is told as soon as it is known
         except OSError as error:
             raise UsageError(
                 f"cannot write --metrics {file} ({error.strerror}): name a file in a folder that "

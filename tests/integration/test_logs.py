@@ -144,8 +144,8 @@ def test_every_line_of_runs_that_finish_change_and_fail(job, tmp_path):
     for each in (tmp_path / "photos").iterdir():
         shutil.rmtree(each)
     wrong = run(code=1)
-    assert reports(output)[-1]["error"] == wrong["text"]
-    assert misfits(reports(output)[-1], REPORT) == []
+    (left,) = (each for each in reports(output) if each["status"] == "failed")
+    assert left["error"] == wrong["text"] and misfits(left, REPORT) == []
     assert wrong["event"] == "error" and wrong["exit_code"] == 1
     now = samples(file)
     assert now["resfeat_run_exit_code",] == 1 and now["resfeat_run_active",] == 0
@@ -163,9 +163,13 @@ def test_every_line_of_a_run_that_is_killed_stopped_and_done(job, tmp_path, unhu
     slow = {**unhurried, "RESFEAT_METRICS": str(file)}
     words = ["extract", *job[:-4], "--shard-size", 1, *job[-2:]]  # without --metrics
     killed = start(*words, env=slow)
+    while not file.exists() or "resfeat_run_workers" not in file.read_text():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.02)
     wait_for_parts(killed, output, 1)
     now = samples(file)
     assert now["resfeat_run_active",] == 1 and ("resfeat_run_exit_code",) not in now
+    assert now["resfeat_images",] == 13 and now["resfeat_run_workers",] == 1
     killed.kill()
     killed.wait(60)
     assert samples(file)["resfeat_run_active",] == 1
@@ -211,9 +215,9 @@ def test_while_a_run_goes_on_the_file_keeps_what_it_says_of_the_last(tmp_path, m
     now = [time.monotonic()]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     second = Metrics(str(file), str(odd), "2/4")
-    for waited, seen in ((0, None), (6, 2), (1, 2), (5, 4)):
+    for waited, done, seen in ((0, 1, 1), (4, 2, 1), (1, 3, 3), (1, 4, 3), (5, 5, 5)):
         now[0] += waited
-        second.show(Progress(9, seen or 3, 0, 1))
+        second.show(Progress(9, done, 0, 1))
         second.show(Progress(None, 1000, doing="listing"))
         found = {name: value for (name, *_), value in samples(file).items()}
         assert found.get("resfeat_images_done") == seen
