@@ -94,6 +94,11 @@ class Identity:
     dtype: DType = "float32"  # of the stored values
 
     @property
+    def last_layer(self) -> str:
+        """The layer that is meant where none is named."""
+        return self.layers[-1]
+
+    @property
     def columns(self) -> dict[str, str]:
         """Name of the column that holds each layer's embedding, in order."""
         if len(self.layers) == 1:

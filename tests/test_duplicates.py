@@ -15,8 +15,8 @@ from PIL import Image
 from small import embed, write_pictures
 
 from resfeat.dataset import open_dataset
-from resfeat.downstream import Wanted, build_index, find_duplicates, open_index
-from resfeat.downstream.pairs import Links
+from resfeat.downstream import Wanted, build_index, find_duplicates, open_index, pairs
+from resfeat.downstream.links import Links
 
 
 def grouped(cosines, threshold):
@@ -108,6 +108,21 @@ def test_by_the_index_they_are_the_same(vectors, tmp_path):
     by_index = find_duplicates(dataset, 0.95, index=open_index(dataset))
     assert by_index == find_duplicates(dataset, 0.95) != expected
     assert any("new.jpg" in [each.id for each in group.members] for group in by_index)
+
+
+@pytest.mark.parametrize("kind", ["sq8", "pq"])
+def test_by_an_index_of_codes_they_are_the_same(kind, vectors, tmp_path, monkeypatch):
+    """Whose cosines are not the true ones: each group is by these, to the last bit."""
+    dataset = write_dataset(tmp_path / "out", vectors, shard_size=90)
+    build_index(dataset, Wanted(kind=kind))
+    index = open_index(dataset)
+    index.faiss.nprobe = index.faiss.nlist
+    for checked in (pairs.CHECKED_BYTES, 64 * 3):
+        monkeypatch.setattr(pairs, "CHECKED_BYTES", checked)
+        for threshold in (0.95, 0.999):
+            expected = find_duplicates(dataset, threshold)
+            assert len(expected) > 1
+            assert find_duplicates(dataset, threshold, index=index) == expected
 
 
 def test_of_a_large_group_the_least_cosine_is_a_bound(dataset, vectors, monkeypatch):

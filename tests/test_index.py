@@ -19,8 +19,9 @@ from small import embed, write_pictures
 from resfeat import downstream
 from resfeat.dataset import Parts, open_dataset
 from resfeat.downstream import Wanted, build_index, open_index
+from resfeat.downstream import index as index_module
 from resfeat.downstream.index import About
-from resfeat.downstream.kinds import KINDS, bytes_of, choose
+from resfeat.downstream.kinds import COARSE, KINDS, bytes_of, choose
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.storage.draft import DiskDraft
 
@@ -98,12 +99,18 @@ def test_faiss_opens_it_without_us_and_finds_what_is_near(kind, whole, vectors, 
     assert recall(by_faiss, expected) >= LEAST[kind]
 
     ours = open_index(dataset).search(queries, 10)
-    assert numbers(ours) == by_faiss
-    assert np.allclose(ours.scores, scores) and ours.scores.dtype == np.float32
-    if kind not in ("sq8", "pq"):
-        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        cosines = (queries / lengths)[0] @ units[by_faiss[0]].T
-        assert np.allclose(scores[0], cosines, atol=1e-5)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = np.take_along_axis((queries / lengths) @ units.T, np.array(numbers(ours)), axis=1)
+    assert np.allclose(ours.scores, cosines, atol=1e-6) and ours.scores.dtype == np.float32
+    if kind in COARSE:  # FAISS's own are not the cosines, and ours finds more
+        assert not np.allclose(ours.scores, scores, atol=1e-4)
+        assert recall(numbers(ours), expected) > recall(by_faiss, expected) - 1e-9
+        assert recall(numbers(ours), expected) > 0.9
+        exact = downstream.nearest(dataset, queries, 10)
+        is_same = ours.ids == exact.ids
+        assert np.array_equal(ours.scores[is_same], exact.scores[is_same])
+    else:
+        assert numbers(ours) == by_faiss and np.allclose(ours.scores, scores)
     # It was measured on other rows than these, which are like them.
     assert abs(about.measured.recall_at_10 - recall(by_faiss, expected)) < 0.1
     assert about.measured.queries == 200 and about.measured.rows == ROWS - 200
@@ -139,8 +146,47 @@ def test_what_is_not_asked_for_stays_as_it_was_asked_for(dataset):
     assert build_index(dataset, Wanted(kind="auto")).about.kind == "flat"
 
 
+def test_what_codes_find_is_compared_in_small_pieces_too(dataset, vectors, monkeypatch):
+    build_index(dataset, Wanted(kind="sq8", metric="l2"))
+    queries, index = clustered(30, DIM, seed=3), open_index(dataset)
+    index.faiss.nprobe = index.faiss.nlist  # all lists
+    whole = index.search(queries, 5)
+    expected = nearest(vectors, queries, 5, "l2")
+    assert recall(numbers(whole), expected) > 0.95
+    far = np.linalg.norm(queries[:, None] - vectors[np.array(numbers(whole))], axis=2)
+    assert np.allclose(whole.scores, far, rtol=1e-6)
+    monkeypatch.setattr("resfeat.downstream.index.RANKED_BYTES", 7 * 4 * DIM * 4 * 5)
+    pieces = index.search(queries, 5)
+    assert np.array_equal(pieces.ids, whole.ids) and np.array_equal(pieces.scores, whole.scores)
+    commit(dataset.layout, 0, ["other.jpg"], vectors[:1])  # since the index was opened
+    with pytest.raises(ResfeatError, match="changed while it was searched"):
+        index.search(vectors[:50], 5)
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_as_many_as_there_cannot_be_is_one_line(k, dataset, vectors):
+    with pytest.raises(UsageError, match=f"-k {k}: give at least 1"):
+        open_index(dataset).search(vectors[:1], k)
+
+
+def test_a_search_reads_the_files_of_an_index_once_to_check_them(dataset, resfeat, monkeypatch):
+    read, digest_of = [], index_module.digest_of
+    monkeypatch.setattr(
+        index_module, "digest_of", lambda path: read.append(path.name) or digest_of(path)
+    )
+    assert resfeat("search", dataset.layout.root, "--id", "000007.jpg").returncode == 0
+    assert sorted(read) == ["ids.parquet", "index.faiss"]
+    index = open_index(dataset)
+    index.check()
+    path = folder(dataset) / "ids.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"X")  # whatever was checked is checked again
+    with pytest.raises(ResfeatError, match="is not what was written"):
+        index.check()
+
+
 def test_more_than_there_are(dataset, vectors):
-    for kind in ("flat", "ivf"):  # the lists that it looks into hold less
+    for kind in ("flat", "ivf", "sq8"):  # the lists that it looks into hold less
         build_index(dataset, Wanted(kind=kind))
         found = open_index(dataset).search(vectors[0], ROWS + 5)
         assert found.ids.shape == (1, ROWS) and len(set(found.ids[0])) == ROWS

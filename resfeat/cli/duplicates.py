@@ -107,9 +107,6 @@ def _index(dataset: Dataset, layer: str | None, lines: Lines) -> Index | None:
     index, why = usable_index(dataset, layer)
     if why:
         lines.note(f"{why}; all pairs are compared")
-    elif index and index.about.kind == "pq":
-        lines.note("a pq index is too coarse for a threshold; all pairs are compared")
-        return None
     elif not index and dataset.commits().embedded > MANY:
         lines.note("all pairs are compared, which takes long: make an index with `resfeat index`")
     return index

@@ -17,7 +17,7 @@ from resfeat.dataset.commit import digest
 from resfeat.dataset.layout import Layout
 from resfeat.dataset.notes import Note
 from resfeat.dataset.reader import SENT_BACK, Dataset, readable
-from resfeat.dataset.schema import layers_in
+from resfeat.dataset.vectors import vectors_at
 from resfeat.errors import ResfeatError
 from resfeat.storage import open_parquet
 
@@ -107,7 +107,16 @@ class Parts:
         """The vectors at these places, which ascend, float32 [n, D]."""
         if not len(places):
             return np.empty((0, self.dim), np.float32)
-        return _array(self.at(places, [self.column]), self.column)
+        found = []
+        for shard, start in self.starts.items():
+            first, last = np.searchsorted(places, [start, self._ends[shard]])
+            if first < last:
+                part = self._layout.embeddings / self._layout.part_name(shard)
+                with readable(part, SENT_BACK):
+                    found.append(vectors_at(part, self.column, places[first:last] - start))
+        if sum(map(len, found)) != len(places):
+            raise self._changed()
+        return np.concatenate(found)
 
     def _some(self, shard: int, rows: NDArray[np.int64], columns: Sequence[str]) -> list[pa.Table]:
         part = self._layout.embeddings / self._layout.part_name(shard)
@@ -133,8 +142,3 @@ class Parts:
             f"{self._layout.root} changed while it was read: is a run writing there? Give the same "
             "command again when it has ended"
         )
-
-
-def _array(table: pa.Table, column: str) -> NDArray[np.float32]:
-    (vectors,) = layers_in(table, [column])
-    return vectors.astype(np.float32, copy=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from resfeat.dataset.layout import Layout
 from resfeat.dataset.notes import Commits, Note
 from resfeat.dataset.record import Record
 from resfeat.dataset.schema import FAILURES, FailedItem, failed_items
-from resfeat.dataset.vectors import rows_in
+from resfeat.dataset.vectors import rows_in, rows_of
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.plan import changed_since
 from resfeat.sources import Item, items_of
@@ -103,21 +103,20 @@ class Dataset:
             yield from rows_in(part, self.check_layer(layer), rows)
 
     def find(
-        self, ids: Collection[str], layer: str | None = None
+        self,
+        ids: Collection[str],
+        layer: str | None = None,
+        shards: Iterable[int] | None = None,
     ) -> dict[str, NDArray[np.float32]]:
-        """Embeddings float32 [D] by id: of those of these ids that have one."""
-        import pyarrow.compute as pc
-
-        wanted, found = pa.array(set(ids), pa.string()), dict[str, NDArray[np.float32]]()
-        for shard in self.layout.committed():
+        """Embeddings float32 [D] by id: of those of these ids that have one. shards: look into the
+        parts of these alone, which are committed."""
+        column, found = self.check_layer(layer), dict[str, NDArray[np.float32]]()
+        wanted = pa.array(set(ids), pa.string())
+        for shard in self.layout.committed() if shards is None else shards:
             part = self.layout.embeddings / self.layout.part_name(shard)
-            with readable(part, SENT_BACK), open_parquet(part) as file:
-                there = file.read(["id"], use_threads=False)["id"]
-            if not pc.any(pc.is_in(there, wanted)).as_py():
-                continue
-            for names, vectors in self.part(shard, layer=layer):
-                places = pc.indices_nonzero(pc.is_in(names, wanted)).to_pylist()
-                found |= {names[place].as_py(): vectors[place].copy() for place in places}
+            with readable(part, SENT_BACK):
+                names, vectors = rows_of(part, column, wanted)
+            found.update(zip(names.to_pylist(), vectors, strict=True))
             if len(found) == len(wanted):
                 break
         return found
@@ -171,14 +170,19 @@ class Dataset:
 
         return Examples.of(self, label, layer)
 
+    def layer_of(self, asked: str | None) -> str:
+        """The layer that is asked for, or the last one. Raises UsageError where it is not there."""
+        identity = self.record.identity
+        if asked is None:
+            return identity.last_layer
+        if asked not in identity.layers:
+            known = ", ".join(identity.layers)
+            raise UsageError(f"{self.layout.root} has no layer '{asked}': give one of {known}")
+        return asked
+
     def check_layer(self, layer: str | None) -> str:
         """The column of a layer, or of the last one. Raises UsageError where it is not there."""
-        columns = self.record.identity.columns
-        if layer is not None and layer not in columns:
-            raise UsageError(
-                f"{self.layout.root} has no layer '{layer}': give one of {', '.join(columns)}"
-            )
-        return columns[layer or list(columns)[-1]]
+        return self.record.identity.columns[self.layer_of(layer)]
 
     def dim(self, layer: str | None = None) -> int | None:
         """D, the length of a layer's embeddings; None where there are none yet."""

@@ -87,7 +87,7 @@ class Embedder:
         """
         check_names("Embedder.of()", place, [*PlaceKeywords.__annotations__, "column", "layer"])
         dataset = output if isinstance(output, Dataset) else open_dataset(output)
-        dataset.check_layer(layer)
+        layer = dataset.layer_of(layer)
         embedder = cls.__new__(cls)
         options = runtime_options({"runtime": _as_made(dataset), **place})
         embedder._start(_weights_of(dataset), options, str(dataset.layout.root))
@@ -96,7 +96,7 @@ class Embedder:
 
     def _start(self, weights: Weights, options: RuntimeOptions, output: str = "") -> None:
         self.identity, self.dims = weights.identity, weights.dims
-        self._layer: str | None = None
+        self._layer = weights.identity.last_layer
         job = Job(output=output, share=ALL, sources=(), reads_ahead=0, with_label=False,
                   identity=weights.identity, dims=weights.dims)  # fmt: skip
         placement = place_here(options, weights.identity)
@@ -133,7 +133,7 @@ class Embedder:
             if failure:
                 name = image if isinstance(image, str | os.PathLike) else "an image"
                 raise UsageError(f"cannot embed {name}: {failure.reason}, {failure.message}")
-        return every[self._layer or list(every)[-1]]
+        return every[self._layer]
 
     def attempt(
         self, images: Sequence[Picturelike]
@@ -141,7 +141,7 @@ class Embedder:
         """The same of a list, with the reason for each image that gives no embedding; then its
         numbers are NaN."""
         every, failures = self._embed(images)
-        return every[self._layer or list(every)[-1]], failures
+        return every[self._layer], failures
 
     def _with_embeddings(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if self._column not in batch:

@@ -100,9 +100,32 @@ def scan(
             finally:
                 list(shards)  # where one fails, none is left for the others
             found.append(_Pairs.of([each.found for each in some]).best(k))
+    return _neighbours(found, len(queries), metric)
+
+
+def rank(
+    queries: NDArray[np.float32],
+    own: NDArray[np.int64],
+    rows: tuple[NDArray[np.object_], NDArray[np.float32]],
+    k: int,
+    metric: Metric,
+) -> Neighbours:
+    """The k nearest to each query [Q, D] of some rows of its own, with the scores that `scan` gives.
+
+    rows: ids and vectors [n, D]. own: [Q, m], places in these; -1 for none. Each query has k.
+    """
+    ids, vectors = rows
+    query, column = np.nonzero(own >= 0)
+    row = own[query, column]
+    near = _Nearest(queries, k, metric).compare(query, vectors, row)
+    return _neighbours([_Pairs(query, near, row, ids[row]).best(k)], len(queries), metric)
+
+
+def _neighbours(found: Sequence[_Pairs], queries: int, metric: Metric) -> Neighbours:
+    """What was found for some queries after the others, as many rows for each."""
     scores = np.concatenate([each.near for each in found]) * (1 if metric == "cosine" else -1)
     ids = np.concatenate([each.ids for each in found])
-    shape = len(queries), len(ids) // len(queries)
+    shape = queries, len(ids) // queries
     return Neighbours(ids.reshape(shape), scores.astype(np.float32).reshape(shape))
 
 
@@ -136,12 +159,7 @@ class _Nearest:
             query, row = np.nonzero(self._may_be_near(rows))
         if not len(query):
             return
-        near = np.concatenate(
-            [
-                self._compare(query[start : start + PAIRS], rows[row[start : start + PAIRS]])
-                for start in range(0, len(query), PAIRS)
-            ]
-        )
+        near = self.compare(query, rows, row)
         # Of equals the first stay: those that are not nearer than the k-th, which came before, go.
         nearer = near > self._least[query]
         query, row, near = query[nearer], row[nearer], near[nearer]
@@ -183,8 +201,15 @@ class _Nearest:
         found: NDArray[np.bool_] = may_be
         return found
 
+    def compare(
+        self, query: NDArray[np.int64], rows: NDArray[np.float32], row: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """How near the query is to the row, of each pair; at least one."""
+        pieces = (slice(start, start + PAIRS) for start in range(0, len(query), PAIRS))
+        return np.concatenate([self._compare(query[some], rows[row[some]]) for some in pieces])
+
     def _compare(self, query: NDArray[np.int64], rows: NDArray[np.float32]) -> NDArray[np.float64]:
-        """How near the query is to the row, of each pair."""
+        """The same of a row beside each query."""
         ours, theirs = self._queries[query], rows.astype(np.float64)
         if self._metric == "l2":
             return -_lengths(ours - theirs)

@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import digests_of
-from resfeat.downstream.exact import Metric, Neighbours
-from resfeat.downstream.kinds import KINDS, Kind, faiss, prepared
-from resfeat.downstream.search import check_vectors, nearest
+from resfeat.downstream.exact import Metric, Neighbours, rank
+from resfeat.downstream.kinds import COARSE, KINDS, Kind, faiss, prepared
+from resfeat.downstream.search import check_k, check_vectors, nearest
 from resfeat.errors import ResfeatError, first_line
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ FORMAT = 1
 # Of larger files only the beginning and the end are checked: reading them would take as long as an
 # exact search.
 CHECKED_BYTES = 512 << 20
+RANKED_BYTES = 64 << 20  # of vectors that are compared once more at a time
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How it did on rows that were held out, when it was made. recall_at_10: the share of their ten
-    nearest, by exact search, that it found; None for fewer than five rows. Seconds: a query, as one
-    of all that were asked together."""
+    """How FAISS did with it on rows that were held out, when it was made; `search` compares what an
+    index of codes finds once more, and finds more. recall_at_10: the share of their ten nearest, by
+    exact search, that it found; None for fewer than five rows. Seconds: a query, as one of all that
+    were asked together."""
 
     rows: int
     queries: int
@@ -112,7 +114,7 @@ def open_index(dataset: Dataset, layer: str | None = None) -> Index | None:
 
     Raises ResfeatError where it is damaged, UsageError for a layer that the dataset does not have.
     """
-    name = layer_of(dataset, layer)
+    name = dataset.layer_of(layer)
     folder = dataset.layout.index(name)
     about = About.load(folder) if isinstance(folder, Path) else None
     return Index(dataset, name, folder, about) if about and isinstance(folder, Path) else None
@@ -138,12 +140,6 @@ def usable_index(
     return index, ""
 
 
-def layer_of(dataset: Dataset, layer: str | None) -> str:
-    """The layer that is meant. Raises UsageError where it is not there."""
-    dataset.check_layer(layer)
-    return layer or list(dataset.record.identity.columns)[-1]
-
-
 class Index:
     """An index of a dataset. `stale`: why it is not that of the dataset as it stands, or None."""
 
@@ -151,6 +147,7 @@ class Index:
         self._dataset, self._layer, self._folder = dataset, layer, folder
         self.about = about
         self.stale = self._stale()
+        self._checked: dict[str, tuple[int, int, int]] = {}  # which file it was, by its name
 
     def _stale(self) -> str | None:
         about, record = self.about, self._dataset.record
@@ -173,22 +170,56 @@ class Index:
     def search(self, queries: NDArray[np.float32], k: int = 10) -> Neighbours:
         """The k nearest images to each query, float32 [Q, D], or to one, [D], nearest first.
 
-        By exact search where the index is stale, with a warning, or finds less than k. Raises
-        ResfeatError where it is damaged, and UsageError as `search.nearest` does, and where faiss
-        is not installed.
+        What an index of codes (sq8, pq) finds is read in the dataset and compared once more, so
+        that scores are true ones. By exact search where the index is stale, with a warning, or
+        finds less than k. Raises ResfeatError where it is damaged, and UsageError as
+        `search.nearest` does, and where faiss is not installed.
         """
+        check_k(k)
         about, asked = self.about, np.atleast_2d(queries)
         if self.stale:
             warnings.warn(f"{self.stale}: this search is exact", stacklevel=2)
             return nearest(self._dataset, asked, k, self._layer, about.metric)
         check_vectors(self._dataset, asked, "the queries", self._layer)
-        scores, found = self.nearest(prepared(asked, about.metric), k)
-        if (found < 0).any():  # as where the lists that it looks into hold less
+        times = COARSE[about.kind].times if about.kind in COARSE else 1
+        scores, found = self.nearest(prepared(asked, about.metric), times * k)
+        if ((found >= 0).sum(axis=1) < min(k, about.rows)).any():
+            # As where the lists that it looks into hold less.
             return nearest(self._dataset, asked, k, self._layer, about.metric)
+        if about.kind in COARSE:
+            return self._ranked(asked, found, k)
         names = self.ids["id"].take(self.places_of(found.ravel())).to_pylist()
         if about.metric == "l2":
             scores = np.sqrt(scores)  # FAISS gives squares
         return Neighbours(np.array(names, np.object_).reshape(found.shape), scores)
+
+    def _ranked(
+        self, queries: NDArray[np.float32], found: NDArray[np.int64], k: int
+    ) -> Neighbours:
+        """The k nearest of what was found, by the vectors themselves."""
+        ranked = []
+        some = max(1, RANKED_BYTES // (4 * self.about.dim * found.shape[1]))
+        for start in range(0, len(queries), some):
+            of_some = found[start : start + some]
+            numbers = np.unique(of_some[of_some >= 0])
+            places = self.places_of(numbers)
+            names = self.ids["id"].take(places).to_pylist()
+            shards = np.unique(self.shards[places]).tolist()
+            there = self._dataset.find(names, self._layer, shards)
+            if len(there) < len(names):
+                raise ResfeatError(
+                    f"{self._dataset.layout.root} changed while it was searched: is a run writing "
+                    "there? `resfeat index` brings the index up to date"
+                )
+            rows = np.array(names, np.object_), np.stack([there[name] for name in names])
+            own = np.where(of_some < 0, -1, np.searchsorted(numbers, of_some))
+            ranked.append(
+                rank(queries[start : start + some], own, rows, k, self.about.metric)
+            )
+        return Neighbours(
+            np.concatenate([each.ids for each in ranked]),
+            np.concatenate([each.scores for each in ranked]),
+        )
 
     def nearest(
         self, queries: NDArray[np.float32], k: int
@@ -242,12 +273,18 @@ class Index:
             self._check(self._folder / name)
 
     def _check(self, path: Path) -> None:
+        """The same of one of them, which is read for it once."""
         try:
+            about = os.stat(path)
+            this = about.st_ino, about.st_size, about.st_mtime_ns
+            if self._checked.get(path.name) == this:
+                return
             there = digest_of(path)
         except OSError as error:
             raise damaged(path, error) from error
         if there != self.about.files[path.name]:
             raise damaged(path, "it is not what was written")
+        self._checked[path.name] = this
 
     def rows_of(self, shard: int) -> pa.Table:
         """Its rows of one part."""

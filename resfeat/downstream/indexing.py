@@ -34,7 +34,6 @@ from resfeat.downstream.index import (
     About,
     Index,
     digest_of,
-    layer_of,
     open_index,
 )
 from resfeat.downstream.kinds import (
@@ -97,7 +96,7 @@ def build_index(
     """
     wanted = wanted or Wanted()
     faiss()
-    name = layer_of(dataset, wanted.layer)
+    name = dataset.layer_of(wanted.layer)
     folder = dataset.layout.index(name)
     if not isinstance(folder, Path):
         raise UsageError(

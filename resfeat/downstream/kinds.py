@@ -36,6 +36,20 @@ GROWTH = 1.5  # of an index's memory while it grows
 
 
 @dataclass(frozen=True)
+class Coarse:
+    """A kind whose scores are only near the true ones: what it finds is compared once more, by the
+    vectors in the dataset. times: so many times what is asked for. doubt: by how much a cosine may
+    be too low beside the best that was found: codes of one kind are too low by about the same."""
+
+    times: int
+    doubt: float
+
+
+# Of 10,000 to 20,000 clustered vectors no near pair was further off than 0.0015 and 0.0196.
+COARSE: dict[Kind, Coarse] = {"sq8": Coarse(4, 0.005), "pq": Coarse(16, 0.03)}
+
+
+@dataclass(frozen=True)
 class Choice:
     """A kind, and why in one line."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat.downstream.links import Links
 from resfeat.downstream.views import unit
 from resfeat.errors import UsageError
 
@@ -116,16 +117,9 @@ def spread(places: NDArray[np.float32], most: int, cells: int = 24) -> list[int]
 def alike(sample: Sample, near: float = NEAR) -> list[tuple[list[int], float]]:
     """Groups of rows that are linked by cosines of at least `near`, the largest group first, each
     with the least cosine within it, which a chain of links may have brought below `near`."""
-    units, group = sample.units, np.arange(len(sample.ids))
+    units, links = sample.units, Links(len(sample.ids))
     for start in range(0, len(units), 512):
-        cosines = units[start : start + 512] @ units.T
-        for row, links in enumerate(cosines >= near, start):
-            if links[row + 1 :].any():
-                links[row] = True  # a vector of zeros is not even near to itself
-                group[np.isin(group, group[links])] = group[row]
-    names, sizes = np.unique(group, return_counts=True)
-    found = []
-    for name in names[sizes > 1][np.argsort(-sizes[sizes > 1], kind="stable")]:
-        members = np.flatnonzero(group == name)
-        found.append((members.tolist(), float((units[members] @ units[members].T).min())))
-    return found
+        left, right = np.nonzero(units[start : start + 512] @ units.T >= near)
+        links.link(left + start, right)
+    groups = sorted(links.groups(), key=len, reverse=True)
+    return [(rows.tolist(), float((units[rows] @ units[rows].T).min())) for rows in groups]

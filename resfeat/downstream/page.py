@@ -45,7 +45,7 @@ def page(
 ) -> str:
     """The page, as HTML. kind: of the map. layer: which embedding of several; the last by default.
     step: is told what is waited for. Raises UsageError where there are no embeddings yet."""
-    layer = layer or dataset.record.identity.layers[-1]
+    layer = dataset.layer_of(layer)
     step("reading the rows")
     sample = draw(dataset, layer)
     step("laying out the map")

@@ -2,7 +2,8 @@
 whom, directly or by way of others.
 
 Exact: every pair is compared, a block of rows with all that follow it. By an index: each image with
-its nearest. Equal vectors are linked by their bits, before anything else.
+its nearest; where the index is one of codes, those that may be near enough are compared once more.
+Equal vectors are linked by their bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 from resfeat.dataset import Parts, vector_hashes
 from resfeat.downstream.index import Index
-from resfeat.downstream.kinds import prepared
+from resfeat.downstream.kinds import COARSE, prepared
+from resfeat.downstream.links import Links, Places
 from resfeat.runtimes.hardware import memory_bytes
 
 # Rows that are held while all that follow are read: each multiple of them costs a reading of what
@@ -24,43 +26,10 @@ HELD_SHARE, HELD_BYTES = 8, 256 << 20
 COMPARED = 1024  # rows of those at a time, with a block of a part
 # By an index: as many neighbours of each. Of more that are alike others are linked by way of these.
 NEIGHBOURS = 32
+CHECKED_BYTES = 64 << 20  # of vectors that are compared once more at a time
 ROUNDING = 1e-6  # of a cosine in float32
 
-Places = NDArray[np.int64]
 Tell = Callable[[str], None]
-
-
-class Links:
-    """Groups of `count` things, which grow together as pairs are linked."""
-
-    def __init__(self, count: int) -> None:
-        self._above = np.arange(count)  # another of its group; itself for the first
-
-    def link(self, left: Places, right: Places) -> None:
-        """Link each of `left` with that of `right`."""
-        while len(left):
-            tops = self._top(left), self._top(right)
-            first, last = np.minimum(*tops), np.maximum(*tops)
-            apart = first != last
-            if not apart.any():
-                return
-            # Of several that would be put above one, one is; the others come again.
-            left, right = np.unique([first[apart], last[apart]], axis=1)
-            self._above[right] = left
-
-    def _top(self, of: Places) -> Places:
-        top: Places = self._above[of]
-        while not np.array_equal(higher := self._above[top], top):
-            top = higher
-        self._above[of] = top
-        return top
-
-    def groups(self) -> list[Places]:
-        """Those of two or more, each ascending, in the order of their first."""
-        tops = self._top(np.arange(len(self._above)))
-        order = np.argsort(tops, kind="stable")
-        bounds = np.flatnonzero(np.diff(tops[order])) + 1
-        return [group for group in np.split(order, bounds) if len(group) > 1]
 
 
 def linked(
@@ -75,7 +44,7 @@ def linked(
     least = threshold - ROUNDING
     if index:
         tell(f"looking up {parts.rows:,} images in the index")
-        pairs = _near_by_index(parts, index, least, hashes)
+        pairs = _near_by_index(parts, index, least, hashes, links)
     else:
         tell(f"comparing {parts.rows:,} images with each other")
         pairs = _near(parts, least, hashes)
@@ -123,9 +92,10 @@ def _above(
 
 
 def _near_by_index(
-    parts: Parts, index: Index, least: float, hashes: NDArray[np.uint64]
+    parts: Parts, index: Index, least: float, hashes: NDArray[np.uint64], links: Links
 ) -> Iterator[tuple[Places, Places]]:
-    """Pairs of each image and its nearest. Fills in the hashes."""
+    """Pairs of each image and its nearest. Fills in the hashes. links: of pairs that were given."""
+    coarse = COARSE.get(index.about.kind)
     place_of = np.full(len(index.ids), -1, np.int64)  # of each row of the index
     for shard in parts.digests:
         if not len(places := parts.places_in(shard)):
@@ -135,8 +105,39 @@ def _near_by_index(
         place_of[there[at.to_numpy()]] = places
     for block in parts.blocks():
         hashes[block.places] = vector_hashes(block.vectors)
-        cosines, found = index.nearest(prepared(block.vectors, "cosine"), NEIGHBOURS + 1)
-        left, column = np.nonzero((cosines >= least) & (found >= 0))
+        units = prepared(block.vectors, "cosine")
+        cosines, found = index.nearest(units, NEIGHBOURS + 1)
+        bar = np.full((len(units), 1), least)
+        if coarse:
+            bar = least * cosines.max(axis=1, keepdims=True) - coarse.doubt
+        left, column = np.nonzero((cosines >= bar) & (found >= 0))
         right = place_of[index.places_of(found[left, column])]
-        left = left + block.start
-        yield left[left != right], right[left != right]
+        is_pair = left + block.start != right
+        left, right = left[is_pair], right[is_pair]
+        if coarse:
+            of_block = units, block.start
+            yield from _checked(parts, of_block, (left, right), least, links)
+        else:
+            yield left + block.start, right
+
+
+def _checked(
+    parts: Parts,
+    block: tuple[NDArray[np.float32], int],
+    pairs: tuple[Places, Places],
+    least: float,
+    links: Links,
+) -> Iterator[tuple[Places, Places]]:
+    """The pairs of a row of a block and an image anywhere whose vectors are near enough. Those that
+    are linked already are passed over: where all is near to all, nearly all of them."""
+    units, start = block
+    order = np.argsort(pairs[1], kind="stable")
+    most = max(1, CHECKED_BYTES // (4 * parts.dim))
+    for first in range(0, len(order), most):
+        left, right = (each[order[first : first + most]] for each in pairs)
+        is_apart = links.apart(left + start, right)
+        left, right = left[is_apart], right[is_apart]
+        places, at = np.unique(right, return_inverse=True)
+        others = prepared(parts.vectors_at(places), "cosine")
+        is_near = np.einsum("ij,ij->i", units[left], others[at]) >= least
+        yield left[is_near] + start, right[is_near]

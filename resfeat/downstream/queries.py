@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from resfeat.downstream.search import check_vectors
 from resfeat.errors import UsageError, first_line
-from resfeat.sources import Item, item_of, listing
+from resfeat.sources import Item, item_of, listing, printable
 from resfeat.spec import SourceOptions
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _read(dataset: Dataset, name: str, layer: str | None) -> Queries:
 def _known(dataset: Dataset, ids: Sequence[str], layer: str | None) -> Queries:
     if not ids:
         return _NOTHING
+    ids = [_as_listed(name) for name in ids]
     found = dataset.find(ids, layer)
     for name in ids:
         if name not in found:
@@ -107,6 +108,15 @@ def _known(dataset: Dataset, ids: Sequence[str], layer: str | None) -> Queries:
     items = dataset.items(ids)
     vectors = np.stack([found[name] for name in ids])
     return Queries(ids, vectors, [items.get(name) for name in ids])
+
+
+def _as_listed(name: str) -> str:
+    """An id as a dataset has it, of a file's name whose bytes may be no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return printable(name)
+    return name
 
 
 _NOTHING = Queries((), np.empty((0, 0), np.float32), ())

@@ -29,12 +29,17 @@ def nearest(
     """
     if metric not in get_args(Metric):
         raise UsageError(f"--metric {metric}: give one of {', '.join(get_args(Metric))}")
-    if k < 1:
-        raise UsageError(f"-k {k}: give at least 1")
+    check_k(k)
     dataset.check_layer(layer)
     queries = np.atleast_2d(queries)
     check_vectors(dataset, queries, "the queries", layer)
     return scan(dataset, queries, k, layer, metric)
+
+
+def check_k(k: int) -> None:
+    """Raise UsageError for less than 1. More than there are images gives all of them."""
+    if k < 1:
+        raise UsageError(f"-k {k}: give at least 1")
 
 
 def check_vectors(

@@ -33,10 +33,9 @@ class View:
         """layer: the last one where it is None. Raises UsageError where there is none such, or
         no embedding yet."""
         root, identity = str(dataset.layout.root), dataset.record.identity
-        dataset.check_layer(layer)
+        layer = dataset.layer_of(layer)
         if (dims := dataset.dim(layer)) is None:
             raise dataset.empty()
-        layer = layer or identity.layers[-1]
         name = f"{path}:{layer}" if len(identity.layers) > 1 else path
         return cls(name, root, identity.fingerprint, identity.model, layer, dims)
 
