@@ -113,6 +113,6 @@ def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
             own[name] = (value,)
         elif value is not None:
             own[name] = tuple(value)
-    if "weights" in own:
-        own["weights"] = os.fspath(own["weights"])
+    if isinstance(weights := own.get("weights"), os.PathLike):
+        own["weights"] = os.fspath(weights)
     return own

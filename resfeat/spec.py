@@ -21,6 +21,8 @@ PIXEL_POLICY = "2"
 # The columns of a dataset that nothing carried may be called; nor may it begin like an embedding.
 OWN_COLUMNS = ("id", "width", "height", "size", "mtime", "uri", "stage", "reason", "message")
 
+WEIGHTS = "DEFAULT, the name of published ones, a path or an address, or random:SEED"
+
 # Of a side that a network is given: far beyond any, and still no way to exhaust the memory.
 MOST_PIXELS = 4096
 
@@ -155,6 +157,9 @@ class FeatureSpec:
     decode: Decode = "turbo"
 
     def __post_init__(self) -> None:
+        for name, hint in ("model", "a name from `resfeat models`"), ("weights", WEIGHTS):
+            if not isinstance(value := getattr(self, name), str):
+                raise UsageError(f"--{name} {value}: give {hint}")
         if self.layers is not None and (not self.layers or not all(self.layers)):
             raise UsageError("--layers has an empty name: give some, as in layer3,avgpool")
         choices = {"pool": Pool, "precision": Precision, "dtype": DType,

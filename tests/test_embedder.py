@@ -134,6 +134,18 @@ def test_what_gives_no_embedding_is_named(pictures, tmp_path):
         resfeat.Embedder.of("out", batchsize=3)
 
 
+def test_what_is_no_name_of_weights_or_a_model_is_one_line(pictures, tmp_path):
+    for keywords in ({"weights": None}, {"weights": 1}, {"model": None}):
+        (name,) = keywords
+        told = f"--{name} {keywords[name]}: give "
+        with pytest.raises(UsageError, match=told):
+            resfeat.Embedder(**keywords)
+        with pytest.raises(UsageError, match=told):
+            resfeat.extract(pictures, tmp_path / "out", **keywords)
+        with pytest.raises(UsageError, match=told):
+            ExtractSpec(sources=("in",), output="out", **keywords)
+
+
 def test_a_value_that_is_not_finite_is_a_failure(pictures, monkeypatch):
     good = [str(path) for path in sorted(pictures.rglob("*.png"))[:3]]
     with closing(resfeat.Embedder(**SMALL)) as embedder:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from resfeat.cli.doctor.software import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,6 +23,21 @@ def test_every_dependency_is_pinned_by_name_and_no_host():
         for need in metadata("resfeat").get_all("Requires-Dist")
     }
     assert wanted - pinned <= {"resfeat"}
+
+
+def test_what_an_extra_brings_is_told_by_one_function_and_the_extra_is_there():
+    package = ROOT / "resfeat"
+    code = {
+        path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")
+    }
+    asked = re.findall(r"\b(?:missing|install)\([^()]*?[\"'](\w+)[\"'](?:, \", or [^\"]*\")?\)",
+                       "\n".join(code.values()))  # fmt: skip
+    assert {"faiss", "heif", "int8", "probe", "timm", "umap"} <= {*asked}
+    extras = metadata("resfeat").get_all("Provides-Extra")
+    assert {*asked, *(extra for _, extra in EXTRAS.values())} <= {*extras}
+    # Help texts of commands say it, too.
+    told = [name for name, text in code.items() if "pip install 'resfeat[" in text]
+    assert [name for name in told if not name.startswith("cli/")] == ["errors.py"]
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])

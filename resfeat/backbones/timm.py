@@ -8,16 +8,14 @@ from torch import Tensor
 
 from resfeat.backbones import Published
 from resfeat.backbones.backbone import Adapted, Backbone
-from resfeat.errors import ResfeatError, UsageError, first_line
+from resfeat.errors import ResfeatError, UsageError, first_line, missing
 from resfeat.spec import Preprocessing
 
 try:
     import timm
     from timm.data import resolve_data_config
 except ImportError as error:
-    raise UsageError(
-        "models of timm need timm, which is not installed: pip install 'resfeat[timm]'"
-    ) from error
+    raise missing("--model timm:NAME", "timm", "timm") from error
 
 
 @cache

@@ -80,9 +80,18 @@ def _preprocessing(name: str, entry: zoo.WeightsEnum) -> Preprocessing:
     )
 
 
+def file_of(name: str, weights: str) -> Path:
+    """Where torch hub keeps the file of a network's published weights, once it is there."""
+    return _file_of(zoo.get_model_weights(name)[weights])
+
+
+def _file_of(entry: zoo.WeightsEnum) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
+
+
 def _read(entry: zoo.WeightsEnum) -> dict[str, Tensor]:
     """The tensors of the file in torch hub's cache. Downloads it if it is not there."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
+    cached = _file_of(entry)
     if not cached.exists():
         _download(entry, cached)
     return read_tensors(str(cached))[0]

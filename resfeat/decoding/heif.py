@@ -18,6 +18,7 @@ from PIL import AvifImagePlugin, Image
 
 from resfeat.decoding.boxes import Kind, is_cut, largest, unpacked
 from resfeat.decoding.pillow import MAX_PIXELS, RefusedError, foreign
+from resfeat.errors import install
 
 # What a file's items may take in memory beyond its own size. Photographs take far less than this.
 _MOST_ADDED = 128 * 1024**2
@@ -54,7 +55,7 @@ def _open_heic(data: bytes) -> Image.Image:
         from pillow_heif import options
         from pillow_heif.as_plugin import HeifImageFile
     except ImportError:
-        message = "HEIC; to have it read: pip install 'resfeat[heif]'"
+        message = f"HEIC; to have it read: {install('heif')}"
         raise RefusedError("format_not_allowed", message) from None
     settings = {"DECODE_THREADS": 0, "DISABLE_SECURITY_LIMITS": False}  # 0: none of its own
     others = dict.fromkeys(("THUMBNAILS", "DEPTH_IMAGES", "AUX_IMAGES"), False)

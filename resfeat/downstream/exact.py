@@ -110,7 +110,7 @@ def rank(
     k: int,
     metric: Metric,
 ) -> Neighbours:
-    """The k nearest to each query [Q, D] of some rows of its own, with the scores that `scan` gives.
+    """The k nearest to each query [Q, D] of some rows of its own, by the scores of `scan`.
 
     rows: ids and vectors [n, D]. own: [Q, m], places in these; -1 for none. Each query has k.
     """

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from resfeat.dataset.reader import SENT_BACK, readable
 from resfeat.downstream.views import unit
-from resfeat.errors import ResfeatError, Stopped, UsageError, first_line
+from resfeat.errors import ResfeatError, Stopped, UsageError, first_line, missing
 from resfeat.runtimes.hardware import memory_bytes
 from resfeat.storage import is_remote, open_parquet
 
@@ -180,7 +180,7 @@ def _library(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"--to {extra} needs a library: pip install 'resfeat[{extra}]'") from error
+        raise missing(f"--to {extra}", name, extra) from error
 
 
 def _unit(vectors: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

@@ -193,9 +193,7 @@ class Index:
             scores = np.sqrt(scores)  # FAISS gives squares
         return Neighbours(np.array(names, np.object_).reshape(found.shape), scores)
 
-    def _ranked(
-        self, queries: NDArray[np.float32], found: NDArray[np.int64], k: int
-    ) -> Neighbours:
+    def _ranked(self, queries: NDArray[np.float32], found: NDArray[np.int64], k: int) -> Neighbours:
         """The k nearest of what was found, by the vectors themselves."""
         ranked = []
         some = max(1, RANKED_BYTES // (4 * self.about.dim * found.shape[1]))
@@ -213,9 +211,7 @@ class Index:
                 )
             rows = np.array(names, np.object_), np.stack([there[name] for name in names])
             own = np.where(of_some < 0, -1, np.searchsorted(numbers, of_some))
-            ranked.append(
-                rank(queries[start : start + some], own, rows, k, self.about.metric)
-            )
+            ranked.append(rank(queries[start : start + some], own, rows, k, self.about.metric))
         return Neighbours(
             np.concatenate([each.ids for each in ranked]),
             np.concatenate([each.scores for each in ranked]),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from resfeat.downstream.exact import Metric
 from resfeat.downstream.views import unit
-from resfeat.errors import UsageError
+from resfeat.errors import UsageError, missing
 
 Kind = Literal["flat", "ivf", "sq8", "pq", "hnsw"]
 Auto = Literal["auto"]
@@ -62,9 +62,7 @@ def faiss() -> Any:
     try:
         import faiss as library
     except ImportError as error:
-        raise UsageError(
-            "an index needs faiss, which is not installed: pip install 'resfeat[faiss]'"
-        ) from error
+        raise missing("an index", "faiss", "faiss") from error
     return library
 
 

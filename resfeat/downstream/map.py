@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from resfeat.downstream.links import Links
 from resfeat.downstream.views import unit
-from resfeat.errors import UsageError
+from resfeat.errors import UsageError, missing
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
@@ -96,9 +96,7 @@ def _umap(units: NDArray[np.float32]) -> NDArray[np.float32]:
         try:
             from umap import UMAP
         except ImportError as error:
-            raise UsageError(
-                "--map umap needs umap-learn: pip install 'resfeat[umap]', or give --map pca"
-            ) from error
+            raise missing("--map umap", "umap-learn", "umap", ", or give --map pca") from error
         fitted = UMAP(n_neighbors=min(15, len(units) - 1), metric="cosine", random_state=0)
         places: NDArray[np.float32] = fitted.fit_transform(units)
     return places

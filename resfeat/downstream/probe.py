@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from resfeat.downstream.classifier import Classifier
 from resfeat.downstream.labelled import Labelled
-from resfeat.errors import UsageError
+from resfeat.errors import UsageError, missing
 
 try:
     from sklearn.linear_model import LogisticRegression
@@ -25,9 +25,7 @@ try:
     from sklearn.neighbors import KNeighborsClassifier
     from threadpoolctl import ThreadpoolController
 except ImportError as error:
-    raise UsageError(
-        "a probe needs scikit-learn, which is not installed: pip install 'resfeat[probe]'"
-    ) from error
+    raise missing("a probe", "scikit-learn", "probe") from error
 
 SHOTS = (1, 5, 10)  # images of each class to learn from, for the few-shot curve
 DRAWS = 3  # of those, in each split: one image a class is a matter of luck

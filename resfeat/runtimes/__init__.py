@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from resfeat.errors import UsageError
+from resfeat.errors import UsageError, missing
 from resfeat.spec import Identity, Precision, RuntimeName, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ def check(options: RuntimeOptions, model: str, precision: Precision) -> None:
     if options.gpus_per_worker or options.runtime or precision == "int8":
         choose(options.runtime, model, precision, "cuda" if options.gpus_per_worker else "cpu")
     if precision == "int8" and importlib.util.find_spec("nncf") is None:
-        raise UsageError(
-            "--precision int8 needs nncf, which is not installed: pip install 'resfeat[int8]'"
-        )
+        raise missing("--precision int8", "nncf", "int8")
 
 
 def choose(asked: RuntimeName | None, model: str, precision: Precision, device: str) -> RuntimeName:
@@ -95,9 +93,7 @@ def choose(asked: RuntimeName | None, model: str, precision: Precision, device: 
     if asked == "torch":
         raise UsageError("--runtime torch has no int8: give --runtime openvino, or auto")
     if not installed:
-        raise UsageError(
-            f"{what} needs openvino, which is not installed: pip install 'resfeat[int8]'"
-        )
+        raise missing(what, "openvino", "int8")
     if precision == "bf16" and not _has_bf16():
         raise UsageError(
             "--runtime openvino --precision bf16 needs a CPU with bf16 instructions, and this "

@@ -1,5 +1,6 @@
 """Files on a disk or in an object store: paths, drafts that appear whole, and reading Parquet."""
 
+from resfeat.errors import public
 from resfeat.storage.clouds import (
     SCHEMES,
     ChangedError,
@@ -18,7 +19,6 @@ from resfeat.storage.location import (
     file_system_of,
     locate,
     make_folder,
-    public,
     remove,
     remove_all,
 )
@@ -30,7 +30,6 @@ __all__ = [
     "OBJECT", "SCHEMES", "ChangedError", "CredentialsError", "Draft", "Drafts", "Fence", "Fetched",
     "Known", "Location", "MissingBucketError", "Page", "RefusedError", "StorePath", "Version",
     "dataset_of", "draft", "extents", "fetch", "file_system_of", "is_remote", "locate",
-    "make_folder", "open_binary", "open_parquet", "pages", "public", "remove", "remove_all",
-    "sha256", "stat",
-    "write_json", "write_whole",
+    "make_folder", "open_binary", "open_parquet", "pages", "public", "remove",
+    "remove_all", "sha256", "stat", "write_json", "write_whole",
 ]  # fmt: skip

@@ -15,22 +15,6 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(s3|gs|az|https?):/")
 
 Location = Path | StorePath
 
-# What may hold a secret: the user of an address, but for the container of Azure's
-# abfss://CONTAINER@ACCOUNT; any query of the web; and what an address in a store is signed with.
-_USER = re.compile(r"(?i)^(?!abfss?://[^:/?#]*@)([a-z][a-z0-9+.-]*://)[^/?#]*@")
-_WEB = re.compile(r"(?i)https?://")
-_SIGNED = re.compile(r"(?i)[?&][^/?&=]*(sig|token|secret|credential|key|pass)[^/?&=]*=")
-
-
-def public(name: str) -> str:
-    """The name of a file or folder without secrets: of an address, no password and no signature."""
-    address = _USER.sub(r"\1", name.strip())
-    if _WEB.match(address):
-        return re.split(r"[?#]", address)[0]
-    if "://" not in address:
-        return name
-    return address.partition("?")[0] if _SIGNED.search(address) else address
-
 
 def locate(name: str | os.PathLike[str]) -> Location:
     """The file or folder of this name: an absolute path, or an object of an address in a store.

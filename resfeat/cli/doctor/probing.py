@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from threading import BoundedSemaphore, Thread
 from typing import Any, Literal
 
-from resfeat.errors import ResfeatError, first_line
+from resfeat.errors import ResfeatError, first_line, public_text
 
 # Until a probe is given up: imports take long on a busy machine, or from a disk on a network.
 PROBE_SECONDS = 120.0
@@ -27,14 +26,6 @@ PROBE_SECONDS = 120.0
 _turn = BoundedSemaphore(max(2, os.cpu_count() or 1))
 # For a store or a cluster to answer, once the libraries are imported.
 ANSWER_SECONDS = 8
-
-# A user and a password in an address, and what follows its question mark: a signature may be there.
-# In Azure's CONTAINER@ACCOUNT is no secret.
-_SECRETS = (
-    (re.compile(r"(\w+://)\S*:\S*@"), r"\1***@"),
-    (re.compile(r"\b(?!az://|abfss?://)(\w+://)[^\s/?#]*@"), r"\1***@"),
-    (re.compile(r"(\w+://[^\s?]*\?)\S+"), r"\1***"),
-)
 
 State = Literal["ok", "note", "broken"]
 
@@ -83,10 +74,8 @@ def run(probes: Sequence[Probe]) -> list[Finding]:
 
 
 def _public(finding: Finding) -> Finding:
-    texts = [finding.what, finding.found, finding.verdict]
-    for pattern, instead in _SECRETS:
-        texts = [pattern.sub(instead, text) for text in texts]
-    return replace(finding, what=texts[0], found=texts[1], verdict=texts[2])
+    what, found, verdict = map(public_text, (finding.what, finding.found, finding.verdict))
+    return replace(finding, what=what, found=found, verdict=verdict)
 
 
 def _run(probe: Probe, future: Future[list[Finding]]) -> None:

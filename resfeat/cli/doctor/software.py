@@ -14,18 +14,18 @@ from typing import Any
 
 from resfeat import __version__
 from resfeat.cli.doctor.probing import ANSWER_SECONDS, Finding, State, must_answer_soon, said
-from resfeat.errors import ResfeatError
+from resfeat.errors import ResfeatError, install
 
 INSTALL = "pip install -c constraints.txt ."
-# Each package that brings more: what for, and what to install.
+# Each package that brings more: what for, and the extra that it comes with.
 EXTRAS = {
-    "nncf": ("--precision int8", "'resfeat[int8]'"),
-    "pillow-heif": ("HEIC, the photographs of phones", "'resfeat[heif]'"),
-    "timm": ("--model timm:NAME", "'resfeat[timm]'"),
-    "faiss-cpu": ("`index`, and search by it", "'resfeat[faiss]'"),
-    "scikit-learn": ("`probe`", "'resfeat[probe]'"),
-    "umap-learn": ("`page --map umap`", "'resfeat[umap]'"),
-    "pylance": ("`export --to lance`", "'resfeat[lance]'"),
+    "nncf": ("--precision int8", "int8"),
+    "pillow-heif": ("HEIC, the photographs of phones", "heif"),
+    "timm": ("--model timm:NAME", "timm"),
+    "faiss-cpu": ("`index`, and search by it", "faiss"),
+    "scikit-learn": ("`probe`", "probe"),
+    "umap-learn": ("`page --map umap`", "umap"),
+    "pylance": ("`export --to lance`", "lance"),
 }
 MODEL = "resnet50"  # what `extract` takes where no other is named
 
@@ -159,9 +159,9 @@ def decoders() -> list[Finding]:
 
 def extras() -> list[Finding]:
     found = []
-    for package, (purpose, how) in EXTRAS.items():
+    for package, (purpose, extra) in EXTRAS.items():
         there = version_of(package)
-        verdict = f"for {purpose}" if there else f"for {purpose}: pip install {how}"
+        verdict = f"for {purpose}" if there else f"for {purpose}: {install(extra)}"
         state: State = "ok" if there else "note"
         found.append(Finding(package, there or "not installed", verdict, state, there))
     return found

@@ -72,19 +72,20 @@ def temporary_folder() -> list[Finding]:
 
 
 def weights(fetch: bool) -> list[Finding]:
-    """The cache of published weights, where torch keeps it."""
-    if fetch:
-        from resfeat.backbones import find
+    """The cache of published weights, where torch keeps it: whether the default ones are there."""
+    from resfeat.backbones import find
+    from resfeat.backbones.torchvision import file_of
 
-        family, name = find(MODEL)
-        next(iter(family.published(name).values())).read()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = Path(os.environ.get("TORCH_HOME") or Path(cache, "torch")).expanduser()
-    folder = home / "hub" / "checkpoints"
+    family, name = find(MODEL)
+    default = next(iter(family.published(name).values()))
+    if fetch:
+        default.read()
+    file = file_of(name, default.name)
+    folder = file.parent
     there = sorted(path.name for path in folder.glob("*.pth"))
-    if any(name.startswith(f"{MODEL}-") for name in there):
-        return [Finding("weights", f"{len(there)} files in {folder}", value=there)]
-    found = f"none of {MODEL} in {folder}"
+    if file.is_file():
+        return [Finding("weights", f"{file.name} in {folder}", value=there)]
+    found = f"no {file.name} in {folder}"
     if not _may_write(_nearest(folder)):
         verdict = "it cannot be written: set TORCH_HOME, or give --weights FILE"
         return [Finding("weights", found, verdict, "broken", there)]
