@@ -30,16 +30,12 @@ MANY = 200_000
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("output", metavar="OUT")
+@options.dataset
 @options.option(
     "--threshold", type=float, default=0.95,
     help="Images with at least this cosine are linked. Random weights need one near 1.",
 )  # fmt: skip
-@options.option(
-    "--layer",
-    metavar="NAME",
-    help="Which embedding of a dataset with several.  [default: the last]",
-)
+@options.layer
 @options.option("--exact", is_flag=True, help="Compare all pairs, also where there is an index.")
 @options.option(
     "--out", "table", metavar="F.parquet", type=click.Path(dir_okay=False),

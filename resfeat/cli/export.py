@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from resfeat.cli import leave
+from resfeat.cli import leave, options
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import Stopped
 
@@ -27,17 +27,13 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("output", metavar="OUT")
+@options.dataset
 @click.argument("dest", metavar="DEST")
 @click.option(
     "--to", "form", type=click.Choice(["npy", "clip", "faiss", "lance"]), required=True,
     help="What to write.",
 )  # fmt: skip
-@click.option(
-    "--layer",
-    metavar="NAME",
-    help="Which embedding of a dataset with several; lance has all.  [default: the last]",
-)
+@options.layer
 @click.pass_context
 def export(
     context: click.Context, /, output: str, dest: str, form: Form, layer: str | None
@@ -45,7 +41,7 @@ def export(
     """Write the embeddings of the dataset OUT to DEST, in a form that other tools take.
 
     DEST must not be there yet. The rows are streamed in plan order; what was half written when it
-    went wrong is removed.
+    went wrong is removed. Of several layers lance has all.
     """
     from resfeat.dataset import open_dataset
     from resfeat.downstream.export import export as write

@@ -25,7 +25,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("output", metavar="OUT")
+@options.dataset
 @options.option(
     "--kind",
     type=click.Choice(["auto", "flat", "ivf", "sq8", "pq", "hnsw"]),
@@ -35,11 +35,7 @@ Examples:
 @options.option(
     "--metric", type=click.Choice(["cosine", "l2"]), help="What is near.  [default: cosine]"
 )
-@options.option(
-    "--layer",
-    metavar="NAME",
-    help="Which embedding of a dataset with several.  [default: the last]",
-)
+@options.layer
 @options.option(
     "--memory",
     metavar="GB",

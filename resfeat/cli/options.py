@@ -40,6 +40,12 @@ class Names(click.ParamType[tuple[str, ...]]):
 
 
 option = partial(click.option, show_default=True)
+dataset = click.argument("output", metavar="OUT")
+layer = click.option(
+    "--layer",
+    metavar="NAME",
+    help="Which embedding of a dataset with several.  [default: the last]",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 count = partial(option, type=Count(), default="auto", metavar="AUTO|N")
 

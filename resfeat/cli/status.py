@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="\b\nExample:\n  resfeat status embeddings")
-@click.argument("output", metavar="OUT")
+@options.dataset
 @options.as_json
 def status(output: str, as_json: bool) -> None:
     """Show what the dataset OUT is, and how much of it is done."""

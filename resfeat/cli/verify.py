@@ -29,7 +29,7 @@ SHOWN = 3
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("output", metavar="OUT")
+@options.dataset
 @options.option(
     "--repair", is_flag=True, help="Remove bad shards, for the extract command to do again."
 )
