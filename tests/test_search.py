@@ -3,7 +3,12 @@
 import base64
 import io
 import json
+import os
 import re
+import resource
+import sys
+import threading
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -19,10 +24,11 @@ from small import embed
 import resfeat as package
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Dataset, Layout, Record, open_dataset
-from resfeat.downstream import Tile, contact_sheet, exact
-from resfeat.errors import ResfeatError
+from resfeat.downstream import Tile, contact_page, contact_sheet, exact, thumbnails
+from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec, SourceOptions
 
+decode_module = sys.modules["resfeat.decoding.decode"]  # the function has its name in the room
 QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0,
          "--resize", 72, "--crop", 64]  # fmt: skip
 
@@ -251,6 +257,19 @@ def test_files_folders_ids_and_vectors_ask_for_the_same(dataset, photos, resfeat
         assert lines[:2] == [ids[0], f"  rank  {name}  id"] and lines[2].split()[2] == ids[0]
 
 
+def test_an_id_whose_bytes_are_no_text_is_found_as_it_is_listed_or_not(resfeat, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (48, 32), (50, 100, 0)).save(tmp_path / "in" / name)
+    embed(tmp_path / "out", tmp_path / "in")
+    (by_name,) = told(resfeat("search", tmp_path / "out", "--id", name, "--json")).items()
+    assert by_name == (r"caf\xe9.png", [(r"caf\xe9.png", 1.0)])
+    done = resfeat("search", tmp_path / "out", "--id", os.fsdecode(b"the\xe9.png"))
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert r"no embedding of the id 'the\\xe9.png'" in line
+
+
 def test_more_than_there_are_gives_what_there_is_and_says_so(dataset, resfeat):
     ids = open_dataset(dataset).ids()
     done = resfeat("search", dataset, "--id", ids[0], "-k", 5000, "--json")
@@ -296,11 +315,86 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
     np.save(tmp_path / "objects.npy", objects, allow_pickle=True)
     assert "with np.save" in refused(dataset, tmp_path / "objects.npy")
     assert "no layer 'layer2'" in refused(dataset, query, "--layer", "layer2")
-    assert "cannot write" in refused(dataset, query, "--sheet", tmp_path / "no" / "x.png", code=1)
-    assert "cannot write" in refused(dataset, query, "--html", tmp_path / "no" / "x.html", code=1)
+    # Said before anything is embedded: there is no such query.
+    for where in (["--sheet", tmp_path / "no" / "x.png"], ["--html", tmp_path / "no" / "x.html"]):
+        told = refused(dataset, tmp_path / "no.jpg", *where, code=1)
+        assert told.endswith("its folder is not there; give another path")
+    told = refused(dataset, tmp_path / "no.jpg", "--sheet", tmp_path / "x.odd", code=1)
+    assert "give a path that ends in .png" in told
     failed = tmp_path / "failed"
     embed(failed, bad)
     assert "has no embeddings yet: see `resfeat status" in refused(failed, query)
+
+
+@pytest.fixture(scope="module")
+def lately(tmp_path_factory):
+    """A dataset of three pictures, in a folder beside it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("lately")
+    (folder / "in").mkdir()
+    for n in range(3):
+        Image.new("RGB", (48, 32), (50 * n, 100, 0)).save(folder / "in" / f"{n}.png")
+    embed(folder / "out", folder / "in")
+    return folder / "out"
+
+
+@pytest.mark.parametrize(("option", "name"), [("--html", "x.html"), ("--sheet", "x.png")])
+def test_what_cannot_be_written_whole_leaves_what_was_there(
+    option, name, lately, resfeat, tmp_path
+):
+    (tmp_path / name).write_bytes(b"before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as on a disk without more room
+    try:
+        done = resfeat("search", lately, "--id", "1.png", option, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 1 and f"cannot write {tmp_path / name}" in done.stderr
+    assert (tmp_path / name).read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert resfeat("search", lately, "--id", "1.png", option, tmp_path / name).returncode == 0
+    assert (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("way", ["sheet", "page", "thumbnails"])
+def test_small_pictures_are_drawn_as_there_is_memory_for_them(way, lately, monkeypatch):
+    """Of large images as many at a time as fit, whoever draws them; all of them in the end."""
+    at_once, most, lock = [0], [0], threading.Lock()
+
+    def decoding(data, image, preprocessing, how, do=decode_module._by_pillow):
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= 1
+        return do(data, image, preprocessing, how)
+
+    monkeypatch.setattr(decode_module, "_by_pillow", decoding)
+    item = open_dataset(lately).items(["1.png"])["1.png"]
+    names = [str(n) for n in range(12)]
+
+    def draw():
+        most[0] = 0
+        rows = [[Tile("", name, item) for name in names]]
+        if way == "sheet":
+            return np.asarray(contact_sheet(rows))[8:168, 8:168].tobytes()
+        if way == "page":
+            return re.findall('base64,[^"]*', contact_page(rows, "", ""))
+        return list(thumbnails.thumbnails(names, dict.fromkeys(names, item)).values())
+
+    whole = draw()
+    assert most[0] > 2
+    pixels = 48 * 32
+    monkeypatch.setattr(thumbnails, "memory_bytes", lambda: 2 * 16 * (2 * pixels + 1))
+    assert draw() == whole and most[0] <= 2
+    monkeypatch.setattr(thumbnails, "memory_bytes", lambda: 0)  # alone, as in an extraction
+    assert draw() == whole and most[0] == 1
+
+
+def test_a_picture_of_too_many_tiles_is_one_line():
+    rows = [[Tile("", "x", None)] * 11] * 1000
+    with pytest.raises(UsageError, match=r"1,856 x 200,008 pixels is too large: give fewer"):
+        contact_sheet(rows)
 
 
 class Seen(HTMLParser):

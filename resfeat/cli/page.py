@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from resfeat.cli import options
 from resfeat.errors import ResfeatError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("output", metavar="OUT")
+@options.dataset
 @click.option(
     "-o", "file", metavar="F.html", type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the page.  [default: OUT/page.html]",
@@ -30,11 +31,7 @@ Examples:
     "--map", "kind", type=click.Choice(["pca", "umap"]), default="pca", show_default=True,
     help="How to lay out the map; umap needs pip install 'resfeat[umap]'.",
 )  # fmt: skip
-@click.option(
-    "--layer",
-    metavar="NAME",
-    help="Which embedding of a dataset with several.  [default: the last]",
-)
+@options.layer
 def page(output: str, file: Path | None, kind: Kind, layer: str | None) -> None:
     """Make a page about the dataset OUT: one HTML file, to be sent to somebody.
 

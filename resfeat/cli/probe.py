@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from resfeat.cli import options, shown
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
     from resfeat.downstream.labelled import Labelled
@@ -75,6 +75,7 @@ def probe(
     from resfeat.downstream import probe as probing
     from resfeat.downstream.classifier import check_target
     from resfeat.downstream.confusion import confusion_picture
+    from resfeat.downstream.documents import check_picture, write_picture
     from resfeat.downstream.labelled import gather, labels_of, labels_of_file
     from resfeat.downstream.views import open_views
 
@@ -82,6 +83,8 @@ def probe(
         raise UsageError("--test tests once and --folds each image: give one of them")
     if save is not None:
         check_target(save)
+    if picture:
+        check_picture(picture)
     datasets, views = open_views(outputs, layer or ())
     found = labels_of_file(labels, label) if labels else labels_of(datasets, label)
     _say("reading the embeddings")
@@ -89,11 +92,7 @@ def probe(
     method = probing.Method(folds, test or 0.2, k, seed)
     measured = probing.measure(data, method, _say)
     if picture:
-        try:
-            confusion_picture(measured.confusion, data.classes).save(picture)
-        except (OSError, ValueError) as error:
-            message = f"cannot write {picture}: {error}; give a path that ends in .png"
-            raise ResfeatError(message) from error
+        write_picture(picture, confusion_picture(measured.confusion, data.classes))
     about = {
         "label": label,
         "images": len(data.which),

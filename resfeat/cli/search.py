@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from resfeat.cli import shown
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.cli import options, shown
+from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
@@ -28,7 +28,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("output", metavar="OUT")
+@options.dataset
 @click.argument("queries", metavar="QUERY...", nargs=-1)
 @click.option("--id", "ids", metavar="ID", multiple=True, help="An image of OUT; repeat for more.")
 @click.option(
@@ -38,11 +38,7 @@ Examples:
     "--metric", default="cosine", show_default=True, type=click.Choice(["cosine", "l2"]),
     help="What near means: the angle, or the distance.",
 )  # fmt: skip
-@click.option(
-    "--layer",
-    metavar="NAME",
-    help="Which embedding of a dataset with several.  [default: the last]",
-)
+@options.layer
 @click.option("--exact", is_flag=True, help="Look at all rows, also where there is an index.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object a query.")
 @click.option(
@@ -69,6 +65,10 @@ def search(
     from resfeat.dataset import open_dataset
 
     dataset = open_dataset(output)
+    if sheet:
+        downstream.check_picture(sheet)
+    if html:
+        downstream.check_place(html)
     if not (rows := dataset.rows()):
         raise dataset.empty()
     asked = downstream.queries_of(dataset, queries, ids, layer)
@@ -112,16 +112,9 @@ def _draw(
     from resfeat import downstream
 
     rows = downstream.tiles(asked, found, dataset.items(found.ids.ravel().tolist()))
-    place, ending = sheet, ".png"
-    try:
-        if sheet:
-            downstream.contact_sheet(rows).save(sheet)
-        if place := html:
-            identity, ending = dataset.record.identity, ".html"
-            about = f"{dataset.layout.root}: {identity.model}, {len(rows)} queries"
-            page = downstream.contact_page(rows, "Nearest images", about)
-            with open(html, "w", encoding="utf-8") as file:
-                file.write(page)
-    except (OSError, ValueError) as error:
-        message = f"cannot write {place}: {error}; give a path that ends in {ending}"
-        raise ResfeatError(message) from error
+    if sheet:
+        downstream.write_picture(sheet, downstream.contact_sheet(rows))
+    if html:
+        about = f"{dataset.layout.root}: {dataset.record.identity.model}, {len(rows)} queries"
+        page = downstream.contact_page(rows, "Nearest images", about)
+        downstream.write_document(html, page.encode("utf-8", "replace"))

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Condition, Lock
 
+# Bytes that a pixel takes while it is decoded, at most (WebP).
+PIXEL_BYTES = 16
+
 
 class Room:
     """Room for so many pixels. What is too large for all of it is let in alone."""

@@ -3,14 +3,13 @@
 `embedder.py` takes torch with it, and is imported where it runs.
 """
 
-from resfeat.downstream.duplicates import (
-    Group,
+from resfeat.downstream.documents import (
+    check_picture,
     check_place,
-    duplicate_tiles,
-    find_duplicates,
     write_document,
-    write_groups,
+    write_picture,
 )
+from resfeat.downstream.duplicates import Group, duplicate_tiles, find_duplicates, write_groups
 from resfeat.downstream.exact import Metric, Neighbours
 from resfeat.downstream.index import Index, open_index, usable_index
 from resfeat.downstream.indexing import Wanted, build_index
@@ -20,7 +19,7 @@ from resfeat.downstream.sheet import Tile, contact_page, contact_sheet, tiles
 
 __all__ = [
     "Group", "Index", "Metric", "Neighbours", "Queries", "Tile", "Wanted", "build_index",
-    "check_place", "contact_page", "contact_sheet", "duplicate_tiles", "find_duplicates",
-    "nearest", "open_index", "queries_of", "tiles", "usable_index", "write_document",
-    "write_groups",
+    "check_picture", "check_place", "contact_page", "contact_sheet", "duplicate_tiles",
+    "find_duplicates", "nearest", "open_index", "queries_of", "tiles", "usable_index",
+    "write_document", "write_groups", "write_picture",
 ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +12,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Parts
+from resfeat.downstream.documents import write_document
 from resfeat.downstream.kinds import prepared
 from resfeat.downstream.pairs import Places, linked
 from resfeat.downstream.sheet import Tile
-from resfeat.errors import ResfeatError, UsageError, first_line
-from resfeat.storage import write_whole
+from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
@@ -185,21 +184,3 @@ def write_groups(groups: Sequence[Group], path: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_document(path, sink.getvalue().to_pybytes())
-
-
-def check_place(path: str) -> None:
-    """Raise ResfeatError where a file cannot be written for want of its folder: better said before
-    the work than after it."""
-    if not Path(path).absolute().parent.is_dir():
-        raise ResfeatError(f"cannot write {path}: its folder is not there; give another path")
-
-
-def write_document(path: str, content: bytes) -> None:
-    """Write a file that was asked for, whole. Raises ResfeatError where that cannot be."""
-    target = Path(path).absolute()
-    try:
-        write_whole(target.parent, target, content)
-    except OSError as error:
-        raise ResfeatError(
-            f"cannot write {path}: {error.strerror or first_line(error)}; give another path"
-        ) from error

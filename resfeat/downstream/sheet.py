@@ -1,18 +1,16 @@
 """Each query in a row with its nearest images: as a picture, or as a page."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from resfeat.decoding import Loaded, load, quiet
+from resfeat.decoding import MAX_PIXELS
 from resfeat.downstream.exact import Neighbours
 from resfeat.downstream.queries import Queries
-from resfeat.errors import Failure, ResfeatError
+from resfeat.downstream.thumbnails import drawn, jpeg
+from resfeat.errors import UsageError
 from resfeat.sources import Item
 from resfeat.spec import Preprocessing
 from resfeat.storage import public
@@ -49,16 +47,25 @@ def tiles(queries: Queries, found: Neighbours, items: Mapping[str, Item]) -> lis
 
 
 def contact_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
-    """Rows of tiles as a picture. An image that cannot be read any more is a grey tile."""
+    """Rows of tiles as a picture. An image that cannot be read any more is a grey tile. Raises
+    UsageError for more than a picture holds."""
     across, down = TILE + GAP, TILE + CAPTION + GAP  # from one tile to the next
     size = GAP + max(map(len, rows)) * across, GAP + len(rows) * down
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UsageError(
+            f"a picture of {size[0]:,} x {size[1]:,} pixels is too large: give fewer queries or "
+            "less -k, or --html"
+        )
+    pictures = iter(
+        drawn([tile.item for row in rows for tile in row], TILE_PIXELS, "pillow", _tile)
+    )
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
     for line, row in enumerate(rows):
-        for column, (heading, name, item) in enumerate(row):
+        for column, (heading, name, _) in enumerate(row):
             left, top = GAP + column * across, GAP + line * down
-            sheet.paste(_thumbnail(item), (left, top))
+            sheet.paste(next(pictures), (left, top))
             name = public(name)
             text = f"{heading}\n{name if len(name) <= LETTERS else '…' + name[1 - LETTERS :]}"
             draw.multiline_text((left, top + TILE + 2), text, INK, font, spacing=2)
@@ -72,34 +79,34 @@ def contact_page(
     is marked. headings: of the rows. Names are text on it, whatever they are: nothing of them is
     run."""
     above = [f"<h2>{escape(each)}</h2>" for each in headings] or [""] * len(rows)
+    pictures = iter(
+        drawn([tile.item for row in rows for tile in row], TILE_PIXELS, "pillow", _data)
+    )
     body = "\n".join(
-        f"<section>{heading}{''.join(map(_figure, row))}</section>"
+        f"<section>{heading}{''.join(_figure(tile, next(pictures)) for tile in row)}</section>"
         for heading, row in zip(above, rows, strict=True)
     )
     return PAGE.format(style=STYLE, title=escape(title), about=escape(about), body=body)
 
 
-def _figure(tile: Tile) -> str:
-    picture = io.BytesIO()
-    _thumbnail(tile.item).save(picture, "JPEG", quality=JPEG_QUALITY)
-    data = base64.b64encode(picture.getvalue()).decode()
+def _figure(tile: Tile, data: str) -> str:
     # What a terminal or an editor would act on is no part of a page.
     shown = public(tile.name)  # a page is sent to others
     name = escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown))
     return (
         "<figure>"
-        f'<img src="data:image/jpeg;base64,{data}" width="{TILE}" height="{TILE}" alt="{name}">'
+        f'<img src="{data}" width="{TILE}" height="{TILE}" alt="{name}">'
         f"<figcaption><b>{escape(tile.heading)}</b> <bdi>{name}</bdi></figcaption></figure>"
     )
 
 
-def _thumbnail(item: Item | None) -> Image.Image:
-    image: Loaded | Failure | None = None
-    with quiet(), suppress(ResfeatError):  # of a store that is out of reach
-        image = load(item, TILE_PIXELS, "pillow") if item else None
-    if isinstance(image, Loaded):
-        return Image.fromarray(image.picture.pixels)
-    return Image.new("RGB", (TILE, TILE), MISSING)  # gone or broken since it was embedded
+def _tile(picture: Image.Image | None) -> Image.Image:
+    """None: it is gone or broken since it was embedded."""
+    return picture or Image.new("RGB", (TILE, TILE), MISSING)
+
+
+def _data(picture: Image.Image | None) -> str:
+    return jpeg(_tile(picture), JPEG_QUALITY)
 
 
 STYLE = """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resfeat import runtimes
 from resfeat.dataset import Layout, check_lease, embeddings_schema
-from resfeat.decoding import MAX_PIXELS, Picture, Room, decode
+from resfeat.decoding import MAX_PIXELS, PIXEL_BYTES, Picture, Room, decode
 from resfeat.errors import DecoderHungError, Failure, ResfeatError, first_line
 from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
@@ -30,9 +30,9 @@ from resfeat.worker.messages import Job, Placement
 PASSES_ON_GPU = 2
 # An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
 HUNG_SECONDS = 60.0
-# Pictures of fewer pixels are decoded without a look at memory; larger ones take up to so many
-# bytes a pixel (WebP the most), and a worker without any takes about so much.
-SMALL_PIXELS, PIXEL_BYTES, WORKER_BYTES = 8_000_000, 16, 2 * 1024**3
+# Pictures of fewer pixels are decoded without a look at memory. A worker without any larger ones
+# takes about so much.
+SMALL_PIXELS, WORKER_BYTES = 8_000_000, 2 * 1024**3
 
 
 def place_here(options: RuntimeOptions, identity: Identity) -> Placement:

@@ -1,0 +1,60 @@
+"""Files that are asked for beside an answer: written whole or not at all. Where one cannot be
+written, that is told before the work.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from resfeat.errors import ResfeatError, first_line
+from resfeat.storage import write_whole
+
+
+def check_place(path: str) -> None:
+    """Raise ResfeatError where a file cannot be written for want of its folder, or of the right to:
+    better said before the work than after it."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ResfeatError(f"cannot write {path}: its folder is not there; give another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ResfeatError(f"cannot write {path}: its folder is read-only; give another path")
+
+
+def check_picture(path: str) -> None:
+    """The same of a picture, whose format is told by the ending of its name."""
+    check_place(path)
+    _format_of(path)
+
+
+def write_document(path: str, content: bytes) -> None:
+    """Write a file that was asked for, whole. Raises ResfeatError where that cannot be."""
+    target = Path(path).absolute()
+    try:
+        write_whole(target.parent, target, content)
+    except OSError as error:
+        raise ResfeatError(
+            f"cannot write {path}: {error.strerror or first_line(error)}; give another path"
+        ) from error
+
+
+def write_picture(path: str, picture: Image.Image) -> None:
+    """The same of a picture."""
+    content = io.BytesIO()
+    try:
+        picture.save(content, _format_of(path))
+    except (OSError, ValueError) as error:  # JPEG and WebP take no long sides
+        raise ResfeatError(
+            f"cannot write {path}: {first_line(error)}; give a path that ends in .png"
+        ) from error
+    write_document(path, content.getvalue())
+
+
+def _format_of(path: str) -> str:
+    found = Image.registered_extensions().get(Path(path).suffix.lower(), "")
+    if found not in Image.SAVE:
+        raise ResfeatError(f"cannot write {path}: give a path that ends in .png")
+    return found
