@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def test_what_an_extra_brings_is_told_by_one_function_and_the_extra_is_there():
     asked = re.findall(r"\b(?:missing|install)\([^()]*?[\"'](\w+)[\"'](?:, \", or [^\"]*\")?\)",
                        "\n".join(code.values()))  # fmt: skip
     assert {"faiss", "heif", "int8", "probe", "timm", "umap"} <= {*asked}
-    extras = metadata("resfeat").get_all("Provides-Extra")
-    assert {*asked, *(extra for _, extra in EXTRAS.values())} <= {*extras}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*asked, *(extra for _, extra in EXTRAS.values())} <= {*extras["optional-dependencies"]}
     # Help texts of commands say it, too.
     told = [name for name, text in code.items() if "pip install 'resfeat[" in text]
     assert [name for name in told if not name.startswith("cli/")] == ["errors.py"]

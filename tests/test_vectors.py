@@ -58,6 +58,18 @@ def test_in_our_layout_the_bytes_of_the_file_are_what_arrow_reads(
             ids, given = read(path, column, rows)
             assert ids == [f"a/{k}.jpg" for k in range(n)]
             assert np.array_equal(given, expected.astype(np.float32))
+            check_some(path, column, expected.astype(np.float32), cut)
+
+
+def check_some(path, column, expected, share):
+    """A share of the rows, by their places and by their ids."""
+    some = np.flatnonzero(np.random.default_rng(0).random(len(expected)) < share)
+    given = vectors.vectors_at(path, column, some)
+    assert given.dtype == np.float32 and np.array_equal(given, expected[some])
+    asked = pa.array([f"a/{n}.jpg" for n in [*some[::-1], len(expected)]])
+    ids, given = vectors.rows_of(path, column, asked)
+    assert ids.to_pylist() == [f"a/{n}.jpg" for n in some]
+    assert given.dtype == np.float32 and np.array_equal(given, expected[some])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +88,7 @@ def test_any_other_layout_is_read_as_well(tmp_path, options):
     write(tmp_path / "part.parquet", made, data_page_size=2000, **options)
     ids, given = read(tmp_path / "part.parquet", "embedding_a", 70)
     assert np.array_equal(given, made) and ids[-1] == "a/499.jpg"
+    check_some(tmp_path / "part.parquet", "embedding_b", made[::-1], 0.3)
 
 
 def test_a_damaged_page_is_never_taken_for_numbers(tmp_path):

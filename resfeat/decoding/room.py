@@ -12,7 +12,7 @@ class Room:
     """Room for so many pixels. What is too large for all of it is let in alone."""
 
     def __init__(self, pixels: int) -> None:
-        self._free = self._all = pixels
+        self._free = self._all = max(1, pixels)
         self._changed = Condition()
         self._turn = Lock()
 
