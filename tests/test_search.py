@@ -391,6 +391,18 @@ def test_small_pictures_are_drawn_as_there_is_memory_for_them(way, lately, monke
     assert draw() == whole and most[0] == 1
 
 
+def test_the_memory_of_large_pictures_is_given_back(lately, monkeypatch):
+    """What the C library keeps for each thread is as much as all of them would take at once."""
+    given, item = [], open_dataset(lately).items(["1.png"])["1.png"]
+    monkeypatch.setattr(thumbnails, "_give_back", lambda: given.append(1))
+    names = [str(n) for n in range(12)]
+    thumbnails.thumbnails(names, dict.fromkeys(names, item))
+    assert given == []
+    monkeypatch.setattr(thumbnails, "LARGE", 48 * 32)
+    thumbnails.thumbnails(names, dict.fromkeys(names, item))
+    assert len(given) == 12
+
+
 def test_a_picture_of_too_many_tiles_is_one_line():
     rows = [[Tile("", "x", None)] * 11] * 1000
     with pytest.raises(UsageError, match=r"1,856 x 200,008 pixels is too large: give fewer"):

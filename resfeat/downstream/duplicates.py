@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from resfeat.dataset import Parts
 from resfeat.downstream.documents import write_document
 from resfeat.downstream.kinds import prepared
-from resfeat.downstream.pairs import Places, linked
+from resfeat.downstream.links import Places
+from resfeat.downstream.pairs import linked
 from resfeat.downstream.sheet import Tile
 from resfeat.errors import UsageError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,9 @@ SIDE, QUALITY = 96, 70
 AT_ONCE = 8
 # Of their files, and of the machine's memory for their pixels. What is larger is read alone.
 FILE_BYTES, SHARE = 256 << 20, 2
+# After so many pixels free memory is given back: the C library keeps some for each thread, which is
+# as much as all large images together would take.
+LARGE = 8_000_000
 _PIXELS = Preprocessing(
     resize=SIDE, crop=SIDE, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1)
 )
@@ -53,11 +57,22 @@ def drawn(
         if item:
             with suppress(ResfeatError), files.of(item.size or 0):  # a store may be out of reach
                 image = load(item, pixels, way, decoder)
+                if not isinstance(image, Loaded) or _is_large(image):
+                    _give_back()
         pixels_of = image.picture.pixels if isinstance(image, Loaded) else None
         return finish(None if pixels_of is None else Image.fromarray(pixels_of))
 
     with quiet(), ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(small, items))
+
+
+def _is_large(image: Loaded) -> bool:
+    return image.picture.width * image.picture.height >= LARGE
+
+
+def _give_back() -> None:
+    with suppress(AttributeError, OSError):  # another library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def jpeg(picture: Image.Image, quality: int, *, optimize: bool = False) -> str:
@@ -68,4 +83,4 @@ def jpeg(picture: Image.Image, quality: int, *, optimize: bool = False) -> str:
 
 
 def _address(picture: Image.Image | None) -> str | None:
-    return picture and jpeg(picture, QUALITY, optimize=True)
+    return jpeg(picture, QUALITY, optimize=True) if picture else None
