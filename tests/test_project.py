@@ -6,9 +6,6 @@ import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
 
-import pytest
-import yaml
-
 from resfeat.cli.doctor.software import EXTRAS
 
 ROOT = Path(__file__).parents[1]
@@ -39,29 +36,6 @@ def test_what_an_extra_brings_is_told_by_one_function_and_the_extra_is_there():
     # Help texts of commands say it, too.
     told = [name for name, text in code.items() if "pip install 'resfeat[" in text]
     assert [name for name in told if not name.startswith("cli/")] == ["errors.py"]
-
-
-@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
-def test_images_copy_what_is_there_pin_what_they_install_and_are_not_root(name):
-    lines = (ROOT / "docker" / name).read_text().replace("\\\n", " ").splitlines()
-    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
-    assert copied and all((ROOT / word).exists() for word in copied)
-    extras = {"Dockerfile.cpu": "cluster,int8", "Dockerfile.cuda": "cluster"}[name]
-    installed = rf"pip install .*-c constraints.txt .*'\.\[{extras}\]'"
-    assert any(re.search(installed, line) for line in lines)
-    assert "USER resfeat" in lines
-    assert lines.index("USER resfeat") < lines.index('ENTRYPOINT ["resfeat"]')
-
-
-def test_the_compose_file_has_a_head_and_workers_that_share_it():
-    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
-    assert set(services) == {"head", "worker", "gpu-worker"}
-    assert services["head"]["ports"] == ["127.0.0.1:8265:8265"]
-    for name, service in services.items():
-        dockerfile = ROOT / "docker" / service["build"]["context"] / service["build"]["dockerfile"]
-        assert dockerfile.exists()
-        assert service["environment"]["RAY_AUTH_MODE"] == "token"
-        assert ("--head" in service["entrypoint"]) == (name == "head")
 
 
 def test_contributing_names_every_room_and_what_is_in_it():
