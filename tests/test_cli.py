@@ -27,7 +27,8 @@ def one_photo(tmp_path):
     return folder
 
 
-HERE = ["--model", "cifar_resnet20", "--weights", "random:0", "--workers", 0]
+HERE = ["--model", "cifar_resnet20", "--weights", "random:0", "--workers", 0,
+        "--runtime", "torch"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])

@@ -389,7 +389,7 @@ def spec(source, layout, **changes):
     small = {"resize": 16, "crop": 16, "model": "cifar_resnet20", "weights": "random:0"}
     return ExtractSpec(
         sources=(str(source),), output=str(layout.root), shard_size=1,
-        runtime=RuntimeOptions(workers=0), **small | changes,
+        runtime=RuntimeOptions(workers=0, runtime="torch"), **small | changes,
     )  # fmt: skip
 
 

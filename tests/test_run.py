@@ -43,7 +43,7 @@ def spec(source, output, **changes):
         model="cifar_resnet20",
         weights="random:0",
         shard_size=4,
-        runtime=RuntimeOptions(workers=0),
+        runtime=RuntimeOptions(workers=0, runtime="torch"),
     )
     return replace(asked, **changes)
 
@@ -233,7 +233,8 @@ def test_nobody_opens_a_part_to_count_it(source, tmp_path):
 
 def test_every_step_is_told_before_it_is_done(source, tmp_path):
     told = []
-    extract(spec(source, tmp_path / "out"), on_step=told.append)
+    compared = RuntimeOptions(workers=0, runtime="openvino")
+    extract(spec(source, tmp_path / "out", runtime=compared), on_step=told.append)
     assert [text.split()[0] for text in told] == [
         "looking", "loading", "listing", "starting", "comparing",
     ]  # fmt: skip

@@ -41,7 +41,8 @@ from resfeat.storage import Fence, locate, remote, write_whole
 
 COUNT, SHARD, KILLED_AFTER = 24, 4, 3
 OPTIONS = ["--model", "cifar_resnet20", "--weights", "random:0", "--resize", "36", "--crop", "32",
-           "--workers", 0, "--runtime", "torch", "--shard-size", SHARD]  # fmt: skip
+           "--decode", "pillow", "--workers", 0, "--runtime", "torch",
+           "--shard-size", SHARD]  # fmt: skip
 BROKEN = (1, COUNT - 2)  # one in the first shard, one in the last
 MORE = pytest.mark.more
 

@@ -29,7 +29,7 @@ from resfeat.storage import locate
 
 IMAGES, SHARD = 60, 5
 SHARDS = 13  # with one image that is none
-FEATURES = ["--model", "cifar_resnet20", "--weights", "random:1"]
+FEATURES = ["--model", "cifar_resnet20", "--weights", "random:1", "--decode", "pillow"]
 PLACED = ["--workers", 0, "--runtime", "torch", "--shard-size", SHARD, "--batch-size", 4]
 OPTIONS = [*FEATURES, *PLACED, "--max-error-rate", 0.5]
 
