@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from seams import UNHURRIED, after_import
 
-SMALL = ["--resize", "72", "--crop", "64"]
+SMALL = ["--resize", "36", "--crop", "32"]
 
 
 @pytest.fixture(scope="session")
 def choices(checkpoint) -> list[str]:
-    """What decides the embeddings in these tests. Small pictures take a tenth of the time, and
+    """What decides the embeddings in these tests. Small pictures take a twentieth of the time, and
     OpenVINO two seconds to convert the network; what is tested depends on neither."""
     features = ["--model", "resnet18", "--weights", str(checkpoint), *SMALL]
     return [*features, "--decode", "pillow", "--label-from", "parent", "--runtime", "torch"]

@@ -44,7 +44,7 @@ def of_usual_size(photos, choices, extracted):
 
 @pytest.fixture(scope="module")
 def of_small_size(inline, collection):
-    return inline, collection, {"resize_size": 72, "crop_size": 64}
+    return inline, collection, {"resize_size": 36, "crop_size": 32}
 
 
 @pytest.mark.parametrize("size", ["of_usual_size", "of_small_size"])

@@ -128,7 +128,7 @@ def process_shard(worker, task):
 
 
 @pytest.mark.ray
-def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, command, tmp_path):
+def test_workers_killed_at_every_step_of_a_commit(few, choices, undisturbed, command, tmp_path):
     died_at = tmp_path / "died_at"
     died_at.mkdir()
     hooks = {
@@ -138,29 +138,33 @@ def test_workers_killed_at_every_step_of_a_commit(collection, choices, inline, c
     hook = after_import(hooks, tmp_path / "hook")
     output = tmp_path / "out"
     done = command(
-        *extract(collection, output, choices, "--shard-size", 16, workers=3),
+        *extract(few, output, choices, "--shard-size", 4, workers=2),
         env={**hook, "DIED_AT": str(died_at)},
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in died_at.iterdir()} == set(STEPS)
     assert last_report(output)["engine"]["worker_deaths"] == len(STEPS)
-    assert_same(output, inline)
+    assert_same(output, undisturbed)
 
 
+# Half way, and right behind the last one; test_commit.py has each in one process.
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(n, marks=() if n in ("noted", "embeddings") else MORE) for n in STEPS],
+)
 def test_the_driver_killed_at_every_step_of_a_commit(
-    few, choices, undisturbed, command, resfeat, tmp_path
+    step, few, choices, undisturbed, command, resfeat, tmp_path
 ):
     hook = after_import({"resfeat.dataset.commit": KILL_AT_STEP}, tmp_path / "hook")
-    for step in STEPS:
-        output = tmp_path / step
-        killed = command(*extract(few, output, choices), env={**hook, "KILL_AT": step})
-        assert killed.returncode == -signal.SIGKILL, (step, killed.stderr)
-        assert len(Layout(output).committed()) == (step == "embeddings")
-        done = resfeat(*extract(few, output, choices))
-        assert done.returncode == 0, (step, done.stderr)
-        assert "was killed: going on" in done.stderr
-        assert_same(output, undisturbed)
-        assert last_report(output)["shards"] == 3 - (step == "embeddings")
+    output = tmp_path / "out"
+    killed = command(*extract(few, output, choices), env={**hook, "KILL_AT": step})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(Layout(output).committed()) == (step == "embeddings")
+    done = resfeat(*extract(few, output, choices))
+    assert done.returncode == 0, done.stderr
+    assert "was killed: going on" in done.stderr
+    assert_same(output, undisturbed)
+    assert last_report(output)["shards"] == 3 - (step == "embeddings")
 
 
 # A head without a CPU, for the driver, and two machines with one each. Ends with its input.
@@ -349,7 +353,10 @@ def test_a_photograph_that_may_not_be_read(
 
 @pytest.mark.parametrize(
     "where",
-    ["the source itself", "a folder in it", pytest.param("the folder around it", marks=MORE)],
+    [
+        "a folder in it",
+        *(pytest.param(each, marks=MORE) for each in ("the source itself", "the folder around it")),
+    ],
 )
 def test_a_source_that_may_not_be_read(where, few, choices, tmp_path, without_rights, resfeat):
     source = few.parent / "around" / "few"
@@ -374,7 +381,7 @@ def test_a_source_that_may_not_be_read(where, few, choices, tmp_path, without_ri
     ("mode", "made"),
     [
         (0o555, False),
-        (0, True),
+        pytest.param(0, True, marks=MORE),
         pytest.param(0o555, True, marks=MORE),
         pytest.param(0, False, marks=MORE),
     ],
@@ -492,7 +499,7 @@ def read(item):
 
 @pytest.mark.parametrize(
     ("after", "workers"),
-    [(65, 0), (75, 0), pytest.param(65, 1, marks=MORE), pytest.param(75, 1, marks=MORE)],
+    [(75, 0), *(pytest.param(*each, marks=MORE) for each in ((65, 0), (65, 1), (75, 1)))],
 )
 def test_a_source_that_goes_away_during_the_run(
     after, workers, few, choices, undisturbed, command, resfeat, tmp_path

@@ -78,6 +78,7 @@ def test_a_network_that_is_lost_is_made_again_the_same(damage, half, whole, phot
     assert parts(half) == parts(whole)
 
 
+@pytest.mark.more  # it calibrates before it knows
 def test_another_network_is_not_mixed_in(half, photos, resfeat):
     shutil.rmtree(half / "_resfeat" / "int8")
     spec = half / "_resfeat" / "spec.json"

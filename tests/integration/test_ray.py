@@ -62,11 +62,12 @@ def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, unhu
     assert told and all(line["done"] <= line["total"] == 512 for line in told)
 
 
-def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, checkpoint, tmp_path):
+def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, tmp_path):
     for module in ("torch", "numpy", "pyarrow", "openvino", "simplejpeg", "click", "queue"):
         (tmp_path / f"{module}.py").write_text("open('ran', 'w'); raise SystemExit(__name__)")
     command = [Path(sys.executable).with_name("resfeat"), "extract", photos / "chelsea", "-o",
-               "out", "--workers", "1", "--model", "resnet18", "--weights", checkpoint]  # fmt: skip
+               "out", "--workers", "1", "--model", "cifar_resnet20",
+               "--weights", "random:0"]  # fmt: skip
     # Below `uv run`, which Ray looks for among its parents, it would also be packed and sent.
     (tmp_path / "run").write_text("import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))")
     done = subprocess.run(

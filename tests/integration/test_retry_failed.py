@@ -156,7 +156,7 @@ def check_every_image_is_one_row(output):
     assert verify(dataset).problems == []
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.more)])
 def test_what_failed_is_done_again_and_nothing_else(workers, case, whole, undisturbed, resfeat):
     assert set(failed(case.output)) == {name(number) for number in FAIL_AT_FIRST}
     assert len(set(failed(case.output).values())) > 2  # more than one kind of failure
@@ -215,7 +215,7 @@ def test_without_the_option_what_failed_stays_failed(case, whole, resfeat):
 # At each, and again at each on the way to mend it, in `test_commit.py`; here by a real kill.
 @pytest.mark.parametrize(
     "step",
-    [pytest.param(step, marks=[pytest.mark.more] * (step not in IN_BETWEEN)) for step in STEPS],
+    [pytest.param(step, marks=[pytest.mark.more] * (step != "embeddings")) for step in STEPS],
 )
 def test_killed_at_any_step_it_loses_nothing(
     step, case, whole, undisturbed, command, resfeat, tmp_path
