@@ -18,18 +18,18 @@ from resfeat.plan import write_plan
 from resfeat.sources import Item
 from resfeat.spec import FeatureSpec, SourceOptions
 
-MANY = 200_000
+FEW, MANY = 20_000, 200_000
 KINDS = 12  # of images: those of a kind are near to each other
 FAILED_EVERY = 1000
 
 
-def invented(once: Callable[..., Path]) -> Path:
-    """MANY rows and one in FAILED_EVERY that failed, whose files are 40 small pictures."""
+def invented(once: Callable[..., Path], count: int) -> Path:
+    """So many rows and one in FAILED_EVERY that failed, whose files are 40 small pictures."""
 
     def write(folder: Path) -> None:
-        invent(folder / "out", write_pictures(folder / "in", 40), MANY)
+        invent(folder / "out", write_pictures(folder / "in", 40), count)
 
-    return once("invented", write) / "out"
+    return once(f"invented-{count}", write) / "out"
 
 
 def invent(output: Path, pictures: Sequence[Path], count: int, dim: int = 64) -> Dataset:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from command import error_of
 from object_store import ObjectStore
-from pictured import invent, invented
+from pictured import FEW, MANY, invent, invented
 from small import embed, write_pictures
 from tables import rows
 
@@ -26,8 +26,8 @@ FORMS = ("npy", "clip", "faiss", "lance")
 
 @pytest.fixture(scope="module")
 def large(once):
-    """200,000 rows, in 49 parts. Not to be changed."""
-    return invented(once)
+    """20,000 rows, in several parts. Not to be changed."""
+    return invented(once, FEW)
 
 
 @pytest.fixture(scope="module")
@@ -219,16 +219,18 @@ def test_a_missing_extra_is_one_line(form, library, dataset, resfeat, tmp_path, 
 
 
 def test_more_than_ten_files_keep_their_order(large, resfeat, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FILE_ROWS", 15_000)
+    monkeypatch.setattr(module, "FILE_ROWS", 1_500)
     done(resfeat, large, "--to", "clip", tmp_path / "x")
     for folder, name in (("img_emb", "img_emb_{:02}.npy"), ("metadata", "metadata_{:02}.parquet")):
         names = sorted(path.name for path in (tmp_path / "x" / folder).iterdir())
         assert names == [name.format(n) for n in range(14)]
     last = np.load(tmp_path / "x" / "img_emb" / "img_emb_13.npy")
-    assert last.shape == (199_800 - 13 * 15_000, 64)
+    assert last.shape == (19_980 - 13 * 1_500, 64)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.more)]
+)
 def test_a_signal_leaves_nothing(number, large, tmp_path):
     words = ["export", str(large), str(tmp_path / "x"), "--to", "npy"]
     slow = f"""
@@ -237,7 +239,7 @@ from resfeat.downstream import export
 given = export._Rows.batches
 def batches(self, columns):
     for batch in given(self, columns):
-        time.sleep(0.05)
+        time.sleep(0.5)
         yield batch
 export._Rows.batches = batches
 from resfeat.cli import main
@@ -257,7 +259,8 @@ main({words!r})
     assert os.listdir(tmp_path) == []
 
 
-def test_memory_does_not_grow_with_the_rows(large, tmp_path):
+@pytest.mark.more
+def test_memory_does_not_grow_with_the_rows(once, tmp_path):
     """51 MB of vectors: an export that held them, or twice them, would show."""
     measure = """
 import resource, sys
@@ -271,7 +274,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     small = tmp_path / "small"
     invent(small, [tmp_path], 20_000)
-    words = [small, tmp_path / "a", large, tmp_path / "b"]
+    words = [small, tmp_path / "a", invented(once, MANY), tmp_path / "b"]
     done = subprocess.run([sys.executable, "-c", measure, *map(str, words)], capture_output=True,
                           text=True, check=True)  # fmt: skip
     assert float(done.stdout) < 20  # MiB

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_store import ObjectStore
 from photos import write_photos
-from pictured import FAILED_EVERY, MANY, invented
+from pictured import FAILED_EVERY, FEW, MANY, invented
 from small import embed
 from test_export import dataset, layered  # noqa: F401 (fixtures)
 
@@ -366,14 +366,9 @@ def test_what_a_page_must_not_do_it_cannot(small, chromium, tmp_path):
     assert len([each for each in chromium.complaints() if "Content Security Policy" in each]) >= 4
 
 
-@pytest.fixture(scope="module")
-def large(once):
-    return invented(once)
-
-
-@pytest.fixture(scope="module")
-def large_page(large, tmp_path_factory):
-    """The page of 200,000 rows, and the MiB that it took beyond a page of few."""
+@pytest.fixture(scope="module", params=[FEW, pytest.param(MANY, marks=pytest.mark.more)])
+def large_page(request, once, tmp_path_factory):
+    """How many rows; their page, and the MiB that it took beyond a page of few."""
     folder = tmp_path_factory.mktemp("large")
     measure = """
 import resource, sys
@@ -385,19 +380,19 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 Path(sys.argv[2]).write_text(page(open_dataset(sys.argv[1])))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    words = [str(large), str(folder / "page.html")]
+    words = [str(invented(once, request.param)), str(folder / "page.html")]
     done = subprocess.run([sys.executable, "-c", measure, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / "page.html", float(done.stdout)
+    return request.param, folder / "page.html", float(done.stdout)
 
 
-def test_the_page_of_200_000_rows_is_small(large_page):
-    file, more = large_page
+def test_the_page_of_many_rows_is_small(large_page):
+    count, file, more = large_page
     assert file.stat().st_size < 4e6
     assert more < 400
     told = told_by(file.read_text())
-    failed = MANY // FAILED_EVERY
-    assert told["counts"]["embedded"] == MANY - failed == told["map"]["rows"]
+    failed = count // FAILED_EVERY
+    assert told["counts"]["embedded"] == count - failed == told["map"]["rows"]
     assert [(each["reason"], each["count"], len(each["examples"])) for each in told["reasons"]] == [
         ("truncated", failed, 3)
     ]
@@ -408,11 +403,13 @@ def test_the_page_of_200_000_rows_is_small(large_page):
 
 @needs_chromium
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_200_000_rows_in_a_browser(size, large_page, chromium):
-    file, _ = large_page
+def test_many_rows_in_a_browser(size, large_page, chromium):
+    count, file, _ = large_page
     look(chromium, file, size, dark=False)
     seen = chromium.run("document.body.innerText")
-    assert "4,096 of 199,800 images" in seen and "23 earlier runs" in seen
+    assert (
+        f"4,096 of {count - count // FAILED_EVERY:,} images" in seen and "23 earlier runs" in seen
+    )
     assert chromium.run("document.querySelectorAll('.columns div').length") == 30
 
 
