@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from broken import write_broken
 from command import call, end_ray
 from forked import start
+from hostile import Outcomes, write_hostile
 from hypothesis import settings
 from photos import write_photos
 from reference import torchvision_model
@@ -53,35 +55,48 @@ def _uses_ray(item: pytest.Item) -> bool:
 
 # Where nearly every test that uses Ray starts one of its own, most of them to be killed. Each waits
 # for it half of the time.
-OWN_RAY = ("test_faults", "test_resume", "test_killers")
+OWN_RAY = ("test_faults", "test_resume", "test_killers", "test_ray")
 
 # Files that take long, longest first: the order in which they are begun.
 LONGEST = (
     "test_faults",
     "test_object_store",
-    "test_updates_killed",
     "test_updates",
-    "test_update_stores",
     "test_partitions",
-    "test_int8",
-    "test_runtime",
-    "test_resnet",
     "test_resume",
+    "test_update_stores",
+    "test_updates_killed",
+    "test_int8",
     "test_killers",
+    "test_hostile",
     "test_backbones",
-    "test_store",
+    "test_resnet",
+    "test_runtime",
+    "test_sources",
     "test_features",
     "test_extract",
-    "test_weights",
-    "test_pipelines",
-    "test_run",
-    "test_cli",
-    "test_retry_failed",
-    "test_bench",
-    "test_hostile",
-    "test_verify_command",
-    "test_prefix",
+    "test_doctor",
+    "test_probe",
     "test_lease",
+    "test_weights",
+    "test_cli",
+    "test_page",
+    "test_embedder",
+    "test_store",
+    "test_index",
+    "test_search",
+    "test_duplicates",
+    "test_bench",
+    "test_verify_command",
+    "test_retry_failed",
+    "test_killed_sources",
+    "test_tar",
+    "test_run",
+    "test_parity",
+    "test_updates_refused",
+    "test_export",
+    "test_clouds",
+    "test_web",
 )
 
 
@@ -131,6 +146,19 @@ def collection(photos: Path, once: Once) -> Path:
         write_broken(folder / "some" / "chelsea")
 
     return once("collection", write)
+
+
+@pytest.fixture(scope="session")
+def hostile_files(once: Once) -> tuple[Path, dict[str, Outcomes]]:
+    """A folder of hostile files, and what may come of each. Not to be changed."""
+
+    def write(folder: Path) -> None:
+        (folder / "files").mkdir()
+        expected = write_hostile(folder / "files")
+        (folder / "expected").write_bytes(pickle.dumps(expected))
+
+    folder = once("hostile", write)
+    return folder / "files", pickle.loads((folder / "expected").read_bytes())
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,13 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from hostile import Outcomes, write_hostile
+from hostile import Outcomes
 from PIL import Image
 
 from resfeat.decoding import decode, pillow
@@ -77,10 +78,9 @@ def _peak() -> float:
 
 @pytest.fixture(scope="module")
 def expected_and_swept(
-    tmp_path_factory: pytest.TempPathFactory,
+    hostile_files: tuple[Path, dict[str, Outcomes]],
 ) -> tuple[dict[str, Outcomes], list[list[Result]]]:
-    folder = tmp_path_factory.mktemp("hostile")
-    expected = write_hostile(folder)
+    folder, expected = hostile_files
     swept = []
     for order in ("1", "-1"):
         child = subprocess.run(

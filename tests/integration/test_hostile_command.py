@@ -2,12 +2,12 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pytest
-from hostile import write_hostile
 from tables import rows
 
 from resfeat.errors import REASONS
@@ -16,10 +16,12 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def hostile(photos, tmp_path_factory):
+def hostile(hostile_files, photos, tmp_path_factory):
     """Hostile files, and good photographs right among them in the order of the plan."""
-    folder = tmp_path_factory.mktemp("hostile")
-    expected = write_hostile(folder)
+    there, expected = hostile_files
+    folder = tmp_path_factory.mktemp("hostile") / "files"
+    subprocess.run(["cp", "-al", there, folder], check=True)  # links, a pipe among them
+    expected = dict(expected)
     before = sorted(expected, key=lambda name: name.encode())
     for number, photo in enumerate(sorted((photos / "coffee").glob("*.jpg"))[:12]):
         # A name that sorts right behind that of a hostile one.
