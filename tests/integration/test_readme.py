@@ -87,14 +87,17 @@ def run(words, folder):
     return done.stdout
 
 
-# The longest has one extract after another, all of which other tests try, too.
-LONGEST = max(range(len(SESSIONS)), key=lambda session: len(SESSIONS[session]))
+# Some have one extract after another, all of which other tests try, too.
+OF_SEVERAL = [
+    n for n, lines in enumerate(SESSIONS)
+    if FIRST not in lines and sum("resfeat extract" in line for line in lines) > 1
+]  # fmt: skip
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "session",
-    [pytest.param(n, marks=[pytest.mark.more] * (n == LONGEST)) for n in range(len(SESSIONS))],
+    [pytest.param(n, marks=[pytest.mark.more] * (n in OF_SEVERAL)) for n in range(len(SESSIONS))],
 )
 def test_the_commands(session, home, store, resfeat, monkeypatch):
     """In processes of their own the first, which starts its own Ray, and what talks to the store,
@@ -125,6 +128,7 @@ def test_the_commands(session, home, store, resfeat, monkeypatch):
         assert (home / "nearest.png").exists()
 
 
+@pytest.mark.more
 @pytest.mark.ray
 def test_the_python(home, store, resfeat, monkeypatch):
     if not (home / "embeddings").exists():
