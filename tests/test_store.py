@@ -30,6 +30,7 @@ from resfeat.storage import (
 
 LARGE = 12 * 1024**2  # more than obstore would send in one piece
 MANY = 5  # faults, one after the other
+MORE = pytest.mark.more
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,10 @@ def test_what_is_not_there_is_not_found(elsewhere, root, proxy):
 
 @pytest.mark.parametrize(
     ("fault", "size"),
-    [("503", 3), ("lost", 3), ("500", LARGE), ("reset", LARGE), ("lost", LARGE), ("cut", LARGE)],
+    [
+        *(("503", 3), ("lost", 3), ("cut", LARGE)),
+        *(pytest.param(fault, LARGE, marks=MORE) for fault in ("500", "reset", "lost")),
+    ],
 )
 def test_a_write_gets_through_and_is_whole(fault, size, elsewhere, root, objects, proxy):
     coming = iter([fault] * MANY)
@@ -153,7 +157,9 @@ def test_a_write_gets_through_and_is_whole(fault, size, elsewhere, root, objects
     assert content(objects) == {"key": b"x" * size}
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", "lost", "cut"])
+@pytest.mark.parametrize(
+    "fault", ["cut", *(pytest.param(each, marks=MORE) for each in ("503", "reset", "lost"))]
+)
 def test_a_read_gets_through_and_is_whole(fault, elsewhere, root, objects, proxy):
     objects.put_object(Key="key", Body=b"x" * LARGE)
     proxy.faults = [fault] * MANY
@@ -161,7 +167,7 @@ def test_a_read_gets_through_and_is_whole(fault, elsewhere, root, objects, proxy
     assert len(faults(proxy)) == MANY
 
 
-@pytest.mark.parametrize("size", [3, LARGE])
+@pytest.mark.parametrize("size", [3, pytest.param(LARGE, marks=MORE)])
 def test_a_write_that_fails_for_good_leaves_what_was_there(size, elsewhere, root, objects, proxy):
     objects.put_object(Key="key", Body=b"before")
     proxy.faults = lambda method, _: "500" if method in ("PUT", "POST") else None
@@ -238,7 +244,7 @@ def publish(target):
     return unseen, hashlib.sha256(target.read_bytes()).hexdigest() == before
 
 
-@pytest.mark.parametrize("fault", ["500", "cut"])
+@pytest.mark.parametrize("fault", ["cut", pytest.param("500", marks=MORE)])
 def test_parquet_is_read_to_its_end_whatever_befalls_a_piece(
     fault, elsewhere, root, objects, proxy
 ):
