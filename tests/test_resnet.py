@@ -42,7 +42,10 @@ def layers_on_the_path(name):
     "name",
     # A thousand layers take half a minute, a hundred some seconds.
     [
-        pytest.param(name, marks=[pytest.mark.more] * ("1202" in name or "110_" in name))
+        pytest.param(
+            name,
+            marks=[pytest.mark.more] * any(n in name for n in ("1202", "110", "101", "152", "56_")),
+        )
         for name in BACKBONES
     ],
 )
@@ -82,7 +85,9 @@ def test_the_pixels_of_the_networks_for_cifar():
     "name",
     [
         # Wider or deeper than others, of the same blocks.
-        pytest.param(name, marks=[pytest.mark.more] * ("101" in name or "152" in name))
+        pytest.param(
+            name, marks=[pytest.mark.more] * any(n in name for n in ("101", "152", "wide"))
+        )
         for name in LIKE_TORCHVISION
     ],
 )

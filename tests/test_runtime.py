@@ -24,6 +24,7 @@ from resfeat.worker.messages import Placement
 from resfeat.worker.worker import Worker, forward
 
 BATCH = 4
+MORE = pytest.mark.more
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,8 @@ def test_folding_leaves_no_batch_norm_and_the_same_embeddings():
     [
         {"model": "resnet50"},
         {"model": "resnet18", "layers": ("layer2", "avgpool"), "pool": "gem", "normalize": True},
-        {"model": "resnext50_32x4d", "pool": "max"},
-        {"model": "highway18"},
+        pytest.param({"model": "resnext50_32x4d", "pool": "max"}, marks=MORE),
+        pytest.param({"model": "highway18"}, marks=MORE),
         {"model": "cifar_resnet20"},  # shortcut A: subsample and pad
         {"model": "torchvision:squeezenet1_1"},
     ],
@@ -140,6 +141,7 @@ def test_openvino_in_bf16_is_near_to_fp32_and_is_not_fp32(weights, runtime, pixe
     assert 0.999 < cosines.min() < 0.9999999
 
 
+@pytest.mark.more  # integration/test_int8.py has it once
 def test_int8_is_near_to_fp32_and_the_same_when_it_is_made_again(
     weights, runtime, pixels, tmp_path
 ):
@@ -246,7 +248,7 @@ print(*[name for name in before if before[name] != after[name]])
 """
 
 
-@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+@pytest.mark.parametrize("runtime", ["openvino", pytest.param("torch", marks=MORE)])
 def test_a_host_program_keeps_its_threads_warnings_and_environment(runtime, photos, tmp_path):
     """In a process of its own, since what other tests have imported would hide a change."""
     arguments = [str(photos / "rocket"), str(tmp_path / "out"), runtime]
