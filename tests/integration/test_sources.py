@@ -23,9 +23,9 @@ from tables import rows
 
 from resfeat.storage import Fence, locate, remote, write_whole
 
-COUNT = 300
+COUNT = 100
 FEATURES = ["--model", "cifar_resnet20", "--weights", "random:0", "--resize", "36", "--crop", "32"]
-PLACED = ["--workers", "0", "--runtime", "torch", "--shard-size", "128"]
+PLACED = ["--workers", "0", "--runtime", "torch", "--shard-size", "48"]
 LONG = "a-folder-with-a-name-of-many-letters/" * 4  # 148: more than a header of a tar holds
 
 
