@@ -122,9 +122,11 @@ def test_published_weights_load_with_the_preprocessing_that_belongs_to_them(tmp_
     ("name", "today", "before"),
     [
         pytest.param(
-            "densenet121", r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.",
+            "densenet121",
+            r"(denselayer\d+\.(?:norm|conv))([12])\.",
+            r"\1.\2.",
             marks=pytest.mark.more,
-        ),  # fmt: skip
+        ),
         ("vit_b_32", r"\.mlp\.(0|3)\.", lambda m: f".mlp.linear_{1 if m[1] == '0' else 2}."),
     ],
 )
