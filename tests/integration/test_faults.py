@@ -138,7 +138,7 @@ def test_workers_killed_at_every_step_of_a_commit(few, choices, undisturbed, com
     hook = after_import(hooks, tmp_path / "hook")
     output = tmp_path / "out"
     done = command(
-        *extract(few, output, choices, "--shard-size", 4, workers=2),
+        *extract(few, output, choices, "--shard-size", 4, workers=3),
         env={**hook, "DIED_AT": str(died_at)},
     )
     assert done.returncode == 0, done.stderr

@@ -128,7 +128,6 @@ def test_the_commands(session, home, store, resfeat, monkeypatch):
         assert (home / "nearest.png").exists()
 
 
-@pytest.mark.more
 @pytest.mark.ray
 def test_the_python(home, store, resfeat, monkeypatch):
     if not (home / "embeddings").exists():
