@@ -161,7 +161,7 @@ def test_what_is_printed(one_photo, tmp_path, command, resfeat):
     lines = resfeat("extract", one_photo, "-o", tmp_path / "b", *HERE, "--verbose")
     assert "0 of 1 images (0%)" in lines.stderr
     assert "This run: 1 images" in lines.stdout and "images/s" in lines.stdout
-    assert "Busy seconds" in lines.stdout and "batch_size 2" in lines.stdout
+    assert "Busy seconds" in lines.stdout and "batch_size 16" in lines.stdout
     assert lines.stdout.splitlines()[-1].startswith("Finished: 1 embedded and 0 failed of 1")
 
     as_json = resfeat("extract", one_photo, "-o", tmp_path / "c", *HERE, "--log-json")

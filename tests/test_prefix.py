@@ -175,7 +175,9 @@ def test_a_listing_of_more_than_a_page_is_whole_whatever_befalls_the_second(put,
     for name in names:
         store.put_object(root.removeprefix("s3://"), f"in/{name}", name.encode())
     befalls = iter(["cut", "reset", "503", "lost"])
-    proxy.faults = lambda _, path: next(befalls, None) if "continuation-token" in path else None
+    # What was broken off in the middle is asked for behind the last key, and not by the token.
+    second = ("continuation-token", "start-after")
+    proxy.faults = lambda _, path: next(befalls, None) if any(s in path for s in second) else None
     assert ids(f"{root}/in") == names
     assert Counter(fault for *_, fault in proxy.requests if fault).total() == 4
 

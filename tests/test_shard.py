@@ -80,7 +80,7 @@ def test_progress_counts_failures_too(tmp_path, monkeypatch):
         output=str(tmp_path / "out"),
         model="cifar_resnet20",
         weights="random:0",
-        runtime=RuntimeOptions(workers=0, runtime="torch"),
+        runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=2),
     )
     assert extract(spec).failed == 1
     assert told == [(4, 1)]
@@ -225,7 +225,7 @@ def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp
         model="cifar_resnet20",
         weights="random:0",
         shard_size=400,
-        runtime=RuntimeOptions(workers=0, runtime="torch", cpus_per_worker=2),
+        runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=2, cpus_per_worker=2),
     )
     assert extract(spec).embedded == 400
     assert most > 2 if slow else most == 2
