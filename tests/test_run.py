@@ -116,7 +116,9 @@ def test_a_listing_of_which_nothing_is_committed_binds_nobody(source, tmp_path, 
     assert run(source / "a", other).items == IMAGES // 2  # another listing is another plan
 
 
-@pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+@pytest.mark.parametrize(
+    "there", ["nothing", pytest.param("an empty folder", marks=pytest.mark.more)]
+)
 def test_a_choice_that_does_not_work_out_leaves_nothing(there, source, tmp_path):
     """With another precision the dataset would be another one."""
     output = tmp_path / "deep" / "out"
@@ -128,6 +130,7 @@ def test_a_choice_that_does_not_work_out_leaves_nothing(there, source, tmp_path)
     assert not output.exists() or not list(output.iterdir())
 
 
+@pytest.mark.more  # four runs in bf16, of seconds each
 def test_it_leaves_a_dataset_that_was_there_before(source, tmp_path, monkeypatch):
     output = tmp_path / "out"
     monkeypatch.setattr(engines, "start", no_worker)
