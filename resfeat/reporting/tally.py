@@ -19,6 +19,10 @@ from resfeat.worker import ShardResult
 if TYPE_CHECKING:
     from resfeat.fidelity import Parity
 
+NOTHING_DONE = (
+    "no shard was done in this run: give it more time, or a new output with a smaller --shard-size"
+)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -122,6 +126,8 @@ class Tally:
         status: Literal["finished", "interrupted", "failed"] = "finished"
         if error:
             status = "interrupted" if isinstance(error, Stopped) else "failed"
+        if status == "interrupted" and not self._counts["shards"]:
+            self.note(NOTHING_DONE)  # who starts it again for as long as before gains nothing
         return Report(
             # Sorts by time, and differs between two runs of the same second.
             run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
