@@ -1,4 +1,4 @@
-"""A Slurm of the tests' own, on this machine: its daemons, two nodes, and what can be asked of it."""
+"""A Slurm of the tests' own, on this machine: its daemons, two nodes, and what it can be asked."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PLACES = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 NODES = ("one", "two")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
-# Neither root's cgroups nor a database are needed. The nodes have what the scripts ask for, whatever
-# this machine has. A job that is queued again waits for as long as its credential was good for.
+# No cgroups and no database. The nodes have what the scripts ask for, whatever this machine has. A
+# job that is queued again waits until its credential has expired.
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)

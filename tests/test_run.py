@@ -244,6 +244,27 @@ def test_every_step_is_told_before_it_is_done(source, tmp_path):
     assert str(source) in told[0] and "cifar_resnet20" in told[1]
 
 
+def test_a_run_that_is_stopped_before_a_shard_is_done_says_what_helps(source, tmp_path):
+    """A scheduler that starts it again for as long would do so for ever."""
+    told, steps = [], []
+    watched = {"on_note": told.append, "on_step": steps.append}
+    begun = extract(
+        spec(source, tmp_path), stopping=lambda: "starting the workers" in steps, **watched
+    )
+    assert (begun.status, begun.shards, begun.shards_left) == ("interrupted", 0, 3)
+    (line,) = told
+    assert line.startswith("no shard was done in this run: give it more time, or a new output")
+    assert begun.notes == told
+
+    shown = []
+    on_its_way = extract(
+        spec(source, tmp_path), stopping=lambda: bool(shown and shown[-1].done), **watched,
+        on_progress=shown.append,
+    )  # fmt: skip
+    assert on_its_way.status == "interrupted" and on_its_way.shards
+    assert told == [line]
+
+
 def test_a_dataset_of_an_earlier_format_is_refused_with_what_to_do(source, finished, tmp_path):
     output = tmp_path / "out"
     run(source, output)

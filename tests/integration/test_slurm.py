@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from tables import rows
 
 from resfeat.dataset import Layout
 
-IMAGES, SHARDS = 30, 10
+IMAGES, SHARDS = 30, 15
 OPTIONS = ["--model", "cifar_resnet20", "--weights", "random:0", "--runtime", "torch"]
 QUICK = [*OPTIONS, "--workers", 0, "--batch-size", 4, "--shard-size", IMAGES // SHARDS]
 
@@ -177,14 +176,19 @@ def test_a_cancelled_job_stays_so_and_the_same_command_goes_on(
 def test_an_array_of_three_one_of_which_is_drained(slurm, pictures, single, gate, tmp_path):
     output = tmp_path / "out"
     array = slurm.submit("array.sbatch", output, pictures, *QUICK, folder=tmp_path, env=gate[1],
-                         sbatch=["--array=0-2"])  # fmt: skip
-    # The last task's own number is that of the array.
-    until(lambda: len(slurm.jobs(array)) == 3)
-    last = f"{array}_2"
+                         sbatch=["--array=0-2", "--cpus-per-task=10"])  # fmt: skip
+    until(lambda: committed(output) == 3)
+    # The one that has the number of the whole array as its own.
+    (last,) = (job for job in slurm.jobs(array) if job["JobId"] == array)
+    task = f"{array}_{last['ArrayTaskId']}"
+    slurm.run("scancel", "--batch", "--signal=USR1", task)
+    until(lambda: "stopping: finishing" in log_of(tmp_path, task))
     gate[0].unlink()
-    until(lambda: {job["JobState"] for job in slurm.jobs(array)[:2]} == {"COMPLETED"})
     jobs = slurm.ended(array)
-    assert [outcome(job) for job in jobs] == [("COMPLETED", "0:0", "0")] * 3, last
+    assert [job["ArrayTaskId"] for job in jobs] == ["0", "1", "2"]
+    assert [outcome(job) for job in jobs] == [
+        ("COMPLETED", "0:0", "1" if job["JobId"] == array else "0") for job in jobs
+    ]
     assert is_whole(output, single)
 
 
