@@ -139,7 +139,7 @@ class Slurm:
         every = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
         return sorted(every, key=lambda job: job.get("ArrayTaskId", ""))
 
-    def ended(self, number: str, seconds: float = 300) -> list[dict[str, str]]:
+    def ended(self, number: str, seconds: float = 600) -> list[dict[str, str]]:
         """The same once all of them have ended, and are not to run again."""
         deadline = time.monotonic() + seconds
         while True:

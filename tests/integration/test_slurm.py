@@ -69,7 +69,7 @@ def gate(tmp_path):
     return path, {"PYTHONPATH": hook["PYTHONPATH"], "GATE": str(path), "FREE": "1"}
 
 
-def until(condition, seconds=300):
+def until(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come"
@@ -220,7 +220,7 @@ def test_two_nodes_are_one_ray(slurm, pictures, single, tmp_path):
     job = slurm.submit("ray.sbatch", output, pictures, *OPTIONS, "--batch-size", 4,
                        "--shard-size", IMAGES // SHARDS, folder=tmp_path, env=env,
                        sbatch=["--nodes=2", "--cpus-per-task=1"])  # fmt: skip
-    found = outcome(*slurm.ended(job, 500))
+    found = outcome(*slurm.ended(job))
     assert found == ("COMPLETED", "0:0", "0"), log_of(tmp_path, job)
     assert is_whole(output, single)
     (report,) = (output / "_resfeat" / "runs").iterdir()
