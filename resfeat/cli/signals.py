@@ -16,16 +16,12 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         self._number = 0
 
     def __enter__(self) -> Self:
-        self._before = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._number:  # else one more while the process ends must not change how it ends
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        """They stay ours: one that comes while the process ends must not change how it ends."""
 
     def received(self) -> bool:
         """Whether the run is to stop."""

@@ -159,6 +159,20 @@ os.kill(os.getpid(), signal.SIGINT)
     assert done.returncode == 130 and "Traceback" not in done.stderr
 
 
+def test_a_signal_after_the_end_of_a_run_does_not_change_its_exit_code():
+    """A finished job of a scheduler would else count as stopped, and run again."""
+    script = """
+import os, signal
+from resfeat.cli.signals import StopSignals
+with StopSignals():
+    pass
+os.kill(os.getpid(), signal.SIGTERM)
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+
+
 def test_a_run_killed_while_it_listed_is_no_obstacle(photos, tmp_path, resfeat):
     output = tmp_path / "out"
     layout = Layout(output)

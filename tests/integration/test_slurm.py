@@ -131,7 +131,9 @@ def test_a_job_that_comes_to_its_time_limit(slurm, pictures, single, gate, tmp_p
                        sbatch=["--time=2", "--signal=B:USR1@30"])  # fmt: skip
     until(lambda: "stopping: finishing" in log_of(tmp_path, job))
     gate[0].unlink()
-    assert outcome(*slurm.ended(job)) == ("COMPLETED", "0:0", "1")
+    state, code, restarts = outcome(*slurm.ended(job))
+    assert (state, code) == ("COMPLETED", "0:0"), log_of(tmp_path, job)
+    assert int(restarts) >= 1  # on a busy machine one more, since each has two minutes
     assert is_whole(output, single)
 
 
