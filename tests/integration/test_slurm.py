@@ -143,9 +143,9 @@ def test_a_job_that_did_no_shard_is_not_queued_again(slurm, pictures, tmp_path):
         {"resfeat.decoding.decode": UNHURRIED.replace("0.01", "9")}, tmp_path / "hook"
     )
     env = {"PYTHONPATH": hook["PYTHONPATH"]}
-    job = slurm.submit("one_node.sbatch", tmp_path / "out", pictures, *QUICK, folder=tmp_path,
-                       env=env)  # fmt: skip
-    until(lambda: "0 of 30 images" in log_of(tmp_path, job))
+    job = slurm.submit("one_node.sbatch", tmp_path / "out", pictures, *QUICK, "--shard-size",
+                       IMAGES, folder=tmp_path, env=env)  # fmt: skip
+    until(lambda: f" of {IMAGES} images" in log_of(tmp_path, job))
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     assert outcome(*slurm.ended(job)) == ("FAILED", "143:0", "0")
     told = log_of(tmp_path, job)
