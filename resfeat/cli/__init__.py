@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import threading
 from typing import NoReturn
@@ -71,11 +72,15 @@ def leave(context: click.Context, code: int) -> NoReturn:
 def call(*words: str) -> int:
     """Run a command in this process, which goes on afterwards; gives the exit code. For scripts:
     signals reach the one process that there is, and nothing outlives it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = main(list(words), prog_name="resfeat", standalone_mode=False, obj=GOES_ON)
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code or 0  # a command that does not leave gives none
 
 

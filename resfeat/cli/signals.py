@@ -21,7 +21,8 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """They stay ours: one that comes while the process ends must not change how it ends."""
+        """They stay ours: one that comes while the process ends must not change how it ends. A
+        process that goes on puts back what was there (`cli.call`)."""
 
     def received(self) -> bool:
         """Whether the run is to stop."""
