@@ -278,7 +278,7 @@ def _tell(report: Report, *, verbose: bool) -> None:
             f"{report.images_per_second:,.1f} images/s after {report.start_seconds:.1f} s of "
             f"start-up; {report.verdict}"
         )
-    else:
+    elif not report.shards_left:
         click.echo("This run: nothing was left to do")
     if report.update is not None:
         click.echo(f"{_changes(report.update)}, {report.images_failed:,} failed")

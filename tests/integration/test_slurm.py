@@ -150,6 +150,7 @@ def test_a_job_that_did_no_shard_is_not_queued_again(slurm, pictures, tmp_path):
     assert outcome(*slurm.ended(job)) == ("FAILED", "143:0", "0")
     told = log_of(tmp_path, job)
     assert "Note: no shard was done in this run: give it more time, or a new output" in told
+    assert "nothing was left to do" not in told
     assert told.splitlines()[-1].startswith("not queued again, since this run did no shard")
 
 
