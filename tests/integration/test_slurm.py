@@ -179,7 +179,7 @@ def test_a_cancelled_job_stays_so_and_the_same_command_goes_on(
 def test_an_array_of_three_one_of_which_is_drained(slurm, pictures, single, gate, tmp_path):
     output = tmp_path / "out"
     array = slurm.submit("array.sbatch", output, pictures, *QUICK, folder=tmp_path, env=gate[1],
-                         sbatch=["--array=0-2", "--cpus-per-task=10"])  # fmt: skip
+                         sbatch=["--array=0-2", "--cpus-per-task=5"])  # fmt: skip
     until(lambda: committed(output) == 3)
     # The one that has the number of the whole array as its own.
     (last,) = (job for job in slurm.jobs(array) if job["JobId"] == array)
