@@ -1,4 +1,4 @@
-"""The demonstration: photographs, extract, read the rows back, look at nearest neighbours.
+"""The demonstration: photographs, their embeddings, and what those are for.
 
     python pipelines/demo.py FOLDER [--count 300]
 
@@ -12,11 +12,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import packaged
 import pyarrow.dataset as ds
 from photos import write_photos
+from PIL import Image
 
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError
@@ -24,22 +27,26 @@ from resfeat.spec import FeatureSpec
 
 MODEL = "resnet50"
 QUERIES = 4
+# Copies have cosines above this, and so have crops that share nearly all of a photograph.
+SAME = 0.98
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--count", default=300, show_default=True)
 def main(folder: Path, count: int) -> None:
-    """Embed COUNT real photographs below FOLDER and show the result."""
+    """Embed COUNT real photographs, and copies of one, below FOLDER and show what comes of it."""
     photos, output, sheet = folder / "photos", folder / "embeddings", folder / "nearest.png"
     for made_before in (photos, output):
         shutil.rmtree(made_before, ignore_errors=True)
 
     step(f"{count} photographs: crops of those that scikit-image and scikit-learn carry")
     written = write_photos(photos, count, long_side=640)
+    copied = write_copies(written[0])
+    print(f"and copies of {written[0].name}: {', '.join(each.name for each in copied)}")
 
     step("Their embeddings")
-    run("extract", photos, "-o", output, "--model", MODEL, "--weights", weights())
+    run("extract", photos, "-o", output, *network(folder), "--label-from", "parent")
 
     step("The rows, read back with pyarrow")
     table = ds.dataset(output / "embeddings").to_table()
@@ -51,18 +58,40 @@ def main(folder: Path, count: int) -> None:
     step("The nearest neighbours of some of them")
     queries = written[:QUERIES]  # each of another photograph
     run("search", output, *queries, "-k", 6, "--sheet", sheet)
-    print(f"\nDone. Look at {sheet}, and at the dataset in {output}.")
+
+    step("Which are nearly the same")
+    run("duplicates", output, "--threshold", SAME, "--html", folder / "duplicates.html")
+
+    step("Which photograph is it a crop of? Learned from the labels, tested on other crops")
+    run("probe", output, "--folds", 5, "--picture", folder / "confusion.png")
+
+    step("All of it on one page")
+    run("page", output, "-o", folder / "page.html")
+    print(f"\nDone. Open {folder / 'page.html'}, look at {sheet}, and at the dataset in {output}.")
 
 
-def weights() -> str:
-    """DEFAULT if the pretrained weights can be had; otherwise random ones, and says so."""
+def write_copies(original: Path) -> Sequence[Path]:
+    """Two copies of a photograph beside it, as they come about: a smaller one, and one saved
+    with a lower quality."""
+    small, poor = (original.with_name(f"{original.stem}-{how}.jpg") for how in ("small", "poor"))
+    with Image.open(original) as photo:
+        photo.convert("RGB").save(poor, quality=60)
+        photo.convert("RGB").resize((photo.width * 3 // 4, photo.height * 3 // 4)).save(small)
+    return small, poor
+
+
+def network(folder: Path) -> list[object]:
+    """ResNet-50 if its pretrained weights can be had; otherwise a network whose weights a package
+    carries, and says so."""
     try:
         resolve(FeatureSpec(model=MODEL))
     except ResfeatError as error:
-        print(f"The pretrained weights cannot be reached from here: {error}.")
-        print("Going on with random weights (random:0). They see colours and textures, not things.")
-        return "random:0"
-    return "DEFAULT"
+        weights = folder / "imagenet.safetensors"
+        packaged.write_weights(weights)
+        print(f"{MODEL}: {error}")
+        print(f"Going on with {packaged.MODEL} and the ImageNet weights of {packaged.PACKAGE}.")
+        return ["--model", packaged.MODEL, "--weights", weights]
+    return ["--model", MODEL]
 
 
 def step(text: str) -> None:
