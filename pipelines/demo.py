@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -70,14 +69,17 @@ def main(folder: Path, count: int) -> None:
     print(f"\nDone. Open {folder / 'page.html'}, look at {sheet}, and at the dataset in {output}.")
 
 
-def write_copies(original: Path) -> Sequence[Path]:
-    """Two copies of a photograph beside it, as they come about: a smaller one, and one saved
-    with a lower quality."""
-    small, poor = (original.with_name(f"{original.stem}-{how}.jpg") for how in ("small", "poor"))
+def write_copies(original: Path) -> list[Path]:
+    """Copies of a photograph beside it, as they come about: one as it is, one saved again, and a
+    smaller one."""
+    copy, again, small = (
+        original.with_name(f"{original.stem}-{how}.jpg") for how in ("copy", "again", "small")
+    )
+    shutil.copy(original, copy)
     with Image.open(original) as photo:
-        photo.convert("RGB").save(poor, quality=60)
-        photo.convert("RGB").resize((photo.width * 3 // 4, photo.height * 3 // 4)).save(small)
-    return small, poor
+        photo.save(again, quality=85)
+        photo.resize((photo.width * 3 // 4, photo.height * 3 // 4)).save(small, quality=90)
+    return [copy, again, small]
 
 
 def network(folder: Path) -> list[object]:

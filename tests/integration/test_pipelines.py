@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -10,9 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import packaged
 import pytest
+import timm
+import torch
+from benchmarks import edits
 from broken import write_broken
+from photos import photographs
 from PIL import Image
+from safetensors.torch import load_file
+from test_page import told_by
+from timm.data import create_transform, resolve_data_config
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 QUICK = ["--model", "cifar_resnet20", "--weights", "random:0", "--runtime", "torch"]
@@ -41,13 +50,56 @@ def test_demo(tmp_path):
     command = [sys.executable, PIPELINES / "demo.py", tmp_path / "demo", "--count", 32]
     done = run(*command, env=nothing_cached)
     assert done.returncode == 0, done.stdout + done.stderr
-    if "cannot be reached" in done.stdout:
-        assert "Going on with random weights (random:0)" in done.stdout
-        assert "--weights random:0" in done.stdout
-    assert "Finished: 32 embedded and 0 failed of 32 images" in done.stdout
-    assert "32 rows; the first is astronaut/00000.jpg: [" in done.stdout
+    if "cannot download" in done.stdout:
+        assert f"Going on with {packaged.MODEL} and the ImageNet weights of" in done.stdout
+        assert f"--model {packaged.MODEL} --weights " in done.stdout
+    assert "Finished: 35 embedded and 0 failed of 35 images" in done.stdout
+    assert "35 rows; the first is astronaut/00000-again.jpg: [" in done.stdout
     with Image.open(tmp_path / "demo" / "nearest.png") as sheet:
         assert sheet.size == (8 + 7 * 168, 8 + 4 * 200)
+    assert re.search(r"equal +astronaut/00000-copy.jpg", done.stdout)
+    assert "35 images in 9 classes, 5 folds" in done.stdout
+    assert (tmp_path / "demo" / "duplicates.html").exists()
+    assert (tmp_path / "demo" / "confusion.png").exists()
+    told = told_by((tmp_path / "demo" / "page.html").read_text())
+    ((members, count, least),) = told["groups"]
+    assert count >= 2 and least >= 0.98
+    assert all(told["ids"][n].startswith("astronaut/00000") for n in members)
+
+
+def test_the_packaged_weights_know_what_they_see(tmp_path):
+    """With the classifier that a dataset leaves out: the tensors have their right names."""
+    packaged.write_weights(tmp_path / "imagenet.safetensors")
+    network = timm.create_model(packaged.NETWORK, pretrained=False).eval()
+    network.load_state_dict(load_file(tmp_path / "imagenet.safetensors"))
+    to_pixels = create_transform(**resolve_data_config(model=network))
+    seen = photographs()
+    pictures = torch.stack([to_pixels(seen[name]) for name in ("coffee", "china", "chelsea")])
+    with torch.inference_mode():
+        espresso, palace, cat = network(pictures).argmax(dim=1).tolist()
+    assert (espresso, palace) == (967, 698) and cat in (281, 282, 285)
+
+
+def test_edits_are_told_by_what_they_leave_as_it_was(tmp_path, capsys):
+    gallery = edits.tiles(photographs()["coffee"])[:16]
+    networks = {"network": ("cifar_resnet20", "random:0")}
+    head, *rows = edits.measure(gallery, [2, 9], networks, tmp_path)
+    assert head[2:] == ["network", "raw pixels", "colour histogram", "perceptual hash"]
+    assert len(rows) == 2 * 9 + 2 and all(0 <= float(cell) <= 1 for row in rows for cell in row[2:])
+    recall = {(row[0], row[1]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+    assert set(recall["resize", "to a half"].values()) == {"1.00"}
+    for way in "left to right", "upside down":
+        assert recall["flip", way]["colour histogram"] == "1.00"
+    assert recall["grey", "no colour"]["perceptual hash"] == "1.00"
+    assert "flip  upside down" in capsys.readouterr().out
+
+
+def test_of_equally_near_tiles_each_is_found_by_its_share():
+    first, second, *_ = edits.tiles(photographs()["coffee"])
+    for way in edits.PLAIN:
+        find = edits.by_vectors([first, second, first], [0, 1], way)
+        assert find([first, second]).tolist() == [0.5, 1]
+        assert find([second, first]).tolist() == [0, 0]
 
 
 @pytest.fixture
