@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-more lint slow soak bench scale parity gpu clean
 
-demo: $(VENV)/demo.done ## extract a few hundred real photographs and show the nearest neighbours
+demo: $(VENV)/demo.done ## embed a few hundred real photographs, and a page of what comes of it
 	$(BIN)/python pipelines/demo.py demo
 
 test: lint ## ruff, mypy and the tests

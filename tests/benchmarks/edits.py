@@ -1,6 +1,6 @@
 """Do edited photographs find their original? By ImageNet weights, by chance, and without a network.
 
-    python tests/benchmarks/edits.py [FOLDER] [--originals 100]
+    python tests/benchmarks/edits.py [FOLDER] [--originals 60]
 
 The gallery is tiles, none of which overlaps another, of the photographs of pipelines/photos.py
 and of those in FOLDER. Some are edited in nine ways, each mildly and strongly. What is edited is
@@ -33,6 +33,7 @@ from photos import photographs  # noqa: E402
 
 # Of a tile, in pixels, and of a photograph, in tiles along each side.
 LEAST, MOST = 80, 8
+SIDE = 2048  # of a photograph, in pixels: larger ones are scaled down
 # Levels of grey (standard deviation). Flatter tiles are sky or night, and equal to each other.
 FLAT = 12
 
@@ -115,6 +116,13 @@ EDITS: dict[str, tuple[tuple[str, Edit], tuple[str, Edit]]] = {
 }  # fmt: skip
 
 
+def scaled(path: Path) -> Image.Image:
+    """A photograph, so large at most that its tiles are little larger than what networks take."""
+    with Image.open(path) as photo:
+        photo.thumbnail((SIDE, SIDE))
+        return photo.convert("RGB")
+
+
 def tiles(photo: Image.Image) -> list[Image.Image]:
     """A grid of them, without the flat ones."""
     across, down = (max(1, min(MOST, side // LEAST)) for side in photo.size)
@@ -170,7 +178,8 @@ def by_vectors(gallery: Sequence[Image.Image], chosen: Sequence[int], name: str)
 def by_network(folder: Path, chosen: Sequence[int], model: str, weights: str) -> Find:
     """The same by resfeat, of the tiles in a folder."""
     output = folder.with_name(f"by {Path(weights).name}")
-    resfeat.extract(folder, output, model=model, weights=weights, workers=0)
+    # Which is asked for, since torch takes several times as long for networks of timm.
+    resfeat.extract(folder, output, model=model, weights=weights, workers=0, runtime="openvino")
     dataset, embed = resfeat.open_dataset(output), resfeat.Embedder.of(output)
     names = [name_of(number) for number in chosen]
 
@@ -235,12 +244,12 @@ def written(rows: Sequence[Sequence[str]]) -> str:
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path), required=False)
-@click.option("--originals", default=100, show_default=True, help="How many tiles to edit.")
+@click.option("--originals", default=60, show_default=True, help="How many tiles to edit.")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "EDITS.md")
 def main(folder: Path | None, originals: int, out: Path) -> None:
     photos, source = list(photographs().values()), "of scikit-image and scikit-learn"
     if folder:
-        more = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
+        more = [scaled(path) for path in sorted(folder.iterdir())]
         photos, source = photos + more, f"{source}, and {len(more)} of cameras and telephones"
     gallery = [tile for photo in photos for tile in tiles(photo)]
     chosen = sorted(random.Random(0).sample(range(len(gallery)), originals))

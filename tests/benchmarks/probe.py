@@ -80,7 +80,7 @@ def write_digits(folder: Path, count: int) -> tuple[list[str], np.ndarray]:
 def embed(output: str, model: str, weights: str, side: int) -> None:
     started = time.perf_counter()
     told("extract", "digits", "-o", output, "--model", model, "--weights", weights, "--workers", 0,
-         "--resize", side, "--crop", side, "--label-from", "parent")  # fmt: skip
+         "--runtime", "openvino", "--label-from", "parent", "--resize", side, "--crop", side)  # fmt: skip
     print(f"{output}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
