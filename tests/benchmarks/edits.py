@@ -178,7 +178,7 @@ def by_vectors(gallery: Sequence[Image.Image], chosen: Sequence[int], name: str)
 def by_network(folder: Path, chosen: Sequence[int], model: str, weights: str) -> Find:
     """The same by resfeat, of the tiles in a folder."""
     output = folder.with_name(f"by {Path(weights).name}")
-    # Which is asked for, since torch takes several times as long for networks of timm.
+    # OpenVINO is asked for, since torch takes several times as long for networks of timm.
     resfeat.extract(folder, output, model=model, weights=weights, workers=0, runtime="openvino")
     dataset, embed = resfeat.open_dataset(output), resfeat.Embedder.of(output)
     names = [name_of(number) for number in chosen]
