@@ -73,7 +73,7 @@ def write_copies(original: Path) -> list[Path]:
     """Copies of a photograph beside it, as they come about: one as it is, one saved again, and a
     smaller one."""
     copy, again, small = (
-        original.with_name(f"{original.stem}-{how}.jpg") for how in ("copy", "again", "small")
+        original.with_name(f"{original.stem}_{how}.jpg") for how in ("copy", "again", "small")
     )
     shutil.copy(original, copy)
     with Image.open(original) as photo:

@@ -54,10 +54,10 @@ def test_demo(tmp_path):
         assert f"Going on with {packaged.MODEL} and the ImageNet weights of" in done.stdout
         assert f"--model {packaged.MODEL} --weights " in done.stdout
     assert "Finished: 35 embedded and 0 failed of 35 images" in done.stdout
-    assert "35 rows; the first is astronaut/00000-again.jpg: [" in done.stdout
+    assert "35 rows; the first is astronaut/00000.jpg: [" in done.stdout
     with Image.open(tmp_path / "demo" / "nearest.png") as sheet:
         assert sheet.size == (8 + 7 * 168, 8 + 4 * 200)
-    assert re.search(r"equal +astronaut/00000-copy.jpg", done.stdout)
+    assert re.search(r"equal +astronaut/00000_copy.jpg", done.stdout)
     assert "35 images in 9 classes, 5 folds" in done.stdout
     assert (tmp_path / "demo" / "duplicates.html").exists()
     assert (tmp_path / "demo" / "confusion.png").exists()
