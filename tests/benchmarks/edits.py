@@ -223,6 +223,7 @@ INTRODUCTION = """\
 
 `tests/benchmarks/edits.py`: the gallery is {gallery:,} tiles, none of which overlaps another, of
 {photographs} photographs ({source}).
+They are small, about 80 to 256 pixels, and many are parts of one thing, and so much alike.
 {chosen} of them, drawn at random, were edited, each in all ways. What was edited is not in the
 gallery. Recall@1: the share whose nearest tile, of all, is the one that they were. Of several that
 are equally near, the right one counts its share.
@@ -250,7 +251,7 @@ def main(folder: Path | None, originals: int, out: Path) -> None:
     photos, source = list(photographs().values()), "of scikit-image and scikit-learn"
     if folder:
         more = [scaled(path) for path in sorted(folder.iterdir())]
-        photos, source = photos + more, f"{source}, and {len(more)} of cameras and telephones"
+        photos, source = photos + more, f"{source}, and {len(more)} of a folder"
     gallery = [tile for photo in photos for tile in tiles(photo)]
     chosen = sorted(random.Random(0).sample(range(len(gallery)), originals))
     with tempfile.TemporaryDirectory() as name:
