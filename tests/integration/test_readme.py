@@ -25,6 +25,7 @@ PARITY = (ROOT / "tests" / "benchmarks" / "PARITY.md").read_text()
 DOCUMENTS = (
     "README.md", "CONTRIBUTING.md", "LOGS.md", "tests/README.md", "tests/benchmarks/PARITY.md",
     "tests/benchmarks/RESULTS.md", "tests/benchmarks/SCALE.md",
+    "tests/benchmarks/DEGRADATION.md",
 )  # fmt: skip
 
 
@@ -87,17 +88,22 @@ def run(words, folder):
     return done.stdout
 
 
-# Some have one extract after another, all of which other tests try, too.
-OF_SEVERAL = [
+# Of what takes five minutes otherwise.
+FEW = ["--depths", "20", "--epochs", "1", "--images", "20"]
+
+# Some have one extract after another, all of which other tests try, too; test_learning.py tries the
+# pipelines in less time.
+LATER = [
     n for n, lines in enumerate(SESSIONS)
-    if FIRST not in lines and sum("resfeat extract" in line for line in lines) > 1
+    if (FIRST not in lines and sum("resfeat extract" in line for line in lines) > 1)
+    or any("degradation" in line for line in lines)
 ]  # fmt: skip
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "session",
-    [pytest.param(n, marks=[pytest.mark.more] * (n in OF_SEVERAL)) for n in range(len(SESSIONS))],
+    [pytest.param(n, marks=[pytest.mark.more] * (n in LATER)) for n in range(len(SESSIONS))],
 )
 def test_the_commands(session, home, store, resfeat, monkeypatch):
     """In processes of their own the first, which starts its own Ray, and what talks to the store,
@@ -116,7 +122,8 @@ def test_the_commands(session, home, store, resfeat, monkeypatch):
             where = [str(ROOT / word) if word == "constraints.txt" else word for word in where]
             run([sys.executable, "-m", "pip", *where, "--dry-run", "--no-deps", "--quiet"], home)
         elif program == "python":
-            run([sys.executable, str(ROOT / words[0]), *words[1:]], home)
+            few = FEW if "degradation" in words[0] else []
+            run([sys.executable, str(ROOT / words[0]), *words[1:], *few], home)
         else:
             assert program == "resfeat"
             if command == FIRST or "s3://" in command:
