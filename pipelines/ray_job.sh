@@ -3,16 +3,30 @@
 #
 #   RAY_API_SERVER_ADDRESS=http://HEAD:8265 pipelines/ray_job.sh SRC... -o OUT [options]
 #
-# resfeat is installed on every machine of the cluster, and all of them see SRC and OUT under the
-# same paths. Where the cluster asks for a token, also set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
+# All machines of the cluster see SRC and OUT under the same paths, and have resfeat. With
+# SEND_CODE=1 it is enough that they have what it depends on: its code travels with the job.
+# JOB_ID=night-1 names the job: `ray job logs night-1 --follow` shows it, and `ray job stop night-1`
+# stops it, with time for the shards in hand. The same again, with another JOB_ID, resumes.
+# Where the cluster asks for a token, also set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
 # Whoever reaches the job port can run any code: keep it on a private network.
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 
+# Ray would kill a job 3 s after it was told to stop, and resfeat takes up to 20 s to finish shards.
+environment='{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40"}'
+if [ -n "${SEND_CODE:-}" ]; then
+    code=$(cd "$(dirname "$0")/../resfeat" && pwd)
+    environment+=", \"py_modules\": [\"$code\"]"
+fi
+environment+='}'
+
+# Without -P, Python would import what lies in the folder that the job is started in.
 exec ray job submit \
     --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
-    -- resfeat extract "$@" --address auto
+    --runtime-env-json "$environment" \
+    ${JOB_ID:+--submission-id "$JOB_ID"} \
+    -- python -P -m resfeat extract "$@" --address auto

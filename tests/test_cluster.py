@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import ray
 from command import end_ray
 
-from resfeat.engines import cluster
+from resfeat.engines import cluster, reach
 from resfeat.engines.cluster import Cluster
 from resfeat.errors import ResfeatError
 
@@ -33,14 +35,58 @@ def test_an_ipv6_address_in_brackets(scheme):
             pytest.skip("this machine has no IPv6")
         server.listen()
         port = server.getsockname()[1]
-        if scheme:
-            cluster._check_reachable(f"ray://[::1]:{port}")
-        else:
-            # It is reached, and then told apart from what Ray would take it for.
-            with pytest.raises(ConnectionError, match="it listens on loopback"):
-                cluster._check_reachable(f"[::1]:{port}")
+        # It is reached, and then told apart from what Ray would take it for.
+        told = "no answer within 1 s" if scheme else "it listens on loopback"
+        with pytest.raises((ResfeatError, ConnectionError), match=told):
+            reach.reach(f"{scheme}[::1]:{port}", 1)
     with pytest.raises(ConnectionRefusedError):
-        cluster._check_reachable(f"{scheme}[::1]:{port}")
+        reach.reach(f"{scheme}[::1]:{port}", 1)
+
+
+class Refusing(grpc.GenericRpcHandler):
+    """Answers whatever it is asked with a code, as a cluster does that wants a token."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def service(self, details):
+        def refuse(asked, context):
+            context.abort(self.code, "and why")
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (grpc.StatusCode.UNAUTHENTICATED, "it wants a token: set RAY_AUTH_MODE=token, and RAY_AUT"),
+        (grpc.StatusCode.UNIMPLEMENTED, "it is no head of a Ray (and why): check --address"),
+    ],
+)
+def test_a_cluster_that_refuses(code, told):
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Refusing(code)])
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    ours = Cluster(f"127.0.0.1:{port}", lambda text: None)
+    try:
+        with pytest.raises(ResfeatError) as raised:
+            ours.ready()
+    finally:
+        ours.close()
+        server.stop(0)
+    assert str(raised.value).startswith(f"cannot join Ray at 127.0.0.1:{port}: {told}")
+
+
+@pytest.mark.parametrize("address", ["there", "local", "ray://there"])
+def test_an_address_without_a_port(address):
+    with pytest.raises(ResfeatError, match="it has no port: give HOST:PORT"):
+        reach.reach(address, 1)
+
+
+def test_one_that_accepts_and_never_answers():
+    silent = socket.create_server(("0.0.0.0", 0))
+    with silent, pytest.raises(ResfeatError, match="no answer within 1 s"):
+        reach.reach(f"127.0.0.1:{silent.getsockname()[1]}", 1)
 
 
 def test_rays_start_time_out_is_one_line_with_the_next_step(monkeypatch):
@@ -66,7 +112,7 @@ def test_the_user_is_told_that_ray_is_starting(monkeypatch):
     told, go_on = [], threading.Event()
     monkeypatch.setattr(ray, "init", lambda **options: go_on.wait(60))
     for address, step in ((None, "starting Ray"), ("auto", "joining Ray at auto")):
-        monkeypatch.setattr(cluster, "_check_reachable", lambda address: None)
+        monkeypatch.setattr(reach, "address_of", lambda asked: None)
         ours = Cluster(address, told.append)
         go_on.clear()
         ours.begin()

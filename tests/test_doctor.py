@@ -18,6 +18,7 @@ from object_store import ObjectStore
 from resfeat import storage
 from resfeat.cli.doctor import examine, probing, software, surroundings
 from resfeat.cli.doctor.probing import Finding, Probe
+from resfeat.engines import reach
 from resfeat.errors import ResfeatError
 from resfeat.runtimes import hardware
 
@@ -316,8 +317,8 @@ def test_who_accepts_and_never_answers_costs_seconds(silent, monkeypatch):
     probes = [
         Probe("store", surroundings.out, ("s3://bucket/out",), apart=True),
         Probe("web", surroundings.source, (f"http://{address}/a.jpg", False), apart=True),
-        Probe("client", software.cluster_there, (f"ray://{address}", True), apart=True),
-        Probe("cluster", software.cluster_there, (address, True), apart=True),
+        Probe("client", software.cluster_there, (f"ray://{address}",), apart=True),
+        Probe("cluster", software.cluster_there, (address,), apart=True),
     ]
     monkeypatch.setattr(probing, "PROBE_SECONDS", 90.0)  # the silence must end it, and not this
     for found in probing.run(probes):
@@ -327,20 +328,20 @@ def test_who_accepts_and_never_answers_costs_seconds(silent, monkeypatch):
 def test_a_cluster_that_is_not_there(silent, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert examine._address_of(None) is None
-    assert software.cluster_there(None, False)[0].state == "ok"
-    assert apart(software.cluster_there, None, True).found.startswith("none: RAY_ADDRESS")
+    assert software.cluster_there(None)[0].found == "none is set"
+    assert apart(software.cluster_there, "auto").found.startswith("none: RAY_ADDRESS")
     with closing(socket.create_server(("127.0.0.1", 0))) as gone:
         port = gone.getsockname()[1]
-    refused = apart(software.cluster_there, f"127.0.0.1:{port}", True)
+    refused = apart(software.cluster_there, f"127.0.0.1:{port}")
     assert refused.state == "broken" and "refused" in refused.found
-    assert apart(software.cluster_there, f"127.0.0.1:{port}", False, state="note").state == "note"
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}\n")
-    assert examine._address_of("auto") == f"127.0.0.1:{port}"
+    assert reach.address_of("auto") == reach.address_of(None) == f"127.0.0.1:{port}"
+    found = apart(software.cluster_there, None, state="note")
+    assert found.state == "note" and "refused" in found.found
     monkeypatch.setenv("RAY_ADDRESS", "ray://there:1")
-    assert examine._address_of("auto") == "ray://there:1"
-    assert examine._address_of("here:1") == "here:1"
+    assert reach.address_of("auto") == "ray://there:1"
+    assert reach.address_of("here:1") == "here:1"
 
 
 @pytest.mark.ray
@@ -349,12 +350,9 @@ def test_a_cluster_that_answers_and_one_of_another_version(monkeypatch):
 
     share_ray()
     address = ray.get_runtime_context().gcs_address
-    assert apart(software.cluster_there, address, True).found == f"{address} answers"
-    from resfeat.engines import reach
-
-    told = json.dumps({"ray_version": "1.0", "python_version": platform.python_version()})
-    other = SimpleNamespace(internal_kv_get=lambda *asked: told.encode())
-    monkeypatch.setattr(reach, "GcsClient", lambda address: other)
+    assert apart(software.cluster_there, address).found == f"{address} answers"
+    told = {"ray_version": "1.0", "python_version": platform.python_version()}
+    monkeypatch.setattr(reach, "_metadata", lambda *asked: told)
     with pytest.raises(ResfeatError, match=r"it runs ray 1\.0, and this is"):
         reach.reach(address, 5)
 

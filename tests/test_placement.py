@@ -10,6 +10,7 @@ from resfeat.engines import placement
 from resfeat.errors import ResfeatError
 from resfeat.spec import Identity, RuntimeOptions
 
+TO_COME = {"workers": 6, "cpus_per_worker": 3, "address": "auto"}
 IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
 
 
@@ -58,6 +59,12 @@ def place(machines, shards=1000, address=None, **options):
         # More than there is room for wait for an autoscaler.
         ([(16, 1)], {"workers": 20, "address": "auto"}, (20, 0.125, 2.0, 2)),
         ([(16, 1)], {"workers": 4, "gpus_per_worker": 1, "address": "auto"}, (4, 1.0, 16.0, 16)),
+        ([(2, 0)], {"workers": 4, "address": "auto"}, (4, 0.0, 1.0, 1)),
+        ([(2, 0)], {"workers": 4}, (4, 0.0, 0.5, 1)),
+        # So do all of them where no machine is there yet, if it is said what each asks for.
+        ([], {**TO_COME, "gpus_per_worker": 0.5}, (6, 0.5, 3.0, 3)),
+        ([(0, 0)], TO_COME, (6, 0.0, 3.0, 3)),
+        ([(8, 0)], {**TO_COME, "gpus_per_worker": 1, "shards": 2}, (2, 1.0, 3.0, 3)),
     ],
 )  # fmt: skip
 def test_workers_and_what_each_gets(machines, options, given):
@@ -72,6 +79,8 @@ def test_workers_and_what_each_gets(machines, options, given):
         ([(16, 1)], {"workers": 3, "gpus_per_worker": 0.5}, "3 workers of 0.5 GPU are more"),
         ([(16, 1), (32, 0)], {"cpus_per_worker": 20}, r"any machine has \(16\): give less"),
         ([(0, 1)], {}, "no CPU yet"),
+        ([(0, 0)], {"workers": 6, "address": "auto"}, "give --workers and --cpus-per-worker"),
+        ([(8, 0)], {"gpus_per_worker": 1, "address": "auto"}, "give --workers and --cpus-per-w"),
     ],
 )  # fmt: skip
 def test_what_there_is_no_room_for(machines, options, says):

@@ -1,5 +1,7 @@
 """Who gets which shard, and what becomes of it when a worker dies: plain objects, no worker."""
 
+import time
+
 import pytest
 
 from resfeat.engines.pool import Member, Pool
@@ -150,6 +152,29 @@ def test_a_preempted_machine_costs_its_shards_nothing():
         pool.died(a, "preempted", preempted=True)
         a.live = True
     assert pool.deaths == 4
+
+
+def test_what_a_death_costs_is_counted_from_the_last_shard_that_was_finished(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now, pool = 100.0, pool_of("ab", 6)
+    a, b = pool.members
+    given(pool)
+    now = 107.0
+    pool.done(a, SHARDS[0])
+    given(pool)
+    now = 110.0
+    pool.died(a, "killed")
+    assert pool.losses() == {"worker_deaths": 1, "lost_seconds": 3.0}
+    for shard in list(b.in_hand):
+        pool.done(b, shard)
+    now = 150.0
+    pool.died(b, "idle, it loses nothing")
+    assert pool.losses() == {"worker_deaths": 2, "lost_seconds": 3.0}
+    a.live, now = True, 160.0
+    given(pool)
+    now = 161.5
+    pool.died(a, "killed")
+    assert pool.losses() == {"worker_deaths": 3, "lost_seconds": 4.5}
 
 
 def test_a_worker_that_dies_idle_costs_no_shard():

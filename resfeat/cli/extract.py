@@ -287,7 +287,8 @@ def _tell(report: Report, *, verbose: bool) -> None:
         busy = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
         click.echo(f"Where: {where}\nBusy seconds, over all threads: {busy}")
     if deaths := report.engine.get("worker_deaths"):
-        click.echo(f"Workers that died and were replaced: {deaths}")
+        lost = _duration(report.engine["lost_seconds"])
+        click.echo(f"Workers that died and were replaced: {deaths}, with {lost} of their work")
     if report.changed:
         changed = f"{report.changed:,} images, taken as they are now"
         click.echo(f"Changed since they were listed: {changed}")

@@ -2,12 +2,10 @@
 
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 from resfeat.errors import ResfeatError, Stopped
@@ -33,7 +31,7 @@ ALONE_CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV":
 
 # The object store holds nothing but the weights; what does not fit goes to the disk.
 STORE_BYTES = 2 * 1024**3
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 15.0
 POLL_SECONDS = 0.5  # of whoever waits, between two looks at whether to stop
 
@@ -94,13 +92,18 @@ class Cluster:
         try:
             options: dict[str, Any] = {"address": self._address}
             if self._address:
-                _check_reachable(self._address)
+                from resfeat.engines import reach
+
+                if there := reach.address_of(self._address):
+                    reach.reach(there, CONNECT_SECONDS)
             else:
                 where, hint = "start Ray", "try again on a less busy machine, or give --workers 0"
                 self._change(os.environ, ALONE)
                 self._change(vars(ray_constants), ALONE_CONSTANTS)
                 options = _alone()
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        except ResfeatError as error:
+            raise ResfeatError(f"cannot {where}: {error}") from error
         except Exception as error:  # Ray's own time-out is of no narrower class
             raise ResfeatError(f"cannot {where}: {last_line(error)}; {hint}") from error
         return True
@@ -130,30 +133,6 @@ def _alone() -> dict[str, Any]:
         "object_store_memory": STORE_BYTES,
         "job_config": JobConfig(_client_job=not is_on_path),
     }
-
-
-def _check_reachable(address: str) -> None:
-    """Fail within seconds if nobody listens there; Ray itself would try for many minutes."""
-    if address == "auto":
-        named = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-        address = os.environ.get("RAY_ADDRESS") or (named.read_text() if named.exists() else "")
-    host, _, port = address.strip().removeprefix("ray://").rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
-    if not port.isdigit():
-        return
-    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-    if host in ("127.0.0.1", "::1", "localhost") and not address.strip().startswith("ray://"):
-        from ray.util import get_node_ip_address
-
-        # Ray takes this for the machine's own address, and asks there for many minutes.
-        own = get_node_ip_address()  # type: ignore[no-untyped-call]
-        try:
-            socket.create_connection((own, int(port)), CONNECT_SECONDS).close()
-        except OSError as error:
-            raise ConnectionError(
-                f"it listens on loopback, and Ray would look for it at {own}: start it with "
-                f"--node-ip-address {own}, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0"
-            ) from error
 
 
 def last_line(error: BaseException) -> str:

@@ -72,7 +72,7 @@ class InlineEngine:
                     calls.clear()
                     pool.died(member, "an image hung the decoder; _resfeat/plan lists that shard")
                     member.live = True
-                    self.description["worker_deaths"] = pool.deaths
+                    self.description.update(pool.losses())
                     break
                 pool.done(member, calls.pop(call))
                 yield result

@@ -15,6 +15,8 @@ CPUS_PER_WORKER = 8
 # By default. Each has the network in the GPU's memory, and a context there.
 MOST_SHARE_A_GPU = 8
 
+OR = "; where it adds machines as they are asked for, give --workers and --cpus-per-worker"
+
 Machine = Mapping[str, float]  # its resources, as Ray names them
 
 
@@ -27,16 +29,20 @@ def place(
     process does not decode fast enough for it.
     """
     machines: Sequence[Machine] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not _sum(machines, "CPU"):
-        raise ResfeatError("this Ray has no CPU yet: wait until its first machine has joined")
     share = options.gpus_per_worker
     with_gpu = [machine for machine in machines if machine.get("GPU", 0.0) >= 1]
     if keeps_to_the_cpu(options, identity.precision):
         with_gpu = []
-    if share and not with_gpu:
+    has_none = not with_gpu if share else not _sum(machines, "CPU")
+    if has_none and options.address and options.workers and options.cpus_per_worker:
+        return _for_machines_to_come(options, identity, shards)
+    if has_none and not share:
+        raise ResfeatError(f"this Ray has no CPU yet: wait until its first machine has joined{OR}")
+    if has_none:
         raise ResfeatError(
             f"a GPU was asked for (--gpus-per-worker {share:g}) and Ray sees none: check the "
             "driver and CUDA_VISIBLE_DEVICES, or give --gpus-per-worker 0 to run on CPUs"
+            + (OR if options.address else "")
         )
     machines = with_gpu or machines
     cpus, gpus = _sum(machines, "CPU"), int(_sum(with_gpu, "GPU"))
@@ -56,6 +62,8 @@ def place(
     else:
         share = 0.0
         per_worker = cores or min(cpus / workers, most, CPUS_PER_WORKER)
+        if options.address:  # those that find no core wait for a machine, and do not share one
+            per_worker = max(per_worker, min(1.0, most))
     if not options.address and workers * (cores or 0) > cpus:
         raise ResfeatError(
             f"{workers} workers of {cores} CPU cores are more than the {cpus:g} here: give fewer"
@@ -69,6 +77,17 @@ def place(
     # More workers than cores share them; Ray takes fractions.
     asked = {"num_cpus": math.floor(min(per_worker, placement.cpus) * 100) / 100}
     return workers, asked | {"num_gpus": share}, placement
+
+
+def _for_machines_to_come(
+    options: RuntimeOptions, identity: Identity, shards: int
+) -> tuple[int, dict[str, float], Placement]:
+    """What is asked of a Ray without a machine for it, whose autoscaler goes by that. Only what the
+    user says can be known of machines that are not there."""
+    share, cores = float(options.gpus_per_worker or 0), options.cpus_per_worker or 1
+    placement = Placement.of(options, identity, share, cores)
+    asked = {"num_cpus": float(cores), "num_gpus": share}
+    return min(options.workers or 1, shards), asked, placement
 
 
 def by_default(

@@ -22,6 +22,7 @@ class Member:
     actor: Any  # what the engine calls
     live: bool = False  # whether it has built its model
     process: str = ""  # which one it was when it last said so: another is one that died and is new
+    since: float = 0.0  # when it last finished a shard, or was given one while it had none
     silent: str = ""  # why, while it does not answer and nobody knows whether it has died
     # Images done and failed so far, as last heard, of each of its shards; the oldest comes first.
     in_hand: dict[Shard, tuple[int, int]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Pool:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
         self.deaths = 0  # workers that died while they were live
+        self.lost_seconds = 0.0  # what they had worked on shards that others did again
         self._waiting: deque[Shard] = deque()
         self._tasks: dict[Shard, Task] = {}
         self._blamed: Counter[Shard] = Counter()
@@ -69,6 +71,8 @@ class Pool:
             for member in self.live:
                 if self._waiting and self._has_room(member, others):
                     shard = self._waiting.popleft()
+                    if not member.in_hand:
+                        member.since = time.monotonic()
                     member.in_hand[shard] = (0, 0)
                     yield member, self._tasks[shard]
 
@@ -87,6 +91,7 @@ class Pool:
     def done(self, member: Member, shard: Shard) -> None:
         del member.in_hand[shard]
         del self._tasks[shard]
+        member.since = time.monotonic()
 
     def heard(self, member: Member, told: Mapping[Shard, tuple[int, int]]) -> None:
         """A worker has told how many images of its shards it has done, and how many failed."""
@@ -96,6 +101,10 @@ class Pool:
         """Images done and failed in shards in hand, as last heard, and how many workers live."""
         heard = [counts for member in self.members for counts in member.in_hand.values()]
         return sum(n for n, _ in heard), sum(failed for _, failed in heard), len(self.live)
+
+    def losses(self) -> dict[str, float]:
+        """What the deaths of workers have cost so far, for the report."""
+        return {"worker_deaths": self.deaths, "lost_seconds": round(self.lost_seconds, 1)}
 
     def answers(self, member: Member, process: str) -> list[Task]:
         """A worker says that it is there, and which process it is. Gives what it still has in hand,
@@ -114,6 +123,8 @@ class Pool:
         self.deaths += member.live
         member.live, member.silent = False, ""
         shards = list(member.in_hand)
+        if shards:
+            self.lost_seconds += time.monotonic() - member.since
         member.in_hand.clear()
         self._waiting.extendleft(reversed(shards))
         if preempted or not shards:

@@ -25,9 +25,11 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.util import get_node_ip_address
 
 from resfeat import __version__
 from resfeat.backbones.weights import Weights
+from resfeat.dataset import Layout
 from resfeat.decoding import quiet
 from resfeat.engines import OnProgress
 from resfeat.engines.cluster import POLL_SECONDS, Cluster, last_line
@@ -39,6 +41,7 @@ from resfeat.runtimes.cuda import why_no_gpu
 from resfeat.spec import RuntimeOptions
 from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
 from resfeat.worker.shard import process_shard
+from resfeat.worker.sight import check_sight
 from resfeat.worker.worker import Worker, network_for
 
 # On a cluster a worker may wait for a machine to be added; here there is nothing to wait for.
@@ -105,6 +108,9 @@ class RayWorker:
                         f"Ray gave a worker a GPU of {platform.node()}, and {why_no_gpu()} there, "
                         "and give the same command again, it resumes; or give --gpus-per-worker 0"
                     )
+                job, machine = self._job, f"{platform.node()} ({get_node_ip_address()})"
+                layout = Layout(job.output, job.share)
+                check_sight(layout, job.created, job.in_sight, machine)
                 self._worker = Worker(self._job, self._placement, ray.get(network[0]))
             return self._worker
 
@@ -181,7 +187,7 @@ class RayEngine:
             yield from self._collect()
             self._ask_progress()
             on_progress(*pool.counts())
-            self.description["worker_deaths"] = pool.deaths
+            self.description.update(pool.losses())
         if pool.unfinished:
             raise Stopped("stopped as asked")
 
@@ -279,7 +285,10 @@ def _check(stopping: Callable[[], bool]) -> None:
 
 
 def _cannot_start(error: RayError) -> ResfeatError:
-    return ResfeatError(f"a worker could not start: {last_line(error)}; {MEMORY}")
+    why, next_step = last_line(error), MEMORY
+    if "No module named" in why:
+        next_step = "is resfeat installed on that machine, with all that it needs?"
+    return ResfeatError(f"a worker could not start: {why}; {next_step}")
 
 
 def _as_resfeat(error: RayTaskError) -> Exception:

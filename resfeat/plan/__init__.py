@@ -1,6 +1,7 @@
 """The frozen listing, cut into shards; what an update changes of it; which shards a run does."""
 
 from resfeat.plan.files import (
+    addresses,
     carried_columns,
     changed_since,
     lies_far,
@@ -13,6 +14,6 @@ from resfeat.plan.plan import Plan, PlanFile, Shard
 from resfeat.plan.update import Changes, Difference
 
 __all__ = [
-    "Changes", "Difference", "Partition", "Plan", "PlanFile", "Shard", "carried_columns",
-    "changed_since", "lies_far", "read_shard", "shard_size_for", "write_plan",
+    "Changes", "Difference", "Partition", "Plan", "PlanFile", "Shard", "addresses",
+    "carried_columns", "changed_since", "lies_far", "read_shard", "shard_size_for", "write_plan",
 ]  # fmt: skip

@@ -146,19 +146,18 @@ def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
         return carried_in(file.schema_arrow)
 
 
-def lies_far(folder: Location, plan: Plan) -> bool:
-    """Whether any image that the first file of the plan lists is in a store or on the web: by the
-    least and the greatest of each shard's addresses."""
+def addresses(folder: Location, plan: Plan) -> list[str]:
+    """The least and the greatest address of each shard that the first file of the plan lists."""
     with open_parquet(folder / plan.files[0].name) as file:
         about, place = file.metadata, file.schema_arrow.get_field_index("uri")
         groups = map(about.row_group, range(about.num_row_groups))
         bounds = (group.column(place).statistics for group in groups)
-        return any(
-            not uri.startswith("file://")
-            for each in bounds
-            if each and each.has_min_max
-            for uri in (each.min, each.max)
-        )
+        return [uri for each in bounds if each and each.has_min_max for uri in (each.min, each.max)]
+
+
+def lies_far(folder: Location, plan: Plan) -> bool:
+    """Whether any image that the first file of the plan lists is in a store or on the web."""
+    return not all(uri.startswith("file://") for uri in addresses(folder, plan))
 
 
 def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from resfeat.sources import places
+from resfeat.sources.directory import path_of
 from resfeat.sources.item import (
     CARRIED,
     Content,
@@ -17,14 +18,15 @@ from resfeat.sources.item import (
     table_of,
 )
 from resfeat.sources.listing import Listing, listing
-from resfeat.sources.reading import RUN_IMAGES, Run, read, read_ahead, runs
+from resfeat.sources.places import is_there
+from resfeat.sources.reading import RUN_IMAGES, Run, is_local, read, read_ahead, runs
 from resfeat.sources.rules import printable
 from resfeat.storage import is_remote
 
 __all__ = [
-    "CARRIED", "RUN_IMAGES", "Content", "Item", "Listing", "Run", "carried_in", "gone", "item_of",
-    "items_of", "listing", "printable", "read", "read_ahead", "runs", "schema_of", "stays_whole",
-    "table_of",
+    "CARRIED", "RUN_IMAGES", "Content", "Item", "Listing", "Run", "carried_in", "gone", "is_local",
+    "is_there", "item_of", "items_of", "listing", "path_of", "printable", "read", "read_ahead",
+    "runs", "schema_of", "stays_whole", "table_of",
 ]  # fmt: skip
 
 
@@ -43,6 +45,6 @@ def gone(roots: Sequence[str], unread: Sequence[str]) -> str | None:
         is_unread, kind = os.fsencode(root) in single, places.container_of(root)
         if kind == "table" and not is_unread:
             continue  # one of addresses is needed for the listing alone
-        if not (is_unread and not kind) and not places.is_there(root):
+        if not (is_unread and not kind) and not is_there(root):
             return root
     return None

@@ -11,6 +11,7 @@ from resfeat.dataset import Layout, Record
 from resfeat.plan import Shard, carried_columns, lies_far
 from resfeat.runtimes import BATCH_SIZE, GPU_BATCH, choose
 from resfeat.spec import Identity, RuntimeName, RuntimeOptions
+from resfeat.worker.sight import in_sight
 
 # Files that a worker reads ahead while its decoders are busy: enough to hide the latency of a disk,
 # and of a store or the web, where each file takes a request or two.
@@ -36,6 +37,8 @@ class Job:
     carried: tuple[pa.Field, ...] = ()  # columns that travel with the images
     quantised: str | None = None  # the digest of an int8 network
     token: str | None = None  # of the lease under which the run writes, in a store
+    created: str = ""  # when the dataset was
+    in_sight: tuple[str, ...] = ()  # what lies on a disk, and every worker's machine has to see
 
     @classmethod
     def of(
@@ -53,6 +56,8 @@ class Job:
             carried=carried_columns(layout.plan, record.plan),
             quantised=record.quantised,
             token=token,
+            created=record.created,
+            in_sight=in_sight(layout, record),
         )
 
 

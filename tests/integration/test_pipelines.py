@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import packaged
@@ -102,12 +103,14 @@ def test_of_equally_near_tiles_each_is_found_by_its_share():
         assert find([second, first]).tolist() == [0, 0]
 
 
-@pytest.fixture
-def head(tmp_path):
-    """The environment that reaches a Ray head with its job server, on the loopback address."""
+@contextmanager
+def head(**variables):
+    """The environment that reaches a Ray head with its job server, on the loopback address, and
+    that head's own."""
     # Ray's servers ask for a token unless they are told not to; so does this one.
     environment = {
         **os.environ,
+        **variables,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -126,12 +129,14 @@ def head(tmp_path):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-    process.send_signal(signal.SIGTERM)
     try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _free_port():
@@ -141,17 +146,43 @@ def _free_port():
 
 @pytest.mark.more
 @pytest.mark.ray
-def test_ray_job(some, tmp_path, head):
+def test_ray_job(some, tmp_path):
     command = [PIPELINES / "ray_job.sh", some, "-o", tmp_path / "out", *QUICK, "--workers", 1]
-    done = run(*command, "--max-error-rate", 0.2, env=head)
+    with head() as there:
+        done = run(*command, "--max-error-rate", 0.2, env=there)
+        refused = run(*command, "--model", "cifar_resnet32", env=there)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "60 embedded and 12 failed of 72 images" in done.stdout
     (report,) = (tmp_path / "out" / "_resfeat" / "runs").iterdir()
     assert json.loads(report.read_text())["engine"]["address"] == "auto"
-
-    refused = run(*command, "--model", "cifar_resnet32", env=head)
     assert refused.returncode != 0 and "another model" in refused.stdout + refused.stderr
     assert "SRC... -o OUT" in run(PIPELINES / "ray_job.sh").stdout
+
+
+# What pip's editable install adds, and what else might find resfeat, is not there.
+NOT_INSTALLED = """
+import sys
+
+def is_of_ours(finder):
+    return "resfeat" in getattr(finder, "__module__", "")
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if not is_of_ours(finder)]
+"""
+
+
+@pytest.mark.more
+@pytest.mark.ray
+def test_a_ray_job_brings_the_code_where_resfeat_is_not_installed(some, tmp_path):
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(NOT_INSTALLED)
+    command = [PIPELINES / "ray_job.sh", some, "-o", tmp_path / "out", *QUICK, "--workers", 1]
+    with head(PYTHONPATH=str(hook)) as there:
+        without = run(*command, env=there)
+        done = run(*command, "--max-error-rate", 0.2, env={**there, "SEND_CODE": "1"})
+    assert without.returncode != 0 and "No module named resfeat" in without.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "60 embedded and 12 failed of 72 images" in done.stdout
 
 
 @pytest.mark.more

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from resfeat.cli.doctor import software, surroundings
 from resfeat.cli.doctor.probing import Finding, Probe, run
@@ -17,7 +15,7 @@ def examine(
     sources: Sequence[str], output: str | None, address: str | None, fetch: bool
 ) -> list[Finding]:
     """All findings about this machine and these places. fetch: also the default weights."""
-    cluster, install = _address_of(address), software.INSTALL
+    install = software.INSTALL
     unasked = "without --address nothing uses it; for `--address auto` start that Ray again"
     probes = [
         Probe("Python", software.python),
@@ -26,7 +24,7 @@ def examine(
         Probe("OpenVINO", software.openvino_here, apart=True,
               mend="pip install --force-reinstall openvino, or give --runtime torch"),
         Probe("Ray", software.ray_here, apart=True, mend=f"{install}, or give --workers 0"),
-        Probe("Ray cluster", software.cluster_there, (cluster, address is not None), apart=True,
+        Probe("Ray cluster", software.cluster_there, (address,), apart=True,
               mend="check --address, the firewall and RAY_AUTH_TOKEN" if address else unasked,
               state="broken" if address else "note"),
         Probe("decoders", software.decoders, apart=True,
@@ -60,12 +58,3 @@ def examine(
     return found + run(
         [Probe("to be used", software.to_be_used, (gpus,), apart=True, mend="see above")]
     )
-
-
-def _address_of(asked: str | None) -> str | None:
-    """The cluster that is asked for, or the one that `--address auto` finds."""
-    if asked not in (None, "auto"):
-        return asked
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    there = file.read_text().strip() if os.access(file, os.R_OK) else None
-    return os.environ.get("RAY_ADDRESS") or there

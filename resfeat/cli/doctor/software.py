@@ -120,16 +120,17 @@ def ray_here() -> list[Finding]:
     return [Finding("Ray", f"{version_of('ray')}", value=version_of("ray"))]
 
 
-def cluster_there(address: str | None, asked: bool) -> list[Finding]:
+def cluster_there(asked: str | None) -> list[Finding]:
+    from resfeat.engines import reach
+
+    address = reach.address_of(asked)
     if not address and asked:
         raise ResfeatError("none: RAY_ADDRESS is not set, and no Ray was started on this machine")
     if not address:
         return [Finding("Ray cluster", "none is set", "each run starts a Ray of its own")]
-    from resfeat.engines import reach
-
     must_answer_soon()
     try:
-        reach.reach(address, ANSWER_SECONDS / 2)
+        reach.reach(address, ANSWER_SECONDS / 3)
     except Exception as error:  # Ray's own are of many classes
         raise ResfeatError(f"{address}: {error or 'no answer'}") from error
     return [Finding("Ray cluster", f"{address} answers", "" if asked else "for --address auto")]
