@@ -90,7 +90,9 @@ class Three:
         return [psutil.Process(pid) for pid in self.made.pids(name) if psutil.pid_exists(pid)]
 
     def workers(self, name):
-        return [each for each in self.processes(name) if title(each).startswith("ray::RayWorker")]
+        return [
+            each for each in self.processes(name) if title(each).startswith("ray::resfeat worker ")
+        ]
 
     def hold(self, name):
         """Have a machine do no more than a shard, with the others in hand."""
