@@ -21,6 +21,7 @@ from resfeat.plan import (
     Shard,
     carried_columns,
     files,
+    lies_far,
     read_shard,
     update,
     write_plan,
@@ -129,6 +130,18 @@ def test_a_plan_of_other_rows_is_not_taken_for_what_was_listed(layout):
     pq.write_table(pq.read_table(path).slice(1), path, row_group_size=10)
     with pytest.raises(ResfeatError, match=r"listing of shard 1, cannot be read .*not those that"):
         read_shard(layout.plan, made.shards[1])
+
+
+@pytest.mark.parametrize("left", ["", "half of it", None])
+@pytest.mark.parametrize("ask", [carried_columns, lies_far])
+def test_a_plan_that_cannot_be_read_is_one_line_whoever_asks(layout, ask, left):
+    made = write_plan(layout.plan, layout.tmp, listed(items(20)), 10)
+    path = layout.plan / made.files[0].name
+    path.unlink() if left is None else path.write_text(left)
+    with pytest.raises(
+        ResfeatError, match=rf"{path.name}, .* cannot be read \(.*\): bring it back"
+    ):
+        ask(layout.plan, made)
 
 
 def test_two_ids_of_one_hash_end_an_update_and_neither_passes_for_gone(layout, monkeypatch):

@@ -10,6 +10,7 @@ that was removed is no item any more. It stays, since its id belongs to that sha
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -114,17 +115,21 @@ def read_shard(folder: Location, shard: Shard) -> list[Item]:
 
 def read_rows(folder: Location, shard: Shard) -> pa.Table:
     """All rows of one shard, those that were removed among them. Raises as `read_shard`."""
-    path = folder / shard.file
-    try:
-        with open_parquet(path) as file:
-            table = file.read_row_group(shard.row_group, use_threads=False)
+    with _opened(folder / shard.file, f"the listing of shard {shard.number}") as file:
+        table = file.read_row_group(shard.row_group, use_threads=False)
         if pc.sum(is_listed(table)).as_py() != shard.rows:
             raise pa.ArrowInvalid("its rows are not those that were listed")
         return table
+
+
+@contextmanager
+def _opened(path: Location, what: str = "a part of the listing") -> Iterator[pq.ParquetFile]:
+    try:
+        with open_parquet(path) as file:
+            yield file
     except (OSError, ValueError, KeyError, IndexError) as error:  # Arrow's own are of these
         raise ResfeatError(
-            f"{path}, the listing of shard {shard.number}, cannot be read ({first_line(error)}): "
-            "bring it back, or give a new -o"
+            f"{path}, {what}, cannot be read ({first_line(error)}): bring it back, or give a new -o"
         ) from error
 
 
@@ -141,14 +146,15 @@ def changed_since(folder: Location, plan: Plan, generation: int) -> pa.Table:
 
 
 def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
-    """The columns that travel with the items, as the first file of the plan has them."""
-    with open_parquet(folder / plan.files[0].name) as file:
+    """The columns that travel with the items, as the first file of the plan has them. Raises as
+    `read_shard`."""
+    with _opened(folder / plan.files[0].name) as file:
         return carried_in(file.schema_arrow)
 
 
 def addresses(folder: Location, plan: Plan) -> list[str]:
     """The least and the greatest address of each shard that the first file of the plan lists."""
-    with open_parquet(folder / plan.files[0].name) as file:
+    with _opened(folder / plan.files[0].name) as file:
         about, place = file.metadata, file.schema_arrow.get_field_index("uri")
         groups = map(about.row_group, range(about.num_row_groups))
         bounds = (group.column(place).statistics for group in groups)
