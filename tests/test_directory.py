@@ -9,6 +9,7 @@ import pytest
 from resfeat.errors import Failure, ResfeatError, UsageError
 from resfeat.sources import directory, gone, item_of, listing, read
 from resfeat.sources.directory import path_of
+from resfeat.sources.item import schema_of
 from resfeat.spec import SourceOptions
 
 
@@ -35,6 +36,14 @@ def test_what_is_no_image_by_its_name_is_passed_over_and_counted(tmp_path):
     there = listing([str(tmp_path)])
     assert [item.id for item in there] == ["1.jpg", "noname", "odd.xyz"]
     assert there.skipped == {".json": 2, "hidden": 2, "resfeat output": 1}
+
+
+def test_whoever_waits_hears_of_a_listing_that_finds_no_image_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(directory, "BEAT_SECONDS", 0)
+    make(tmp_path, "labels/1.txt", "labels/2.txt", ".DS_Store", "photos/1.jpg", "photos/2.txt")
+    tables = list(listing([str(tmp_path)]).tables())
+    assert [table["id"].to_pylist() for table in tables] == [[], [], ["photos/1.jpg"]]
+    assert {table.schema for table in tables} == {schema_of()}
 
 
 def test_several_sources_count_from_their_common_parent(tmp_path):

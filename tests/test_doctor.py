@@ -159,8 +159,9 @@ def test_an_old_python_and_packages_that_are_missing_or_old(monkeypatch):
 def test_extras_that_are_missing_say_what_for_and_how_to_get_them(monkeypatch):
     monkeypatch.setattr(software, "version_of", lambda package: None)
     for found in software.extras():
-        purpose, how = software.EXTRAS[found.what]
-        assert (found.state, found.verdict) == ("note", f"for {purpose}: pip install {how}")
+        purpose, extra = software.EXTRAS[found.what]
+        how = f"pip install 'resfeat[{extra}]'"
+        assert (found.state, found.verdict) == ("note", f"for {purpose}: {how}")
     (found,) = software.openvino_here()
     assert (found.state, found.found) == ("note", "not installed")
 
@@ -345,11 +346,22 @@ def test_a_cluster_that_is_not_there(silent, tmp_path, monkeypatch):
 
 
 @pytest.mark.ray
-def test_a_cluster_that_answers_and_one_of_another_version(monkeypatch):
+def test_a_cluster_that_answers_and_one_of_another_version(monkeypatch, tmp_path):
     import ray
 
     share_ray()
     address = ray.get_runtime_context().gcs_address
+    # As Ray does, the token in this user's home is used for a cluster that is found, not for one
+    # that is named.
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    (refused,) = probing.run([Probe("it", software.cluster_there, (address,), apart=True)])
+    assert refused.state == "broken" and "it wants a token: set RAY_AUTH_MODE" in refused.found
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+    with monkeypatch.context() as patched:
+        patched.setenv("RAY_TMPDIR", str(tmp_path))
+        assert apart(software.cluster_there, "auto").found == f"{address} answers"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert apart(software.cluster_there, address).found == f"{address} answers"
     told = {"ray_version": "1.0", "python_version": platform.python_version()}
     monkeypatch.setattr(reach, "_metadata", lambda *asked: told)

@@ -1,9 +1,11 @@
 """Whether a Ray cluster answers, asked before it is joined: Ray itself tries for many minutes."""
 
 import json
+import logging
 import os
 import platform
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import grpc  # type: ignore[import-untyped]
@@ -26,7 +28,20 @@ def address_of(asked: str | None) -> str | None:
         if told not in (None, "", "auto"):
             return told
     file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    return file.read_text().strip() if os.access(file, os.R_OK) else None
+    if not os.access(file, os.R_OK):
+        return None
+    _take_own_token()
+    return file.read_text().strip()
+
+
+def _take_own_token() -> None:
+    """Use the token in this user's home, as Ray does for a cluster that it finds by itself, and for
+    no other: whoever is told it may run code in this user's clusters."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it says so at length
+    with suppress(ImportError):  # an older Ray, whose clusters want none by default
+        from ray._private.authentication import authentication_token_setup as setup
+
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def reach(address: str, seconds: float) -> None:

@@ -72,15 +72,15 @@ def _table(runs: Sequence[_Files]) -> pa.Table:
     def once(name: str) -> pa.Array:
         return pa.array([getattr(run, name) for run in runs], pa.string()).take(pa.array(of_run))
 
-    def each(name: str) -> pa.Array:
-        return pa.array(list(chain.from_iterable(getattr(run, name) for run in runs)))
+    def each(name: str, kind: pa.DataType) -> pa.Array:
+        return pa.array(list(chain.from_iterable(getattr(run, name) for run in runs)), kind)
 
-    schema = schema_of()
+    schema, text = schema_of(), pa.string()
     columns = {field.name: pa.nulls(len(of_run), field.type) for field in schema} | {
-        "id": pc.binary_join_element_wise(once("id_start"), each("id_end"), ""),
-        "uri": pc.binary_join_element_wise(once("uri_start"), each("uri_end"), ""),
-        "size": each("size"),
-        "mtime": each("mtime").cast(schema.field("mtime").type),
+        "id": pc.binary_join_element_wise(once("id_start"), each("id_end", text), ""),
+        "uri": pc.binary_join_element_wise(once("uri_start"), each("uri_end", text), ""),
+        "size": each("size", pa.int64()),
+        "mtime": each("mtime", schema.field("mtime").type),
         "label": once("label"),
     }
     return pa.table(columns, schema=schema)

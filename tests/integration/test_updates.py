@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from changing import (
     FEATURES,
@@ -208,12 +209,17 @@ def test_a_damaged_part_is_not_carried_over_and_repair_works_in_a_generation(
     collection.change()
     case.extract("--update")
     new = Layout(output).committed()[-1]
+    in_it = [each for each, part in parts_of(output).items() if part == Layout.part_name(1)]
     for shard in (1, new):
         path = Layout(output).embeddings / Layout.part_name(shard)
+        group = pq.read_metadata(path).row_group(0)
+        (embedding,) = (
+            chunk for chunk in map(group.column, range(group.num_columns))
+            if chunk.path_in_schema.startswith("embedding")
+        )  # fmt: skip
         data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
+        data[embedding.data_page_offset + embedding.total_compressed_size // 2] ^= 1
         path.write_bytes(data)
-    in_it = [each for each, part in parts_of(output).items() if part == Layout.part_name(1)]
     for name in in_it[:2]:
         collection.put(name)
     done = case.extract("--update", code=1)
