@@ -44,6 +44,7 @@ from resfeat.backbones.resnet import ResNet
 from resfeat.backbones.weights import Weights, resolve
 from resfeat.cli import shown
 from resfeat.decoding import Loaded, load, quiet
+from resfeat.downstream import check_place
 from resfeat.downstream.classifier import Classifier
 from resfeat.downstream.labelled import Labelled, LeftOut, in_order
 from resfeat.downstream.views import View, unit
@@ -139,8 +140,9 @@ def check(output: Path, device: str) -> None:
     """Raise UsageError now for what would be found hours later."""
     import resfeat.downstream.probe  # noqa: F401 (says so where scikit-learn is missing)
 
-    if output.suffix != SUFFIX or not output.absolute().parent.is_dir():
-        raise UsageError(f"-o {output}: give a path that ends in {SUFFIX}, in a folder that exists")
+    if output.suffix != SUFFIX:
+        raise UsageError(f"-o {output}: give a path that ends in {SUFFIX}")
+    check_place(str(output))
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU here: give --device cpu")
 

@@ -251,10 +251,10 @@ def test_what_cannot_be_made_is_one_line(small, resfeat, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "begun" / "embeddings")
     assert "has no embeddings yet" in refused(tmp_path / "begun")
     assert "no resfeat dataset" in refused(tmp_path)
-    assert "there is no folder" in refused(small, "-o", tmp_path / "no" / "x.html")
+    assert "its folder is not there" in refused(small, "-o", tmp_path / "no" / "x.html", code=1)
     assert "has no layer 'x'" in refused(small, "-o", tmp_path / "x.html", "--layer", "x")
     (tmp_path / "x.html").mkdir()
-    assert "is a directory" in resfeat("page", small, "-o", tmp_path / "x.html").stderr
+    assert "is a directory" in refused(small, "-o", tmp_path / "x.html")
     monkeypatch.setitem(sys.modules, "umap", None)
     told = refused(small, "-o", tmp_path / "y.html", "--map", "umap")
     assert "pip install 'resfeat[umap]'" in told

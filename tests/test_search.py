@@ -6,6 +6,8 @@ import json
 import os
 import re
 import resource
+import stat
+import subprocess
 import sys
 import threading
 import time
@@ -24,7 +26,15 @@ from small import embed
 import resfeat as package
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Dataset, Layout, Record, open_dataset
-from resfeat.downstream import Tile, contact_page, contact_sheet, exact, thumbnails
+from resfeat.downstream import (
+    Tile,
+    check_place,
+    contact_page,
+    contact_sheet,
+    exact,
+    thumbnails,
+    write_document,
+)
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec, SourceOptions
 
@@ -194,6 +204,30 @@ def test_the_table_and_the_sheet(dataset, photos, resfeat, tmp_path):
         )
 
 
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "page.html").write_text("old")
+    link, pipe = tmp_path / "latest.html", tmp_path / "pipe"
+    link.symlink_to("page.html")
+    check_place(str(link))
+    write_document(str(link), b"new")
+    assert link.is_symlink() and (tmp_path / "page.html").read_text() == "new"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        check_place(str(pipe))
+        write_document(str(pipe), b"told")
+        assert reader.communicate(timeout=30)[0] == b"told"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_answers_are_not_lost_where_a_picture_cannot_be_drawn(dataset, resfeat, tmp_path):
+    first = open_dataset(dataset).ids()[0]
+    place = tmp_path / "sheet.jpg"  # of which no side has more than 65,535 pixels
+    done = resfeat("search", dataset, *["--id", first] * 330, "-k", 1, "--sheet", place)
+    assert done.returncode == 1 and not place.exists()
+    assert done.stderr.splitlines()[-1].endswith("give a path that ends in .png")
+    assert done.stdout.count(first) == 2 * 330
+
+
 def test_odd_names_are_shown_and_change_no_terminal(resfeat, tmp_path):
     (tmp_path / "in").mkdir()
     odd = tmp_path / "in" / f"{'x' * 40}\x1b[31m.png"
@@ -307,7 +341,7 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
     assert "vectors of 3 numbers, and" in refused(dataset, saved("short.npy", short))
     assert "float64 [2, 512] are no embeddings" in refused(dataset, saved("wide.npy", wide))
     assert "vector 1 is not all finite" in refused(dataset, saved("odd.npy", odd))
-    assert "holds no vectors" in refused(dataset, saved("none.npy", odd[:0]))
+    assert "no vectors are in it" in refused(dataset, saved("none.npy", odd[:0]))
     assert "no such file" in refused(dataset, tmp_path / "no.npy")
     (tmp_path / "text.npy").write_text("text")
     assert "with np.save" in refused(dataset, tmp_path / "text.npy")

@@ -40,6 +40,7 @@ def page(output: str, file: Path | None, kind: Kind, layer: str | None) -> None:
     of the images, and loads nothing.
     """
     from resfeat.dataset import open_dataset
+    from resfeat.downstream import check_place
     from resfeat.downstream.page import page as made
     from resfeat.storage import write_whole
 
@@ -49,8 +50,7 @@ def page(output: str, file: Path | None, kind: Kind, layer: str | None) -> None:
             raise UsageError(f"{output} is in a store: say with -o where to write the page")
         # What a killed process leaves among the drafts of OUT, the next run removes.
         file, drafts = dataset.layout.page, Path(str(dataset.layout.tmp))
-    if not file.absolute().parent.is_dir():
-        raise UsageError(f"-o {file}: there is no folder {file.parent}: make it first")
+    check_place(str(file))
     text = made(dataset, kind, layer, lambda doing: click.echo(f"{doing} ...", err=True))
     try:
         drafts = drafts or file.absolute().parent

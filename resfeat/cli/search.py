@@ -83,8 +83,6 @@ def search(
         click.echo(
             f"Note: {output} has {rows:,} images, fewer than -k {k}: these are all", err=True
         )
-    if sheet or html:
-        _draw(dataset, asked, found, sheet, html)
     name = "cosine" if metric == "cosine" else "distance"
     answers = [
         (query, list(zip(row.tolist(), scores.tolist(), strict=True)))
@@ -96,13 +94,16 @@ def search(
             for query, row in answers
         ]
         click.echo(json.dumps(told))
-        return
-    for query, row in answers:
-        click.echo(f"{shown(query)}\n  rank  {name}  id")
-        for rank, (each, score) in enumerate(row, start=1):
-            click.echo(f"  {rank:>4}  {score:>{len(name)}.4f}  {shown(each)}")
+    else:
+        for query, row in answers:
+            click.echo(f"{shown(query)}\n  rank  {name}  id")
+            for rank, (each, score) in enumerate(row, start=1):
+                click.echo(f"  {rank:>4}  {score:>{len(name)}.4f}  {shown(each)}")
+    # Behind the answers, which are not lost where a picture cannot be drawn.
+    if sheet or html:
+        _draw(dataset, asked, found, sheet, html)
     for what, place in (("Picture", sheet), ("Page", html)):
-        if place:
+        if place and not as_json:
             click.echo(f"{what}: {place}")
 
 

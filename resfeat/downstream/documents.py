@@ -17,7 +17,12 @@ from resfeat.storage import write_whole
 def check_place(path: str) -> None:
     """Raise ResfeatError where a file cannot be written for want of its folder, or of the right to:
     better said before the work than after it."""
-    folder = Path(path).absolute().parent
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise ResfeatError(f"cannot write {path}: it is a folder; give another path")
+    if _is_no_file(target):
+        return
+    folder = target.parent
     if not folder.is_dir():
         raise ResfeatError(f"cannot write {path}: its folder is not there; give another path")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -32,9 +37,12 @@ def check_picture(path: str) -> None:
 
 def write_document(path: str, content: bytes) -> None:
     """Write a file that was asked for, whole. Raises ResfeatError where that cannot be."""
-    target = Path(path).absolute()
+    target = Path(path).resolve()  # a link stays one
     try:
-        write_whole(target.parent, target, content)
+        if _is_no_file(target):
+            target.write_bytes(content)
+        else:
+            write_whole(target.parent, target, content)
     except OSError as error:
         raise ResfeatError(
             f"cannot write {path}: {error.strerror or first_line(error)}; give another path"
@@ -46,11 +54,16 @@ def write_picture(path: str, picture: Image.Image) -> None:
     content = io.BytesIO()
     try:
         picture.save(content, _format_of(path))
-    except (OSError, ValueError) as error:  # JPEG and WebP take no long sides
+    except (OSError, ValueError, OverflowError) as error:  # not every format takes long sides
         raise ResfeatError(
             f"cannot write {path}: {first_line(error)}; give a path that ends in .png"
         ) from error
     write_document(path, content.getvalue())
+
+
+def _is_no_file(target: Path) -> bool:
+    """Whether it is there, and is a pipe or a device, such as /dev/stdout."""
+    return target.exists() and not target.is_file()
 
 
 def _format_of(path: str) -> str:

@@ -89,8 +89,6 @@ def _read(dataset: Dataset, name: str, layer: str | None) -> Queries:
         ) from error
     vectors = np.atleast_2d(vectors)
     check_vectors(dataset, vectors, name, layer)
-    if not len(vectors):
-        raise UsageError(f"{name} holds no vectors: save float32 [Q, D] with np.save")
     return Queries([f"{name}[{n}]" for n in range(len(vectors))], vectors, [None] * len(vectors))
 
 

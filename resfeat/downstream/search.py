@@ -50,6 +50,8 @@ def check_vectors(
         raise UsageError(
             f"{name}: {vectors.dtype} {list(vectors.shape)} are no embeddings: give float32 [Q, D]"
         )
+    if not len(vectors):
+        raise UsageError(f"{name}: no vectors are in it: give float32 [Q, D]")
     length = dataset.dim(layer)
     if length is not None and vectors.shape[1] != length:
         raise UsageError(

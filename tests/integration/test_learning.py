@@ -128,7 +128,7 @@ def test_transfer_leaves_out_what_it_cannot_use_and_says_so(digits, tmp_path):
         (["two", "--model", "resnet51"], 2, "unknown model 'resnet51'"),
         (["two", "--weights", "not-there.pth"], 2, "not-there.pth does not exist"),
         (["two", "-o", "tuned.pth"], 2, "-o tuned.pth: give a path that ends in .safetensors"),
-        (["two", "-o", "nowhere/t.safetensors"], 2, "in a folder that exists"),
+        (["two", "-o", "nowhere/t.safetensors"], 1, "its folder is not there"),
     ],
 )
 def test_transfer_refuses_in_one_line(options, code, told, digits, tmp_path, monkeypatch):
