@@ -17,7 +17,7 @@ demo: $(VENV)/demo.done ## embed a few hundred real photographs, and a page of w
 test: lint ## ruff, mypy and the tests
 	$(PYTEST)
 
-test-more: $(VENV)/dev.done ## faults once more, in another way: CI runs these too
+test-more: $(VENV)/dev.done ## the second tier: faults once more in another way, and what takes long; CI runs these too
 	$(PYTEST) -m more
 
 lint: $(VENV)/dev.done

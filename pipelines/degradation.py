@@ -5,7 +5,7 @@
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015, section 4.2: plain
 networks of 20 and 56 layers beside residual ones. They learn 1,400 of scikit-learn's handwritten
-digits, enlarged to 32 x 32 pixels, in minutes on two quiet cores. --highway adds highway networks
+digits, enlarged to 32 x 32 pixels, in up to 15 minutes of a core. --highway adds highway networks
 (Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015), whose gates are a third
 convolution in nearly every block. All are trained alike, and one seed gives one result on the same
 machine and number of threads.
