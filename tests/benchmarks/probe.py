@@ -33,9 +33,10 @@ RAW, CHANCE, RESNET, IMAGENET = "raw pixels", "lite0, random", "resnet18, random
 INTRODUCTION = """\
 # What embeddings of digits are worth
 
-`tests/benchmarks/probe.py --digits {count} --side {side}`: {count} of scikit-learn's handwritten digits of 8 x 8 pixels,
-enlarged to {side} and embedded. `resfeat probe --folds 5`: top-1 on images that were not learned
-from, and its spread over the folds; top-1 from 1, 5 and 10 images of each digit, mean of 15 draws.
+`tests/benchmarks/probe.py --digits {count} --side {side}`: {count} of
+scikit-learn's handwritten digits of 8 x 8 pixels, enlarged to {side} and embedded.
+`resfeat probe --folds 5`: top-1 on images that were not learned from,
+and its spread over the folds; top-1 from 1, 5 and 10 images of each digit, mean of 15 draws.
 "lite0" is `{lite}`; ImageNet's are the weights of the package
 `{package}`. "together" is lite0 with ImageNet weights beside resnet18.
 """
