@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run an extraction as a job on a Ray cluster, and wait for it: the exit code is the job's.
+# Run an extraction as a job on a Ray cluster, and wait for it: the exit code is the job's, 143 if it
+# was stopped.
 #
 #   RAY_API_SERVER_ADDRESS=http://HEAD:8265 pipelines/ray_job.sh SRC... -o OUT [options]
 #
@@ -12,7 +13,7 @@
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 
@@ -24,9 +25,16 @@ if [ -n "${SEND_CODE:-}" ]; then
 fi
 environment+='}'
 
+job=${JOB_ID:-resfeat-$(date +%Y%m%dT%H%M%S)-$$}
+export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
+
 # Without -P, Python would import what lies in the folder that the job is started in.
-exec ray job submit \
-    --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
+ray job submit \
     --runtime-env-json "$environment" \
-    ${JOB_ID:+--submission-id "$JOB_ID"} \
+    --submission-id "$job" \
     -- python -P -m resfeat extract "$@" --address auto
+
+# For Ray a job that was stopped has not failed.
+if ray job status "$job" | grep "was stopped" >/dev/null; then
+    exit 143
+fi

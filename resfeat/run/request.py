@@ -90,7 +90,7 @@ class Request:
         skipped = self.listing.skipped.most_common(3)
         passed_over = ", ".join(f"{count} {kind}" for kind, count in skipped)
         return UsageError(
-            f"no images in {', '.join(self.spec.sources)}"
+            f"no images in {', '.join(map(public, self.spec.sources))}"
             + (f" (passed over: {passed_over})" if passed_over else "")
             + ": name a folder that holds some"
         )

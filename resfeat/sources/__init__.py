@@ -18,15 +18,15 @@ from resfeat.sources.item import (
     table_of,
 )
 from resfeat.sources.listing import Listing, listing
-from resfeat.sources.places import is_there
+from resfeat.sources.places import container_of, is_there
 from resfeat.sources.reading import RUN_IMAGES, Run, is_local, read, read_ahead, runs
 from resfeat.sources.rules import printable
 from resfeat.storage import is_remote
 
 __all__ = [
-    "CARRIED", "RUN_IMAGES", "Content", "Item", "Listing", "Run", "carried_in", "gone", "is_local",
-    "is_there", "item_of", "items_of", "listing", "path_of", "printable", "read", "read_ahead",
-    "runs", "schema_of", "stays_whole", "table_of",
+    "CARRIED", "RUN_IMAGES", "Content", "Item", "Listing", "Run", "carried_in", "container_of",
+    "gone", "is_local", "is_there", "item_of", "items_of", "listing", "path_of", "printable",
+    "read", "read_ahead", "runs", "schema_of", "stays_whole", "table_of",
 ]  # fmt: skip
 
 

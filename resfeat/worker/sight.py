@@ -11,7 +11,7 @@ from contextlib import suppress
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ResfeatError
 from resfeat.plan import addresses
-from resfeat.sources import is_local, is_there, path_of
+from resfeat.sources import container_of, is_local, is_there, path_of
 
 FOLDERS = 8  # of images, that are looked at; more would be as many requests to a file server
 
@@ -24,7 +24,7 @@ def in_sight(layout: Layout, record: Record) -> tuple[str, ...]:
     roots = [
         root
         for root in record.sources
-        if any(file == root or file.startswith(os.path.join(root, "")) for file in files)
+        if os.path.isabs(root) and (root in files or container_of(root) != "table")
     ]
     return tuple(filter(_sees, dict.fromkeys((*roots, *folders))))
 
