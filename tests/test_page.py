@@ -254,7 +254,7 @@ def test_what_cannot_be_made_is_one_line(small, resfeat, tmp_path, monkeypatch):
     assert "its folder is not there" in refused(small, "-o", tmp_path / "no" / "x.html", code=1)
     assert "has no layer 'x'" in refused(small, "-o", tmp_path / "x.html", "--layer", "x")
     (tmp_path / "x.html").mkdir()
-    assert "is a directory" in refused(small, "-o", tmp_path / "x.html")
+    assert "is a directory" in resfeat("page", small, "-o", tmp_path / "x.html").stderr
     monkeypatch.setitem(sys.modules, "umap", None)
     told = refused(small, "-o", tmp_path / "y.html", "--map", "umap")
     assert "pip install 'resfeat[umap]'" in told
