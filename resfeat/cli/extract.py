@@ -14,7 +14,7 @@ from resfeat.cli import GOES_ON, config, leave, options
 from resfeat.cli.options import option, switch
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet, tell
 from resfeat.cli.signals import StopSignals
-from resfeat.errors import ResfeatError, Stopped
+from resfeat.errors import ResfeatError, Stopped, public_text
 from resfeat.spec import ExtractSpec, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def extract(context: click.Context, /, **choices: Any) -> None:
         except ResfeatError as error:
             code = signals.exit_code if isinstance(error, Stopped) else error.exit_code
             if talk == "log_json":
-                tell("error", text=str(error), exit_code=code)
+                tell("error", text=public_text(str(error)), exit_code=code)
             if not isinstance(error, Stopped):
                 raise
             click.echo(str(error), err=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from resfeat.cli import options
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
     from resfeat.downstream.map import Kind
@@ -40,9 +40,8 @@ def page(output: str, file: Path | None, kind: Kind, layer: str | None) -> None:
     of the images, and loads nothing.
     """
     from resfeat.dataset import open_dataset
-    from resfeat.downstream import check_place
+    from resfeat.downstream import check_place, write_document
     from resfeat.downstream.page import page as made
-    from resfeat.storage import write_whole
 
     dataset, drafts = open_dataset(output), None
     if file is None:
@@ -52,10 +51,5 @@ def page(output: str, file: Path | None, kind: Kind, layer: str | None) -> None:
         file, drafts = dataset.layout.page, Path(str(dataset.layout.tmp))
     check_place(str(file))
     text = made(dataset, kind, layer, lambda doing: click.echo(f"{doing} ...", err=True))
-    try:
-        drafts = drafts or file.absolute().parent
-        drafts.mkdir(parents=True, exist_ok=True)
-        write_whole(drafts, file.absolute(), text.encode(errors="replace"))
-    except OSError as error:
-        raise ResfeatError(f"cannot write {file} ({error.strerror}): give another -o") from error
+    write_document(str(file), text.encode(errors="replace"), drafts)
     click.echo(f"Page: {file} ({len(text) / 1e6:.1f} MB)")

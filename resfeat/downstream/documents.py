@@ -35,14 +35,17 @@ def check_picture(path: str) -> None:
     _format_of(path)
 
 
-def write_document(path: str, content: bytes) -> None:
-    """Write a file that was asked for, whole. Raises ResfeatError where that cannot be."""
+def write_document(path: str, content: bytes, drafts: Path | None = None) -> None:
+    """Write a file that was asked for, whole. drafts: where to write it first; beside it by
+    default. Raises ResfeatError where that cannot be."""
     target = Path(path).resolve()  # a link stays one
     try:
         if _is_no_file(target):
             target.write_bytes(content)
         else:
-            write_whole(target.parent, target, content)
+            drafts = drafts or target.parent
+            drafts.mkdir(parents=True, exist_ok=True)
+            write_whole(drafts, target, content)
     except OSError as error:
         raise ResfeatError(
             f"cannot write {path}: {error.strerror or first_line(error)}; give another path"
