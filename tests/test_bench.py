@@ -15,6 +15,7 @@ from resfeat.cli import main
 from resfeat.reporting import bench as module
 from resfeat.sources import reading
 from resfeat.sources.item import Item
+from resfeat.worker import Placement
 
 MODEL = ("--model", "cifar_resnet20", "--images", "40")
 
@@ -62,6 +63,19 @@ def test_the_stage_that_is_slow_is_named(stage, seconds, named, photos, monkeypa
     done = CliRunner().invoke(main, ["bench", str(photos / "coffee"), *MODEL])
     assert done.exit_code == 0, done.output
     assert f"The limit is {named}: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("cpus", "whole", "told"),
+    [(2, 1700, "6 such workers"), (2, 9000, None), (16, 1700, None)],
+)
+def test_how_many_workers_keep_a_gpu_busy(cpus, whole, told):
+    """As the report has it: busy for four fifths of its time. None where one does, or where many
+    would not have the cores that this one has."""
+    place = Placement(runtime="torch", device="cuda", cpus=cpus, batch_size=256, gpus=1.0)
+    rates = {"read": 9000.0, "decode": 1800.0, "forward": 11_000.0, "write": 60_000.0}
+    sentence = module._sentence(rates, whole, place, "bf16")
+    assert ("workers would" in sentence) == bool(told) and (told or "") in sentence
 
 
 def test_the_table(photos):

@@ -1,6 +1,7 @@
 """How fast each stage is on this machine, alone and together, on the user's own images."""
 
 import itertools
+import math
 import tempfile
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from resfeat.reporting import limits, versions
 from resfeat.runtimes import check
 from resfeat.sources import Item, Listing, Run, listing, runs, table_of
 from resfeat.spec import FeatureSpec, RuntimeOptions, SourceOptions
-from resfeat.worker import SHARDS_IN_HAND, Job, Placement, Task
+from resfeat.worker import CORES_FED, SHARDS_IN_HAND, Job, Placement, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker, forward, network_for, place_here
 
@@ -224,8 +225,13 @@ def _sentence(rates: dict[str, float], whole: float, placement: Placement, preci
         "read": "from these files",
         "write": "to the folder for temporary files",
     }
-    return (
+    told = (
         f"The limit is {names[slowest]}: {rates[slowest]:,.0f} images/s {where[slowest]}, and "
         f"{names[second]} could do {rates[second]:,.0f}; all together reach {whole:,.0f}. "
         f"Faster with {limits.helps(slowest, placement.device, precision, placement.cpus)}."
     )
+    # With more cores than one process feeds, so many workers would have other shares of them.
+    if placement.device == "cuda" and placement.cpus <= CORES_FED:
+        workers = math.ceil((1 - limits.WAITING) * rates["forward"] / whole)
+        told += f" {workers} such workers would keep a GPU busy." if workers > 1 else ""
+    return told

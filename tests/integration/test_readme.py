@@ -22,11 +22,11 @@ from resfeat.runtimes import OFFERED, REFERENCE
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PARITY = (ROOT / "tests" / "benchmarks" / "PARITY.md").read_text()
-DOCUMENTS = (
-    "README.md", "CONTRIBUTING.md", "LOGS.md", "tests/README.md", "tests/benchmarks/PARITY.md",
-    "tests/benchmarks/RESULTS.md", "tests/benchmarks/SCALE.md",
-    "tests/benchmarks/DEGRADATION.md",
-)  # fmt: skip
+DOCUMENTS = [
+    str(path.relative_to(ROOT))
+    for folder in (".", "tests", "tests/benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
 
 
 def blocks(language):
