@@ -45,9 +45,8 @@ from resfeat.backbones.weights import Weights, resolve
 from resfeat.cli import shown
 from resfeat.decoding import Loaded, load, quiet
 from resfeat.downstream import check_place
-from resfeat.downstream.classifier import Classifier
-from resfeat.downstream.labelled import Labelled, LeftOut, in_order
-from resfeat.downstream.views import View, unit
+from resfeat.downstream.learning import Classifier, Labelled, LeftOut, View, in_order
+from resfeat.downstream.unit import unit
 from resfeat.errors import Failure, ResfeatError, UsageError, first_line
 from resfeat.sources import Item, listing
 from resfeat.spec import FeatureSpec, SourceOptions
@@ -138,7 +137,7 @@ def main(
 
 def check(output: Path, device: str) -> None:
     """Raise UsageError now for what would be found hours later."""
-    import resfeat.downstream.probe  # noqa: F401 (says so where scikit-learn is missing)
+    import resfeat.downstream.learning.probe  # noqa: F401 (says so where scikit-learn is missing)
 
     if output.suffix != SUFFIX:
         raise UsageError(f"-o {output}: give a path that ends in {SUFFIX}")
@@ -280,7 +279,7 @@ def transfer(
 @torch.inference_mode()
 def probed(stage: nn.Module, images: Images, what: str) -> tuple[Classifier, Score]:
     """A probe of the embeddings that the last stage gives, and how it does."""
-    from resfeat.downstream.probe import learn
+    from resfeat.downstream.learning.probe import learn
 
     started = time.perf_counter()
 

@@ -15,8 +15,8 @@ from PIL import Image
 from small import embed, write_pictures
 
 from resfeat.dataset import open_dataset
-from resfeat.downstream import Wanted, build_index, find_duplicates, open_index, pairs
-from resfeat.downstream.links import Links
+from resfeat.downstream import Wanted, build_index, find_duplicates, open_index
+from resfeat.downstream.duplicates import Links, pairs
 
 
 def grouped(cosines, threshold):
@@ -73,9 +73,9 @@ def rows_of(group):
 def test_the_groups_are_those_of_all_pairs(held, dataset, vectors, monkeypatch):
     """Also where the rows are read several times, since few are held."""
     if held:
-        monkeypatch.setattr("resfeat.downstream.pairs.HELD_BYTES", held * 4 * 16)
-        monkeypatch.setattr("resfeat.downstream.pairs.memory_bytes", lambda: 0)
-        monkeypatch.setattr("resfeat.downstream.pairs.COMPARED", 7)
+        monkeypatch.setattr("resfeat.downstream.duplicates.pairs.HELD_BYTES", held * 4 * 16)
+        monkeypatch.setattr("resfeat.downstream.duplicates.pairs.memory_bytes", lambda: 0)
+        monkeypatch.setattr("resfeat.downstream.duplicates.pairs.COMPARED", 7)
     cosines = cosines_of(vectors)
     found = find_duplicates(dataset, 0.95)
     expected = grouped(cosines, 0.95)
@@ -127,8 +127,8 @@ def test_by_an_index_of_codes_they_are_the_same(kind, vectors, tmp_path, monkeyp
 
 def test_of_a_large_group_the_least_cosine_is_a_bound(dataset, vectors, monkeypatch):
     exact = {group.members[0].id: group for group in find_duplicates(dataset, 0.95)}
-    monkeypatch.setattr("resfeat.downstream.duplicates.LARGE", 10)
-    monkeypatch.setattr("resfeat.downstream.duplicates.HELD_BYTES", 12 * 4 * 16)
+    monkeypatch.setattr("resfeat.downstream.duplicates.groups.LARGE", 10)
+    monkeypatch.setattr("resfeat.downstream.duplicates.groups.HELD_BYTES", 12 * 4 * 16)
     found = find_duplicates(dataset, 0.95)
     assert {group.is_bound for group in found} == {True, False}
     for group in found:

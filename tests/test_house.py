@@ -15,6 +15,9 @@ ROOT = Path(resfeat.__file__).parent
 ROOMS = ["cli", "extraction", "run", "engines", "downstream", "reporting", "fidelity", "worker",
          "dataset", "plan", "runtimes", "backbones", "decoding", "sources", "storage",
          "keywords", "spec", "errors"]  # fmt: skip
+# The same of the rooms in that of downstream.
+DOWNSTREAM = ["page", "duplicates", "learning", "export", "index", "pictures", "search",
+              "embedder", "unit"]  # fmt: skip
 # The way in, for programs and for `python -m resfeat`: they may see all.
 DOORS = ("__init__", "__main__")
 ONLY_THERE = {"ray": "engines", "click": "cli"}
@@ -26,9 +29,9 @@ def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def room(path: Path) -> str:
+def room(path: Path, house: Path = ROOT) -> str:
     """The folder, or the module of the top level, that a file belongs to."""
-    return path.relative_to(ROOT).with_suffix("").parts[0]
+    return path.relative_to(house).with_suffix("").parts[0]
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
@@ -43,20 +46,30 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{module}.{each.name}") for each in node.names)
 
 
+def going_up(path: Path, house: str, rooms: list[str]) -> list[str]:
+    """Imports of a file in a house, a package, that go to a room above its own."""
+    here, wrong = room(path, ROOT.parent / house.replace(".", "/")), []
+    assert here in (*rooms, *DOORS), f"{here} is no room of {house}: see ROOMS and DOWNSTREAM"
+    for line, name in imported(path):
+        if here in DOORS or not f"{name}.".startswith(f"{house}.") or name == "resfeat.__version__":
+            continue
+        there = name.removeprefix(house).removeprefix(".").partition(".")[0]
+        if there not in rooms:
+            wrong.append(f"{line}: {name} goes round by the front door")
+        elif rooms.index(there) < rooms.index(here):
+            wrong.append(f"{line}: {there} stands above {here}")
+    return wrong
+
+
 @pytest.mark.parametrize("path", MODULES, ids=named)
 def test_imports_go_down_and_only_where_they_may(path):
-    here, wrong = room(path), []
-    assert here in (*ROOMS, *DOORS), f"{here} is no room of the house: see ROOMS"
+    here, wrong = room(path), going_up(path, "resfeat", ROOMS)
+    if here == "downstream":
+        wrong += going_up(path, "resfeat.downstream", DOWNSTREAM)
     for line, name in imported(path):
-        package, *inner = name.split(".")
+        package = name.partition(".")[0]
         if package in ONLY_THERE and here != ONLY_THERE[package]:
             wrong.append(f"{line}: {package} belongs to {ONLY_THERE[package]}/")
-        if package != "resfeat" or here in DOORS or inner == ["__version__"]:
-            continue
-        if not inner or inner[0] not in ROOMS:
-            wrong.append(f"{line}: {name} goes round by the front door")
-        elif ROOMS.index(inner[0]) < ROOMS.index(here):
-            wrong.append(f"{line}: {inner[0]} stands above {here}")
     assert wrong == []
 
 

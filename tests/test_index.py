@@ -19,9 +19,9 @@ from small import embed, write_pictures
 from resfeat import downstream
 from resfeat.dataset import Parts, open_dataset
 from resfeat.downstream import Wanted, build_index, open_index
-from resfeat.downstream import index as index_module
 from resfeat.downstream.index import About
-from resfeat.downstream.kinds import COARSE, KINDS, bytes_of, choose
+from resfeat.downstream.index import index as index_module
+from resfeat.downstream.index.kinds import COARSE, KINDS, bytes_of, choose
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.storage.draft import DiskDraft
 
@@ -155,7 +155,7 @@ def test_what_codes_find_is_compared_in_small_pieces_too(dataset, vectors, monke
     assert recall(numbers(whole), expected) > 0.95
     far = np.linalg.norm(queries[:, None] - vectors[np.array(numbers(whole))], axis=2)
     assert np.allclose(whole.scores, far, rtol=1e-6)
-    monkeypatch.setattr("resfeat.downstream.index.RANKED_BYTES", 7 * 4 * DIM * 4 * 5)
+    monkeypatch.setattr("resfeat.downstream.index.index.RANKED_BYTES", 7 * 4 * DIM * 4 * 5)
     pieces = index.search(queries, 5)
     assert np.array_equal(pieces.ids, whole.ids) and np.array_equal(pieces.scores, whole.scores)
     commit(dataset.layout, 0, ["other.jpg"], vectors[:1])  # since the index was opened

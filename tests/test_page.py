@@ -20,9 +20,9 @@ from small import embed
 from test_export import dataset, layered  # noqa: F401 (fixtures)
 
 from resfeat import open_dataset
-from resfeat.downstream import map as layout
-from resfeat.downstream.map import Sample, alike, draw, lay_out, principal, spread
-from resfeat.downstream.page import PICTURES, _short, page, render
+from resfeat.downstream.page import map as layout
+from resfeat.downstream.page.map import Sample, alike, draw, lay_out, principal, spread
+from resfeat.downstream.page.page import PICTURES, _short, page, render
 
 needs_chromium = pytest.mark.skipif(browser.PROGRAM is None, reason=browser.MISSING)
 
@@ -426,4 +426,4 @@ def test_the_template_is_in_the_wheel(tmp_path):
     done = subprocess.run([sys.executable, *words, str(copied)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "dist").iterdir()
-    assert "resfeat/downstream/page.html" in ZipFile(wheel).namelist()
+    assert "resfeat/downstream/page/page.html" in ZipFile(wheel).namelist()

@@ -19,11 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from small import embed
 
-from resfeat.downstream import probe
-from resfeat.downstream.classifier import Classifier
-from resfeat.downstream.confusion import FULL, PAPER, confusion_picture
-from resfeat.downstream.labelled import gather, in_order, labels_of
-from resfeat.downstream.views import open_views
+from resfeat.downstream.learning import Classifier, gather, in_order, labels_of, open_views, probe
+from resfeat.downstream.learning.confusion import FULL, PAPER, confusion_picture
 
 DIGITS = 300
 
@@ -199,7 +196,7 @@ def test_backbones_together_tell_what_each_alone_does_not(halves, resfeat, tmp_p
 
 
 def test_what_is_saved_and_loaded_decides_as_before(overlapping, resfeat, tmp_path):
-    from resfeat.downstream.predict import Predictions
+    from resfeat.downstream.learning import Predictions
 
     data = data_of(overlapping)
     made = probe.learn(data)
@@ -425,8 +422,8 @@ def test_without_scikit_learn_a_probe_is_one_line_and_a_saved_one_is_applied(
     made.save(str(tmp_path / "p"), {})
     for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "resfeat.downstream.probe")
-    monkeypatch.delattr("resfeat.downstream.probe")
+    monkeypatch.delitem(sys.modules, "resfeat.downstream.learning.probe")
+    monkeypatch.delattr("resfeat.downstream.learning.probe")
     assert "pip install 'resfeat[probe]'" in refused(resfeat("probe", halves[0]))
     assert resfeat("predict", tmp_path / "p", halves[0]).returncode == 0
 

@@ -45,11 +45,11 @@ def test_contributing_names_every_room_and_what_is_in_it():
     there |= {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
     assert {room for room, _ in rooms} == there
     for room, used in rooms:
-        files = (package / room).glob("*.py") if room.endswith("/") else [package / room]
+        files = (package / room).rglob("*.py") if room.endswith("/") else [package / room]
         code = "\n".join(path.read_text() for path in files)
         for name in re.findall(r"`(\w+)`", used):
             assert re.search(rf"^(?:def|class) {name}\b|^{name} = ", code, re.MULTILINE), name
-    for path in re.findall(r"`(\w+/\w+\.py)`", text):
+    for path in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
         assert (package / path).exists(), path
 
 

@@ -31,14 +31,15 @@ from resfeat.downstream import (
     check_place,
     contact_page,
     contact_sheet,
-    exact,
-    thumbnails,
     write_document,
 )
+from resfeat.downstream.search import exact
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import PIXEL_POLICY, FeatureSpec, SourceOptions
 
-decode_module = sys.modules["resfeat.decoding.decode"]  # the function has its name in the room
+# In their rooms the functions have these names.
+decode_module = sys.modules["resfeat.decoding.decode"]
+thumbnails = sys.modules["resfeat.downstream.pictures.thumbnails"]
 QUICK = ["--model", "resnet18", "--weights", "random:0", "--workers", 0,
          "--resize", 72, "--crop", 64]  # fmt: skip
 

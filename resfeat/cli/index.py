@@ -12,8 +12,7 @@ from resfeat.cli.progress import Lines
 
 if TYPE_CHECKING:
     from resfeat.downstream import Metric
-    from resfeat.downstream.index import About
-    from resfeat.downstream.kinds import Auto, Kind
+    from resfeat.downstream.index import About, Auto, Kind
 
 EXAMPLES = """\b
 Examples:
@@ -54,7 +53,7 @@ def index(
     an update of the dataset, give the same command again.
     """
     from resfeat.dataset import open_dataset
-    from resfeat.downstream.indexing import Wanted, build_index
+    from resfeat.downstream.index import Wanted, build_index
 
     dataset = open_dataset(output)
     limit = int(memory * 1e9) if memory else None
@@ -72,7 +71,7 @@ def index(
 
 
 def _measured(about: About) -> str:
-    from resfeat.downstream.kinds import COARSE
+    from resfeat.downstream.index import COARSE
 
     measured = about.measured
     if measured.recall_at_10 is None:

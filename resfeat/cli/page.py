@@ -11,7 +11,7 @@ from resfeat.cli import options
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
-    from resfeat.downstream.map import Kind
+    from resfeat.downstream.page import Kind
 
 EXAMPLES = """\b
 Examples:

@@ -11,7 +11,7 @@ from resfeat.cli import shown
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
-    from resfeat.downstream.predict import Predictions
+    from resfeat.downstream.learning import Predictions
 
 EXAMPLES = """\b
 Examples:
@@ -35,8 +35,7 @@ Examples:
 def predict(probe: str, targets: tuple[str, ...], output: str | None, as_json: bool) -> None:
     """Say what class images are of, by a PROBE that `resfeat probe --save` made: all rows of the
     dataset OUT, or image files."""
-    from resfeat.downstream.classifier import Classifier
-    from resfeat.downstream.predict import Predictions, open_targets, write_predictions
+    from resfeat.downstream.learning import Classifier, Predictions, open_targets, write_predictions
 
     if output and as_json:
         raise UsageError("--output writes a file and --json prints: give one of them")

@@ -12,8 +12,8 @@ from resfeat.cli import options, shown
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
-    from resfeat.downstream.labelled import Labelled
-    from resfeat.downstream.probe import Measured, Method
+    from resfeat.downstream.learning import Labelled
+    from resfeat.downstream.learning.probe import Measured, Method
 
 MOST_CONFUSED = 3
 EXAMPLES = """\b
@@ -72,12 +72,16 @@ def probe(
     Several datasets of the same images are an ensemble: each is measured alone, and all with their
     vectors side by side. Needs scikit-learn: pip install 'resfeat[probe]'
     """
-    from resfeat.downstream import probe as probing
-    from resfeat.downstream.classifier import check_target
-    from resfeat.downstream.confusion import confusion_picture
-    from resfeat.downstream.documents import check_picture, write_picture
-    from resfeat.downstream.labelled import gather, labels_of, labels_of_file
-    from resfeat.downstream.views import open_views
+    from resfeat.downstream.learning import (
+        check_target,
+        confusion_picture,
+        gather,
+        labels_of,
+        labels_of_file,
+        open_views,
+    )
+    from resfeat.downstream.learning import probe as probing
+    from resfeat.downstream.pictures import check_picture, write_picture
 
     if folds and test:
         raise UsageError("--test tests once and --folds each image: give one of them")

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset.reader import SENT_BACK, readable
-from resfeat.downstream.views import unit
+from resfeat.downstream.unit import unit
 from resfeat.errors import ResfeatError, Stopped, UsageError, first_line, missing
 from resfeat.runtimes.hardware import memory_bytes
 from resfeat.storage import is_remote, open_parquet

@@ -225,7 +225,7 @@ def test_degradation_refuses_in_one_line(options, told):
 
 def test_without_scikit_learn_both_say_what_to_install(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("sklearn.datasets", "resfeat.downstream.probe", "sklearn.linear_model"):
+    for name in ("sklearn.datasets", "resfeat.downstream.learning.probe", "sklearn.linear_model"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("sklearn.datasets", "sklearn.linear_model"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -42,10 +42,10 @@ at = lambda place: place == os.environ.get("AT") and os.kill(os.getpid(), number
 """
 PLACES = {
     "resfeat.dataset.commit": "def on_step(step):\n    at(step)\n",
-    "resfeat.downstream.indexing": (
+    "resfeat.downstream.index.indexing": (
         "without = digest_of\n\ndef digest_of(path):\n    at('index')\n    return without(path)\n"
     ),
-    "resfeat.downstream.page": (
+    "resfeat.downstream.page.page": (
         "without = render\n\ndef render(**told):\n    at('page')\n    return without(**told)\n"
     ),
     "resfeat.storage.draft": (

@@ -26,9 +26,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import digests_of
-from resfeat.downstream.exact import Metric, Neighbours, rank
-from resfeat.downstream.kinds import COARSE, KINDS, Kind, faiss, prepared
-from resfeat.downstream.search import check_k, check_vectors, nearest
+from resfeat.downstream.index.kinds import COARSE, KINDS, Kind, faiss, prepared
+from resfeat.downstream.search import Metric, Neighbours, check_k, check_vectors, nearest, rank
 from resfeat.errors import ResfeatError, first_line
 
 if TYPE_CHECKING:

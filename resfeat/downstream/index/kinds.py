@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat.downstream.exact import Metric
-from resfeat.downstream.views import unit
+from resfeat.downstream.search import Metric
+from resfeat.downstream.unit import unit
 from resfeat.errors import UsageError, missing
 
 Kind = Literal["flat", "ivf", "sq8", "pq", "hnsw"]

@@ -15,9 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from resfeat.dataset import Parts, vector_hashes
-from resfeat.downstream.index import Index
-from resfeat.downstream.kinds import COARSE, prepared
-from resfeat.downstream.links import Links, Places
+from resfeat.downstream.duplicates.links import Links, Places
+from resfeat.downstream.index import COARSE, Index, prepared
 from resfeat.runtimes.hardware import memory_bytes
 
 # Rows that are held while all that follow are read: each multiple of them costs a reading of what

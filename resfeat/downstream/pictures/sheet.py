@@ -7,9 +7,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from resfeat.decoding import MAX_PIXELS
-from resfeat.downstream.exact import Neighbours
-from resfeat.downstream.queries import Queries
-from resfeat.downstream.thumbnails import drawn, jpeg
+from resfeat.downstream.pictures.thumbnails import drawn, jpeg
+from resfeat.downstream.search import Neighbours, Queries
 from resfeat.errors import UsageError
 from resfeat.sources import Item
 from resfeat.spec import Preprocessing

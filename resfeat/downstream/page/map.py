@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat.downstream.links import Links
-from resfeat.downstream.views import unit
+from resfeat.downstream.duplicates import Links
+from resfeat.downstream.unit import unit
 from resfeat.errors import UsageError, missing
 
 if TYPE_CHECKING:

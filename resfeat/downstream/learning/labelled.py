@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from resfeat.dataset.reader import SENT_BACK, readable
 from resfeat.dataset.schema import carried_fields
-from resfeat.downstream.views import View, unit
+from resfeat.downstream.learning.views import View
+from resfeat.downstream.unit import unit
 from resfeat.errors import ResfeatError, UsageError, first_line
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat.downstream.exact import Metric, Neighbours, scan
+from resfeat.downstream.search.exact import Metric, Neighbours, scan
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:

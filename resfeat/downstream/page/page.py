@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from resfeat import __version__
 from resfeat.dataset.reader import SENT_BACK, readable
-from resfeat.downstream.map import NEAR, Kind, Sample, alike, draw, lay_out, spread
+from resfeat.downstream.page.map import NEAR, Kind, Sample, alike, draw, lay_out, spread
+from resfeat.downstream.pictures import thumbnails
 from resfeat.downstream.search import nearest
-from resfeat.downstream.thumbnails import thumbnails
 from resfeat.storage import public
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def page(
 
 def render(**told: Any) -> str:
     """The page that tells this. Every text in it is shown as text."""
-    template = (files("resfeat.downstream") / "page.html").read_text(encoding="utf-8")
+    template = (files("resfeat.downstream.page") / "page.html").read_text(encoding="utf-8")
     digests = {name: _digest(template, name) for name in ("script", "style")}
     about = json.dumps(told | {"made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
                                "version": __version__})  # fmt: skip

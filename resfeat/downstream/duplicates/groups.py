@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Parts
-from resfeat.downstream.documents import write_document
-from resfeat.downstream.kinds import prepared
-from resfeat.downstream.links import Places
-from resfeat.downstream.pairs import linked
-from resfeat.downstream.sheet import Tile
+from resfeat.downstream.duplicates.links import Places
+from resfeat.downstream.duplicates.pairs import linked
+from resfeat.downstream.index import prepared
+from resfeat.downstream.pictures import Tile, write_document
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:

@@ -26,17 +26,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Block, Dataset, Parts, vector_hashes, writable
-from resfeat.downstream.exact import Metric
-from resfeat.downstream.index import (
-    ABOUT,
-    FAISS,
-    IDS,
-    About,
-    Index,
-    digest_of,
-    open_index,
-)
-from resfeat.downstream.kinds import (
+from resfeat.downstream.index.index import ABOUT, FAISS, IDS, About, Index, digest_of, open_index
+from resfeat.downstream.index.kinds import (
     CODES,
     Auto,
     Kind,
@@ -46,7 +37,8 @@ from resfeat.downstream.kinds import (
     prepared,
     sample_of,
 )
-from resfeat.downstream.recall import Exact, measure
+from resfeat.downstream.index.recall import Exact, measure
+from resfeat.downstream.search import Metric
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.hardware import memory_bytes
 from resfeat.storage.draft import DiskDraft

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Layout, Record, open_dataset
-from resfeat.downstream.classifier import Classifier
-from resfeat.downstream.views import View
+from resfeat.downstream.learning.classifier import Classifier
+from resfeat.downstream.learning.views import View
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.storage import draft, is_remote
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat.downstream.exact import Metric
-from resfeat.downstream.index import Measured
-from resfeat.downstream.kinds import Kind, efforts_of, faiss, set_effort
+from resfeat.downstream.index.index import Measured
+from resfeat.downstream.index.kinds import Kind, efforts_of, faiss, set_effort
+from resfeat.downstream.search import Metric
 
 NEAREST = 10
 RECALL = 0.95  # that a search is to have, if trying harder gives it

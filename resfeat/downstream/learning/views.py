@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from resfeat.dataset import open_dataset
 from resfeat.errors import UsageError
 
@@ -60,10 +57,3 @@ def open_views(
                 f"{view.layer}): give datasets of different models, weights or layers"
             )
     return datasets, views
-
-
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors [N, D] scaled to a length of 1, but for those of zeros."""
-    lengths: NDArray[np.float32] = np.linalg.norm(vectors, axis=1, keepdims=True)
-    lengths[lengths == 0] = 1
-    return vectors / lengths

@@ -15,8 +15,8 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat.downstream.classifier import Classifier
-from resfeat.downstream.labelled import Labelled
+from resfeat.downstream.learning.classifier import Classifier
+from resfeat.downstream.learning.labelled import Labelled
 from resfeat.errors import UsageError, missing
 
 try:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from resfeat import __version__
-from resfeat.downstream.labelled import columns_of
-from resfeat.downstream.views import View, unit
+from resfeat.downstream.learning.labelled import columns_of
+from resfeat.downstream.learning.views import View
+from resfeat.downstream.unit import unit
 from resfeat.errors import ResfeatError, UsageError, first_line
 from resfeat.storage import is_remote, write_json, write_whole
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from resfeat.downstream.search import check_vectors
+from resfeat.downstream.search.search import check_vectors
 from resfeat.errors import UsageError, first_line
 from resfeat.sources import Item, item_of, listing, printable
 from resfeat.spec import SourceOptions
