@@ -42,6 +42,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Lazy, so that `resfeat --help` pays for neither torch, pyarrow nor Ray.
     if name not in _HOME:

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal, TypedDict
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from resfeat.errors import UsageError
 from resfeat.spec import (
@@ -115,4 +117,30 @@ def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
             own[name] = tuple(value)
     if isinstance(weights := own.get("weights"), os.PathLike):
         own["weights"] = os.fspath(weights)
+    hints = get_type_hints(kind)
+    for name, value in own.items():
+        _check_type(name, value, hints[name])
     return own
+
+
+# What is told of each type that a single value may have, and what is taken for it.
+TOLD: Mapping[Any, tuple[str, type]] = {
+    bool: ("True or False", bool),
+    int: ("a whole number", Integral),
+    float: ("a number", Real),
+    str: ("a string", str),
+    NoneType: ("None", NoneType),
+}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise UsageError for a single value of another type than its field has. Names, of which a
+    spec tells what they may be, and several values at once are left to that."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    types = [str if get_origin(part) is Literal else part for part in parts]
+    if hint is str or not set(types) <= TOLD.keys() or isinstance(value, RuntimeOptions):
+        return
+    # A bool is an int, but True workers are nobody's wish.
+    taken = tuple(TOLD[each][1] for each in types)
+    if not (bool in types if isinstance(value, bool) else isinstance(value, taken)):
+        raise UsageError(f"{name}={value!r}: give {' or '.join(TOLD[each][0] for each in types)}")

@@ -223,6 +223,16 @@ def test_the_command_with_real_pictures(tmp_path, resfeat):
     assert "http" not in page.read_text().replace("http-equiv", "")
 
 
+def test_what_was_found_is_not_lost_where_the_page_cannot_be_written(dataset, tmp_path, resfeat):
+    out, table = dataset.layout.root, tmp_path / "d.parquet"
+    done = resfeat("duplicates", out, "--out", table, "--html", "/dev/full")
+    assert done.returncode == 1 and "No space left" in error_of(done.stderr)
+    assert " groups; " in done.stdout and pq.read_metadata(table).num_rows > 10
+    none = tmp_path / "none.parquet"
+    assert resfeat("duplicates", out, "--threshold", 1, "--out", none).returncode == 0
+    assert pq.read_schema(none).equals(pq.read_schema(table))
+
+
 def test_an_index_that_cannot_be_used_is_told_and_changes_nothing(vectors, tmp_path, resfeat):
     dataset = write_dataset(tmp_path / "out", vectors, shard_size=90)
     expected = json.loads(resfeat("duplicates", tmp_path / "out", "--json").stdout)["groups"]

@@ -6,6 +6,7 @@ import inspect
 import typing
 from contextlib import closing
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,11 +120,14 @@ def test_what_gives_no_embedding_is_named(pictures, tmp_path):
             (tmp_path / "no.jpg", r"no\.jpg: not_found"),
             (b"bad", "cannot embed an image: unidentified"),
             ([np.zeros((4, 4, 3))], r"float64 \[4, 4, 3\] is no picture: give uint8 \[H, W, 3\]"),
-            (np.zeros((4, 4), np.uint8), r"uint8 \[4\] is no picture"),
+            (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\] is no picture"),
             ([7], "int is no picture"),
         ):
             with pytest.raises(UsageError, match=told):
                 embedder(given)
+        assert same(embedder(bytearray(Path(good).read_bytes())), embedder(good))
+        path = next(pictures.rglob("*.png"))
+        assert same(embedder.attempt(str(path))[0], embedder(path))
         with pytest.raises(UsageError, match="no column 'bytes', it has image: say which"):
             embedder({"image": np.array([good])})
     with pytest.raises(UsageError, match="calibrated"):
@@ -212,6 +216,11 @@ def test_extract_by_keyword_does_what_the_spec_does(pictures, tmp_path, monkeypa
         (lambda: resfeat.extract("in"), "sources and an output"),
         (lambda: resfeat.extract(spec, tmp_path / "c"), "an ExtractSpec alone"),
         (lambda: resfeat.extract("in", tmp_path / "c", pool="mean"), "give one of avg, max, gem"),
+        (lambda: resfeat.extract("in", tmp_path / "c", update="no"), "'no': give True or False"),
+        (lambda: resfeat.extract("in", tmp_path / "c", workers="0"), "a whole number or None"),
+        (lambda: resfeat.extract("in", tmp_path / "c", workers=True), "a whole number or None"),
+        (lambda: resfeat.extract("in", tmp_path / "c", max_error_rate="a"), "'a': give a number"),
+        (lambda: resfeat.extract("in", tmp_path / "c", partition=1), "1: give a string or None"),
     ):
         with pytest.raises(UsageError, match=told):
             call()
@@ -255,6 +264,14 @@ def test_a_dataset_in_a_notebook(pictures, tmp_path):
     assert dataset.table(["width", "id"]).column_names == ["width", "id"]
     found = dataset.find([ids[7], "no", ids[1]])
     assert found.keys() == {ids[7], ids[1]} and np.array_equal(found[ids[7]], every[7][1])
+    assert dataset.find(ids[1]).keys() == {ids[1]}
+    near = resfeat.nearest(str(out), found[ids[1]], k=np.int64(2))
+    assert near.ids[0][0] == ids[1]
+    with pytest.raises(UsageError, match=r"-k 2\.5: give a whole number"):
+        resfeat.nearest(dataset, found[ids[7]], k=2.5)
+    with pytest.raises(UsageError, match=r"since=1: .* has had 0 updates"):
+        dataset.changes(since=1)
+    assert set(resfeat.__all__) <= set(dir(resfeat))
 
     examples = dataset.torch()
     assert examples.classes == sorted(set(dataset.labels())) and len(examples) == len(ids)

@@ -20,6 +20,7 @@ from tables import rows
 
 from resfeat import open_dataset
 from resfeat.downstream import export as module
+from resfeat.downstream.index import write_index
 
 FORMS = ("npy", "clip", "faiss", "lance")
 
@@ -110,6 +111,15 @@ def test_an_index_that_memory_does_not_hold_is_refused(dataset, resfeat, tmp_pat
     monkeypatch.setattr(module, "memory_bytes", lambda: 4000)
     told = resfeat("export", dataset, "--to", "faiss", tmp_path / "x")
     assert told.returncode == 2 and "give --to npy" in error_of(told.stderr)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_no_index(dataset, resfeat, tmp_path, monkeypatch):
+    """FAISS's own way to write a small one says nothing of it."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(module, "write_index", lambda index, path: write_index(index, "/dev/full"))
+    told = resfeat("export", dataset, "--to", "faiss", tmp_path / "x")
+    assert told.returncode == 1 and "give another DEST" in error_of(told.stderr)
     assert os.listdir(tmp_path) == []
 
 

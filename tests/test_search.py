@@ -336,6 +336,8 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
     assert "no images in" in refused(dataset, empty)
     assert "nothing to look for: name an image" in refused(dataset)
     assert "no embedding of the id 'no.jpg': ids stand in" in refused(dataset, "--id", "no.jpg")
+    (tmp_path / "text.npy").write_text("no array")
+    assert "it is no whole .npy file): save float32" in refused(dataset, tmp_path / "text.npy")
     short, wide = np.zeros((2, 3), np.float32), np.zeros((2, 512))
     odd = np.zeros((3, 512), np.float32)
     odd[1, 7] = np.nan
@@ -359,6 +361,10 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
     failed = tmp_path / "failed"
     embed(failed, bad)
     assert "has no embeddings yet: see `resfeat status" in refused(failed, query)
+    (bad.parent / "good.jpg").write_bytes(query.read_bytes())
+    embed(tmp_path / "mixed", bad.parent)
+    told = refused(tmp_path / "mixed", "--id", "bad.jpg")
+    assert "no embedding of the id 'bad.jpg': the image failed, unidentified: " in told
 
 
 @pytest.fixture(scope="module")

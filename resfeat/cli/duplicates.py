@@ -65,11 +65,7 @@ def duplicates(
     with Lines() as lines:
         index = None if exact else _index(dataset, layer, lines)
         groups = downstream.find_duplicates(dataset, threshold, layer, index, lines.step)
-        if html:
-            lines.step("drawing the page")
-            _draw(dataset, groups, threshold, html)
-    if table:
-        downstream.write_groups(groups, table)
+    # What may have taken hours is told before anything is written that may fail.
     if as_json:
         told = {
             "dataset": str(dataset.layout.root),
@@ -78,11 +74,16 @@ def duplicates(
             "groups": [{"keep": group.members[0].id, **asdict(group)} for group in groups],
         }
         click.echo(json.dumps(told))
-        return
-    _tell(groups)
-    for name, place in (("Table", table), ("Page", html)):
-        if place:
-            click.echo(f"{name}: {place}")
+    else:
+        _tell(groups)
+    if table:
+        downstream.write_groups(groups, table)
+        click.echo(f"Table: {table}", err=as_json)
+    if html:
+        with Lines() as lines:
+            lines.step("drawing the page")
+            _draw(dataset, groups, threshold, html)
+        click.echo(f"Page: {html}", err=as_json)
 
 
 def _draw(dataset: Dataset, groups: Sequence[Group], threshold: float, html: str) -> None:

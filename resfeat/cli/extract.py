@@ -276,10 +276,11 @@ def _tell(report: Report, *, verbose: bool) -> None:
         click.echo(
             f"This run: {report.images:,} images in {report.seconds:,.1f} s, "
             f"{report.images_per_second:,.1f} images/s after {report.start_seconds:.1f} s of "
-            f"start-up; {report.verdict}"
+            "start-up" + (f"; {report.verdict}" if report.verdict else "")
         )
     elif not report.shards_left:
-        click.echo("This run: nothing was left to do")
+        listed = "" if report.update else "; --update looks for images that are new or have changed"
+        click.echo(f"This run: nothing was left to do{listed}")
     if report.update is not None:
         click.echo(f"{_changes(report.update)}, {report.images_failed:,} failed")
     if verbose:
@@ -295,7 +296,10 @@ def _tell(report: Report, *, verbose: bool) -> None:
     if report.skipped:
         click.echo(f"Passed over, not images: {_counts(report.skipped)}")
     if report.failed:
-        click.echo(f"Failed: {_counts(report.reasons)}; see {report.output}/failures")
+        click.echo(
+            f"Failed: {_counts(report.reasons)}; see {report.output}/failures; --retry-failed "
+            "does them once more"
+        )
     verb = "Stopped, the same command goes on" if report.status == "interrupted" else "Finished"
     click.echo(
         f"{verb}: {report.embedded:,} embedded and {report.failed:,} failed "

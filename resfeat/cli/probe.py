@@ -95,26 +95,25 @@ def probe(
     data = gather(datasets, views, found)
     method = probing.Method(folds, test or 0.2, k, seed)
     measured = probing.measure(data, method, _say)
-    if picture:
-        write_picture(picture, confusion_picture(measured.confusion, data.classes))
     about = {
         "label": label,
         "images": len(data.which),
         "method": asdict(method) if folds is None else {**asdict(method), "test": None},
         "scores": [asdict(score) for score in measured.scores],
     }
-    if save is not None:
-        _say("learning from all images")
-        probing.learn(data).save(save, about)
     if as_json:
         left_out, matrix = asdict(data.left_out), measured.confusion.tolist()
         more = {"classes": data.classes, "left_out": left_out, "confusion": matrix}
         click.echo(json.dumps(about | more))
-        return
-    _print(data, measured, method)
-    for what, place in (("Picture", picture), ("Probe", save)):
-        if place:
-            click.echo(f"{what}: {place}")
+    else:
+        _print(data, measured, method)
+    if picture:
+        write_picture(picture, confusion_picture(measured.confusion, data.classes))
+        click.echo(f"Picture: {picture}", err=as_json)
+    if save is not None:
+        _say("learning from all images")
+        probing.learn(data).save(save, about)
+        click.echo(f"Probe: {save}", err=as_json)
 
 
 def _say(step: str) -> None:

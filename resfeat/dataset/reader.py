@@ -38,7 +38,7 @@ def open_dataset(output: str | os.PathLike[str]) -> Dataset:
     record = Record.load(layout) if str(output) else None
     if record is None:
         raise UsageError(
-            f"no resfeat dataset at {layout.root}: make one with `resfeat extract SRC -o {output}`"
+            f"no resfeat dataset at {layout.root}: make one with `resfeat extract SRC -o OUT`"
         )
     return Dataset(layout, record)
 
@@ -73,7 +73,12 @@ class Dataset:
         """What updates did after this generation of the plan, for whatever follows the dataset: a
         row for each image, with its `id` and the last `change`, "added", "changed" or "removed". So
         put what was added or changed in place of what you may have of it, and drop what was removed
-        if you have it."""
+        if you have it. Raises UsageError for a generation that has not been yet."""
+        last = self.record.plan.generation
+        if not 0 <= since <= last:
+            raise UsageError(
+                f"since={since}: {self.layout.root} has had {last} updates; give 0 to {last}"
+            )
         return changed_since(self.layout.plan, self.record.plan, since)
 
     def runs(self) -> list[Location]:
@@ -111,7 +116,7 @@ class Dataset:
         """Embeddings float32 [D] by id: of those of these ids that have one. shards: look into the
         parts of these alone, which are committed."""
         column, found = self.check_layer(layer), dict[str, NDArray[np.float32]]()
-        wanted = pa.array(set(ids), pa.string())
+        wanted = pa.array({ids} if isinstance(ids, str) else set(ids), pa.string())
         for shard in self.layout.committed() if shards is None else shards:
             part = self.layout.embeddings / self.layout.part_name(shard)
             with readable(part, SENT_BACK):

@@ -140,7 +140,7 @@ class Embedder:
     ) -> tuple[NDArray[np.float32], list[Failure | None]]:
         """The same of a list, with the reason for each image that gives no embedding; then its
         numbers are NaN."""
-        every, failures = self._embed(images)
+        every, failures = self._embed(_several(images))
         return every[self._layer], failures
 
     def _with_embeddings(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -187,8 +187,8 @@ class Embedder:
         worker, pixels, way = self._worker, self.identity.preprocessing, self.identity.decode
         if isinstance(image, Image.Image) and (data := _file_of(image)):
             image = data
-        if isinstance(image, bytes):
-            return worker.loaders.submit(worker.decode, image, pixels, way)
+        if isinstance(image, bytes | bytearray):
+            return worker.loaders.submit(worker.decode, bytes(image), pixels, way)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 shape = list(image.shape)
@@ -214,8 +214,8 @@ class Embedder:
 
 
 def _several(images: Any) -> list[Picturelike]:
-    is_one = isinstance(images, str | os.PathLike | bytes | Image.Image | Item)
-    if is_one or (isinstance(images, np.ndarray) and images.ndim == 3):
+    is_one = isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image | Item)
+    if is_one or (isinstance(images, np.ndarray) and images.ndim in (2, 3)):
         return [images]
     return list(images)
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset.reader import SENT_BACK, readable
+from resfeat.downstream.index import write_index
 from resfeat.downstream.unit import unit
 from resfeat.errors import ResfeatError, Stopped, UsageError, first_line, missing
 from resfeat.runtimes.hardware import memory_bytes
@@ -165,7 +166,7 @@ def _faiss(rows: _Rows, folder: Path) -> None:
         for table, vectors in rows:
             index.add(_unit(vectors.astype(np.float32)))
             columns.write_table(table)
-    faiss.write_index(index, str(folder / "index.faiss"))
+    write_index(index, folder / "index.faiss")
 
 
 def _lance(rows: _Rows, folder: Path) -> None:

@@ -62,7 +62,7 @@ class Listing:
         if unknown := set(self._options.keep) - {field.name for field in carried}:
             raise UsageError(
                 f"--keep {min(unknown)}: only tables and tars have what can be kept, and none is "
-                "named"
+                "named: leave it out, or give a table that lists the images (see --uri-column)"
             )
         return carried
 

@@ -36,6 +36,7 @@ from resfeat.downstream.index.kinds import (
     make,
     prepared,
     sample_of,
+    write_index,
 )
 from resfeat.downstream.index.recall import Exact, measure
 from resfeat.downstream.search import Metric
@@ -267,7 +268,7 @@ def _publish(work: _Work, index: Any, listed: pa.Table, about: About) -> About:
     work.tell("writing it")
     drafts = {name: DiskDraft(work.folder, name) for name in (FAISS, IDS, ABOUT)}
     try:
-        faiss().write_index(index, str(drafts[FAISS].sink))
+        write_index(index, drafts[FAISS].sink)
         pq.write_table(listed, drafts[IDS].sink, compression="zstd")
         about = replace(about, files={name: digest_of(drafts[name].sink) for name in (FAISS, IDS)})
         drafts[ABOUT].sink.write_text(json.dumps(about.as_json(), indent=2) + "\n")
@@ -275,8 +276,6 @@ def _publish(work: _Work, index: Any, listed: pa.Table, about: About) -> About:
         (work.folder / ABOUT).unlink(missing_ok=True)
         for name, draft in drafts.items():
             draft.publish(work.folder / name)
-    except RuntimeError as error:  # FAISS's own, of a full disk, too
-        raise OSError(0, "the index could not be written; is the disk full?") from error
     finally:
         for draft in drafts.values():
             draft.discard()

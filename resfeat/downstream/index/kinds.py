@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -124,6 +125,14 @@ def make(kind: Kind, metric: Metric, rows: int, dim: int) -> Any:
             False  # for a way to search that we do not use: seconds a byte
         )
     return index
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write an index for FAISS to read. Raises OSError where it is not on the disk as a whole: of
+    the end of a file FAISS itself takes no notice, and leaves half of it on a full disk."""
+    library = faiss()
+    with open(path, "wb") as file:
+        library.write_index(index, library.PyCallbackIOWriter(file.write))
 
 
 def lists_of(rows: int) -> int:

@@ -193,7 +193,9 @@ def _nearest(vectors: Matrix, which: Rows, tested: Matrix, *, count: int, k: int
     """The votes [N, count] of the k nearest by cosine, of whom the nearer ones count more."""
     model = KNeighborsClassifier(min(k, len(vectors)), metric="cosine", weights="distance")
     votes = np.zeros((len(tested), count), np.float32)
-    model.fit(vectors, which)
+    with warnings.catch_warnings():  # of classes with hardly an image each, which is no news
+        warnings.simplefilter("ignore")
+        model.fit(vectors, which)
     votes[:, model.classes_] = model.predict_proba(tested)
     return votes
 

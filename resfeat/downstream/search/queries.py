@@ -84,8 +84,10 @@ def _read(dataset: Dataset, name: str, layer: str | None) -> Queries:
     except FileNotFoundError:
         raise UsageError(f"cannot use {name} as a query: there is no such file") from None
     except (OSError, ValueError, EOFError) as error:
+        # numpy's own words for any other content are of pickles, and of an option that we lack.
+        why = first_line(error) if isinstance(error, OSError) else "it is no whole .npy file"
         raise UsageError(
-            f"cannot use {name} as queries ({first_line(error)}): save float32 [Q, D] with np.save"
+            f"cannot use {name} as queries ({why}): save float32 [Q, D] with np.save"
         ) from error
     vectors = np.atleast_2d(vectors)
     check_vectors(dataset, vectors, name, layer)
@@ -100,12 +102,21 @@ def _known(dataset: Dataset, ids: Sequence[str], layer: str | None) -> Queries:
     for name in ids:
         if name not in found:
             raise UsageError(
-                f"{dataset.layout.root} has no embedding of the id '{name}': ids stand in the "
-                "column `id`, and of what failed in failures/"
+                f"{dataset.layout.root} has no embedding of the id '{name}': {_why(dataset, name)}"
             )
     items = dataset.items(ids)
     vectors = np.stack([found[name] for name in ids])
     return Queries(ids, vectors, [items.get(name) for name in ids])
+
+
+def _why(dataset: Dataset, name: str) -> str:
+    """Why there is no embedding of an id, or where ids stand."""
+    import pyarrow.compute as pc
+
+    told = dataset.failures.to_table(filter=pc.field("id") == name).to_pylist()
+    if told:
+        return f"the image failed, {told[0]['reason']}: {told[0]['message']}"
+    return "ids stand in the column `id`, and of what failed in failures/"
 
 
 def _as_listed(name: str) -> str:

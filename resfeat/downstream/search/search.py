@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+import os
+from numbers import Integral
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from resfeat.dataset import Dataset, open_dataset
 from resfeat.downstream.search.exact import Metric, Neighbours, scan
 from resfeat.errors import UsageError
-
-if TYPE_CHECKING:
-    from resfeat.dataset import Dataset
+from resfeat.keywords import Address
 
 
 def nearest(
-    dataset: Dataset,
+    dataset: Address | Dataset,
     queries: NDArray[np.float32],
     k: int = 10,
     layer: str | None = None,
@@ -30,6 +31,8 @@ def nearest(
     if metric not in get_args(Metric):
         raise UsageError(f"--metric {metric}: give one of {', '.join(get_args(Metric))}")
     check_k(k)
+    if isinstance(dataset, str | os.PathLike):
+        dataset = open_dataset(dataset)
     dataset.check_layer(layer)
     queries = np.atleast_2d(queries)
     check_vectors(dataset, queries, "the queries", layer)
@@ -38,6 +41,8 @@ def nearest(
 
 def check_k(k: int) -> None:
     """Raise UsageError for less than 1. More than there are images gives all of them."""
+    if not isinstance(k, Integral):
+        raise UsageError(f"-k {k}: give a whole number")
     if k < 1:
         raise UsageError(f"-k {k}: give at least 1")
 
