@@ -2,10 +2,13 @@
 
     python tests/benchmarks/path.py [--count 2000] [--rounds 5]
 
-First a whole shard, from the plan to the commit, with a network that gives zeros, in turns with
-decoding the same JPEGs of 500 x 375 from memory. Then the same shard with decoders and a resize
-that return at once: the processor time of what is left is what Python costs for an image, and more
-than it holds the interpreter's lock. From both follows what one process can reach on many cores, by
+First a job of four shards, from the plan to the commits, with a network that gives zeros, in turns
+with decoding the same JPEGs of 500 x 375 from memory. As in a run two shards are in hand, so that
+one is decoded while the other drains and commits; a shard of all images shows what that is worth.
+Then the job with decoders and a resize that return at once: the processor time of what is left is
+what Python costs for an image, and more than it holds the interpreter's lock. On a machine that
+others use the ratio of processor times is the steadier one: it is what is left of the cores for
+decoding. From this follows what one process can reach on many cores, by
 the asymptotic bounds of operational analysis (Denning and Buzen, "The Operational Analysis of
 Queueing Network Models", 1978): N threads that hold one lock for D and do without it for Z make
 between N / (Z + N D) and min(N / (Z + D), 1 / D). Prints the middle of the rounds.
@@ -18,9 +21,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -30,14 +34,13 @@ import torch
 
 from resfeat import RuntimeOptions, runtimes
 from resfeat.backbones.weights import resolve
-from resfeat.dataset.reader import Kept
 from resfeat.plan import Shard
 from resfeat.reporting import bench as reporting
 from resfeat.runtimes.hardware import cpu_count, hardware
 from resfeat.runtimes.torch import use_one_core
 from resfeat.sources import listing
 from resfeat.spec import FeatureSpec, SourceOptions
-from resfeat.worker import Job, Task
+from resfeat.worker import SHARDS_IN_HAND, Job, Task
 from resfeat.worker.shard import process_shard
 from resfeat.worker.worker import Worker, network_for, place_here
 
@@ -47,6 +50,7 @@ from bench import USUAL, prepare
 
 decoding = importlib.import_module("resfeat.decoding.decode")  # its function has the same name
 CORES = (2, 4, 8, 16)
+SHARDS = 4
 
 
 class Nothing:
@@ -62,38 +66,43 @@ class Nothing:
 
 
 @contextmanager
-def started(folder: Path, threads: int, batch: int) -> Iterator[tuple[Worker, Shard]]:
-    """A worker without a model, and all images below the folder as one shard."""
+def started(
+    folder: Path, threads: int, batch: int, shards: int
+) -> Iterator[tuple[Worker, Sequence[Shard]]]:
+    """A worker without a model, and all images below the folder in so many shards."""
     weights = resolve(FeatureSpec(model="resnet18", weights="random:0"))
     there = listing([str(folder)])
+    items = list(there)
     options = RuntimeOptions(
         workers=0, runtime="torch", cpus_per_worker=threads, batch_size=batch, gpus_per_worker=0
     )
     nothing = mock.patch.object(runtimes, "start", lambda *_, **__: Nothing())
     with (
-        mock.patch.object(reporting, "SHARD", 1_000_000),
-        reporting._dataset(there, list(there), SourceOptions(), weights, print) as (layout, record),
+        mock.patch.object(reporting, "SHARD", -(-len(items) // shards)),
+        reporting._dataset(there, items, SourceOptions(), weights, print) as (layout, record),
     ):
         job = Job.of(layout, record, weights.dims)
         placement = place_here(options, job.identity)
         network = network_for(job, placement, weights.tensors)
         with nothing, closing(Worker(job, placement, network)) as worker:
-            yield worker, record.plan.shards[0]
+            yield worker, list(record.plan.shards.values())
 
 
-def whole(worker: Worker, shard: Shard) -> tuple[float, float]:
-    """Seconds of the clock, and of all processors, for an image of the shard."""
-    nothing = mock.patch("resfeat.worker.shard.kept_rows", lambda *_: Kept({}, {}))
-    with nothing:  # all of it, every time
-        clock, spent = time.perf_counter(), time.process_time()
-        result = process_shard(worker, Task(shard))
-    assert result.failed == 0
-    images = result.embedded
-    return (time.perf_counter() - clock) / images, (time.process_time() - spent) / images
+def whole(worker: Worker, shards: Sequence[Shard]) -> tuple[float, float]:
+    """Seconds of the clock, and of all processors, for an image of these shards."""
+    for part in worker.layout.embeddings.iterdir():
+        part.unlink()  # all of it, every time
+    clock, spent = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(SHARDS_IN_HAND) as pool:  # as the engines do
+        results = list(pool.map(partial(process_shard, worker), map(Task, shards)))
+    clock, spent = time.perf_counter() - clock, time.process_time() - spent
+    assert not any(result.failed for result in results)
+    images = sum(result.embedded for result in results)
+    return clock / images, spent / images
 
 
-def alone(worker: Worker, contents: list[bytes], threads: int) -> float:
-    """Seconds of the clock for an image that is decoded from memory."""
+def alone(worker: Worker, contents: list[bytes], threads: int) -> tuple[float, float]:
+    """The same for an image that is decoded from memory, and nothing else."""
     identity = worker.job.identity
 
     def some(part: list[bytes]) -> None:
@@ -101,9 +110,10 @@ def alone(worker: Worker, contents: list[bytes], threads: int) -> float:
             decoding.decode(data, identity.preprocessing, identity.decode)
 
     with ThreadPoolExecutor(threads, initializer=use_one_core) as pool:
-        clock = time.perf_counter()
+        clock, spent = time.perf_counter(), time.process_time()
         list(pool.map(some, [contents[i::threads] for i in range(threads)]))
-        return (time.perf_counter() - clock) / len(contents)
+        clock, spent = time.perf_counter() - clock, time.process_time() - spent
+        return clock / len(contents), spent / len(contents)
 
 
 @contextmanager
@@ -129,19 +139,28 @@ def main(count: int, rounds: int, batch: int) -> None:
         prepare(Path(name), count, USUAL, "resnet18")
         folder = Path(name, "in")
         contents = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
-        with started(folder, cores, batch) as (worker, shard):
-            whole(worker, shard)  # the first time is another
-            pairs = [
-                (whole(worker, shard)[0], alone(worker, contents, cores)) for _ in range(rounds)
+        with (
+            started(folder, cores, batch, 1) as single,
+            started(folder, cores, batch, SHARDS) as several,
+        ):
+            jobs = {"a shard": single, f"{SHARDS} shards": several}
+            for job in jobs.values():
+                whole(*job)  # the first time is another
+            every = [
+                {name: whole(*job) for name, job in jobs.items()}
+                | {"alone": alone(several[0], contents, cores)}
+                for _ in range(rounds)
             ]
             with at_once(contents[0]):
-                held = statistics.median(whole(worker, shard)[1] for _ in range(rounds))
-    ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
-    share = statistics.median(bare / ours for ours, bare in pairs)
-    print(
-        f"decoding alone {1 / bare:,.0f}/s, with a model that costs nothing {1 / ours:,.0f}/s: "
-        f"{share:.2f}"
-    )
+                held = statistics.median(whole(*several)[1] for _ in range(rounds))
+    bare = statistics.median(each["alone"][0] for each in every)
+    print(f"decoding alone {1 / bare:,.0f} images/s; with a model that costs nothing:")
+    for name in jobs:
+        ours = statistics.median(each[name][0] for each in every)
+        shares = [
+            statistics.median(each["alone"][n] / each[name][n] for each in every) for n in (0, 1)
+        ]
+        print(f"  {name}: {1 / ours:,.0f}, {shares[0]:.2f}; by processor time {shares[1]:.2f}")
     free = max(ours * cores - held, 0.0)
     print(
         f"of an image's {ours * cores * 1e6:,.0f} us on a core, at most {held * 1e6:.0f} Python's"
