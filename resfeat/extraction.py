@@ -174,9 +174,9 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
             if expecting:
                 _prove(run, engine, expecting)
 
-            def show(done: int, failed: int, workers: int) -> None:
+            def show(done: int, failed: int, workers: int, soonest: float | None) -> None:
                 run.lock.check()
-                tally.show(done, failed, workers)
+                tally.show(done, failed, workers, soonest)
 
             for result in engine.run(run.tasks(), show, watch.stopping):
                 tally.add(result)

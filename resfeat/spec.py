@@ -188,7 +188,7 @@ class RuntimeOptions:
     gpus_per_worker: share of a GPU that each worker gets, 0 to 1; 0 keeps to the CPU. None has
         several workers share each GPU, about two CPU cores to a worker.
     cpus_per_worker: CPU cores that each worker gets.
-    address: a running Ray cluster ("auto", "HOST:PORT", "ray://..."); None starts a local one.
+    address: a running Ray cluster ("auto" or "HOST:PORT"); None starts a local one.
     runtime: what runs the network, "torch" or "openvino".
     batch_size: images in one forward pass; on a GPU that is `runtimes.GPU_BATCH`, and this is
         rounded up to a multiple of it.

@@ -19,6 +19,7 @@ from resfeat import storage
 from resfeat.cli.doctor import examine, probing, software, surroundings
 from resfeat.cli.doctor.probing import Finding, Probe
 from resfeat.engines import reach
+from resfeat.engines.cluster import address_of
 from resfeat.errors import ResfeatError
 from resfeat.runtimes import hardware
 
@@ -318,7 +319,6 @@ def test_who_accepts_and_never_answers_costs_seconds(silent, monkeypatch):
     probes = [
         Probe("store", surroundings.out, ("s3://bucket/out",), apart=True),
         Probe("web", surroundings.source, (f"http://{address}/a.jpg", False), apart=True),
-        Probe("client", software.cluster_there, (f"ray://{address}",), apart=True),
         Probe("cluster", software.cluster_there, (address,), apart=True),
     ]
     monkeypatch.setattr(probing, "PROBE_SECONDS", 90.0)  # the silence must end it, and not this
@@ -337,12 +337,26 @@ def test_a_cluster_that_is_not_there(silent, tmp_path, monkeypatch):
     assert refused.state == "broken" and "refused" in refused.found
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}\n")
-    assert reach.address_of("auto") == reach.address_of(None) == f"127.0.0.1:{port}"
+    assert address_of("auto") == address_of(None) == f"127.0.0.1:{port}"
     found = apart(software.cluster_there, None, state="note")
     assert found.state == "note" and "refused" in found.found
-    monkeypatch.setenv("RAY_ADDRESS", "ray://there:1")
-    assert reach.address_of("auto") == "ray://there:1"
-    assert reach.address_of("here:1") == "here:1"
+    monkeypatch.setenv("RAY_ADDRESS", "there:1")
+    assert address_of("auto") == "there:1"
+    assert address_of("here:1") == "here:1"
+    client = apart(software.cluster_there, "ray://there:1")
+    assert client.state == "broken" and "is an address of Ray Client" in client.found
+
+
+def test_ray_is_not_imported_where_no_cluster_is_asked_for(tmp_path):
+    """It takes seconds, and its own finding tells whether it can be."""
+    code = (
+        "import sys; from resfeat.cli.doctor.software import cluster_there; "
+        "print(cluster_there(None)[0].found, 'ray' in sys.modules)"
+    )
+    outside = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**outside, "RAY_TMPDIR": str(tmp_path)})  # fmt: skip
+    assert done.stdout == "none is set False\n", done.stderr
 
 
 @pytest.mark.ray

@@ -52,7 +52,9 @@ def test_the_requirements_are_those_of_the_project():
 
 
 def test_compose_starts_a_head_and_workers_that_share_it():
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    text = (DOCKER / "compose.yaml").read_text()
+    assert "compose.yaml --profile gpu up" in text  # `up` itself has no such option
+    services = yaml.safe_load(text)["services"]
     assert set(services) == {"head", "worker", "gpu-worker"}
     assert services["head"]["ports"] == ["127.0.0.1:8265:8265"]
     for name, service in services.items():

@@ -19,9 +19,9 @@ from resfeat.plan import (
     Plan,
     PlanFile,
     Shard,
+    addresses,
     carried_columns,
     files,
-    lies_far,
     read_shard,
     update,
     write_plan,
@@ -133,7 +133,7 @@ def test_a_plan_of_other_rows_is_not_taken_for_what_was_listed(layout):
 
 
 @pytest.mark.parametrize("left", ["", "half of it", None])
-@pytest.mark.parametrize("ask", [carried_columns, lies_far])
+@pytest.mark.parametrize("ask", [carried_columns, addresses])
 def test_a_plan_that_cannot_be_read_is_one_line_whoever_asks(layout, ask, left):
     made = write_plan(layout.plan, layout.tmp, listed(items(20)), 10)
     path = layout.plan / made.files[0].name
@@ -142,6 +142,15 @@ def test_a_plan_that_cannot_be_read_is_one_line_whoever_asks(layout, ask, left):
         ResfeatError, match=rf"{path.name}, .* cannot be read \(.*\): bring it back"
     ):
         ask(layout.plan, made)
+
+
+def test_addresses_are_taken_from_all_along_a_listing_and_from_so_many_files(layout, monkeypatch):
+    made = write_plan(layout.plan, layout.tmp, listed(items(200)), 1)
+    assert len(made.files) == 4
+    every = [item.uri for item in items(200) for _ in range(2)]
+    assert addresses(layout.plan, made) == every
+    monkeypatch.setattr(files, "FILES_SEEN", 2)
+    assert addresses(layout.plan, made) == every[:128] + every[256:384]
 
 
 def test_two_ids_of_one_hash_end_an_update_and_neither_passes_for_gone(layout, monkeypatch):

@@ -226,6 +226,40 @@ def test_a_death_that_is_told_many_times_counts_once():
         pool.answers(a, "process 2")
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, to be set."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_when_the_first_of_the_shards_in_hand_is_done_at_the_earliest(clock):
+    """Ten images a shard. Until a worker has gone on from where it was first heard of, its speed is
+    not known; what it then took for one image, it may have taken for `at_once` more."""
+    pool = pool_of("ab", 5)
+    given(pool)
+    a, b = pool.members
+    for clock[0], done in (0, 0), (30, 2), (40, 2):
+        pool.heard(a, {SHARDS[0]: (done, 0)})
+        assert pool.soonest(0) is None
+    pool.heard(b, {SHARDS[1]: (1, 0)})
+    clock[0] = 50
+    pool.heard(a, {SHARDS[0]: (4, 0)})
+    assert pool.soonest(0) is None  # b may be quicker, and is not
+    clock[0] = 70
+    pool.heard(b, {SHARDS[1]: (2, 0), SHARDS[3]: (1, 0)})
+    clock[0] = 80
+    assert pool.soonest(0) == 50 + 6 * 10 - 80
+    assert pool.soonest(8) == 50 + 6 * 2 - 80
+    pool.done(a, SHARDS[0])
+    assert pool.soonest(0) is None
+    pool.died(a, "killed")
+    assert pool.soonest(0) == 70 + 8 * 30 - 80
+    pool.died(b, "killed")
+    assert pool.soonest(0) is None
+
+
 def test_what_a_dead_worker_had_done_is_not_counted_twice():
     pool = pool_of("ab", 5)
     a, b = pool.members

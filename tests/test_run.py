@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,10 +15,13 @@ from resfeat.dataset import Layout, Record
 from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
 from resfeat.dataset.writer import Lock, Writer
+from resfeat.decoding import decode
+from resfeat.engines import pool
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.reporting import Watch
 from resfeat.run import Run
 from resfeat.sources.directory import Directories
+from resfeat.worker import worker
 
 IMAGES = 12
 
@@ -58,6 +62,29 @@ def finished(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished")
     assert run(source, output, label_from="parent").embedded == IMAGES
     return output
+
+
+def test_a_run_whose_time_is_too_short_for_a_shard_says_so_early(source, tmp_path, monkeypatch):
+    """40,000 images of a tenth of a second and more on one core, and 20 minutes."""
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        return decode(*arguments)
+
+    monkeypatch.setattr(worker, "decode", slow)
+    monkeypatch.setattr(pool, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", f"{time.time() + 1200:.0f}")
+    table, picture = tmp_path / "images.csv", next(source.rglob("*.png"))
+    table.write_text("\n".join(["uri,key", *(f"{picture},{n}" for n in range(40_000))]))
+    one = RuntimeOptions(workers=0, runtime="torch", cpus_per_worker=1)
+    asked = spec(table, tmp_path / "out", shard_size=40_000, runtime=one, id_column="key")
+    notes, shown = [], []
+    report = extract(asked, on_note=notes.append, on_progress=shown.append,
+                     stopping=lambda: bool(notes))  # fmt: skip
+    assert report.status == "interrupted" and report.notes[:1] == notes[:1]
+    assert "no shard will be done in the time of this job" in notes[0]
+    assert "smaller --shard-size" in notes[0]
+    assert 0 < shown[-1].done < 1000
 
 
 def test_labels_are_those_of_the_folders_and_belong_to_the_dataset(source, finished):

@@ -9,7 +9,14 @@ from small import embed, write_pictures
 
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ResfeatError
-from resfeat.worker.sight import check_sight, in_sight
+from resfeat.plan import addresses
+from resfeat.worker.sight import FOLDERS, check_sight, in_sight
+
+
+def seen(layout):
+    """What a run with this dataset asks the workers to see."""
+    record = Record.load(layout)
+    return in_sight(record.sources, addresses(layout.plan, record.plan))
 
 
 @pytest.fixture
@@ -21,8 +28,7 @@ def dataset(tmp_path):
     layout = Layout(tmp_path / "out")
     embed(layout.root, tmp_path / "photos", tmp_path / "images.csv")
     layout.tmp.mkdir(exist_ok=True, parents=True)
-    record = Record.load(layout)
-    return layout, record.created, in_sight(layout, record)
+    return layout, Record.load(layout).created, seen(layout)
 
 
 def told(dataset):
@@ -60,7 +66,22 @@ def test_workers_do_without_a_table_that_lists_what_lies_elsewhere(dataset, tmp_
 def test_what_the_driver_does_not_see_is_asked_of_nobody(dataset, tmp_path):
     shutil.rmtree(tmp_path / "elsewhere")
     layout, created, _ = dataset
-    check_sight(layout, created, in_sight(layout, Record.load(layout)), "here")
+    check_sight(layout, created, seen(layout), "here")
+
+
+def test_of_many_folders_those_are_looked_at_that_lie_far_apart(tmp_path):
+    """Three mounts of a long table, of which the first holds all but two of the folders."""
+    uris = []
+    for name in [*(f"disk-1/{n:02}" for n in range(3 * FOLDERS)), "disk-2/x", "disk-3/y/z"]:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.jpg").touch()
+        uris.append((tmp_path / name / "1.jpg").as_uri())
+    looked_at = in_sight(["/no/table.csv"], uris)
+    found = {os.path.relpath(path, tmp_path).split("/")[0] for path in looked_at}
+    assert found == {"disk-1", "disk-2", "disk-3"}
+    assert len(looked_at) <= FOLDERS
+    assert len(in_sight([], uris[:FOLDERS])) == FOLDERS
+    assert in_sight(["relative"], ["s3://bucket/1.jpg"]) == ()
 
 
 @pytest.mark.parametrize("how", ["gone", "empty", "another"])

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -16,12 +17,15 @@ import pytest
 from small import embed, embedded_pictures, failures_of, image_table, messages_of, vectors_of
 from tables import rows
 
+from resfeat.dataset import Layout
 from resfeat.errors import ResfeatError, UsageError
-from resfeat.plan import lies_far, write_plan
+from resfeat.plan import write_plan
 from resfeat.run import Run
 from resfeat.sources import gone, listing, unique
 from resfeat.sources.formats import RowFile
 from resfeat.spec import SourceOptions
+from resfeat.worker import Job
+from resfeat.worker.messages import READ_AHEAD, READ_AHEAD_FAR
 
 
 @pytest.fixture(scope="module")
@@ -340,11 +344,21 @@ def test_long_tables_are_listed_piece_by_piece(tmp_path):
 
 
 def test_more_is_read_ahead_where_images_lie_far(tmp_path):
-    for name, line, far in ("near", "/a.jpg", False), ("far", "http://host/a.jpg", True):
-        (tmp_path / name).mkdir()
-        there = listing([str(text_list(tmp_path, "/b.jpg", line))])
-        plan = write_plan(tmp_path / name, tmp_path, there.tables(), None)
-        assert lies_far(tmp_path / name, plan) is far
+    """Also if only the second file of the plan lists such."""
+    near = [f"/{n}.jpg" for n in range(64)]
+    for name, line, ahead in (
+        ("near", "/a.jpg", READ_AHEAD),
+        ("far", "http://host/a.jpg", READ_AHEAD_FAR),
+    ):
+        layout = Layout(tmp_path / name)
+        layout.plan.mkdir(parents=True)
+        there = listing([str(text_list(tmp_path, *near, line))])
+        plan = write_plan(layout.plan, tmp_path, there.tables(), 1)
+        assert len(plan.files) == 2
+        options = SimpleNamespace(label_from=None)
+        about = {"sources": (), "source_options": options, "identity": None, "quantised": None}
+        record = SimpleNamespace(plan=plan, created="", **about)
+        assert Job.of(layout, record, {}).reads_ahead == ahead
 
 
 @pytest.mark.parametrize("change", ["removed", "no table", "other columns"])

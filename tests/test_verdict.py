@@ -1,4 +1,7 @@
-"""What is named as the limit, from made-up busy seconds."""
+"""What is named as the limit, from made-up busy seconds; and of a time limit."""
+
+import re
+import time
 
 import pytest
 
@@ -109,6 +112,29 @@ def test_what_is_said_of_memory_that_was_short(device, says):
         tally.add(ShardResult(0, 1, 0, 0, 0, fits, {}))
     (note,) = notes
     assert "held 32 images at once and not the 128 of a batch" in note and says in note
+
+
+def test_a_time_limit_shorter_than_a_shard_is_told_once_and_early(monkeypatch):
+    notes = []
+    tally = Tally([], [], Watch(note=notes.append), 0.0)
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    tally.show(1, 0, 1, 1e9)  # without a limit
+    for end in ("", "Unknown", "0", f"{time.time() - 60:.0f}", f"{time.time() + 7200:.0f}"):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+        tally.show(2, 0, 1, 3600.0)
+        tally.show(3, 0, 1, None)
+    assert notes == []
+    monkeypatch.setenv("SLURM_JOB_END_TIME", f"{time.time() + 630:.0f}")
+    for soonest in (7200.0, 7300.0):
+        tally.show(4, 0, 1, soonest)
+    (note,) = notes
+    told = r"the first takes 120\.0 more minutes at least, and 10\.\d are left: give the job more"
+    assert re.search(told, note)
+    done = Tally([], [], Watch(note=notes.append), 0.0)
+    done.engine = {"device": "cpu", "batch_size": 16}
+    done.add(ShardResult(0, 1, 0, 0, 0, 16, {}))
+    done.show(4, 0, 1, 7200.0)  # at least one shard is
+    assert len(notes) == 1
 
 
 def test_that_bits_depend_on_the_place_in_a_batch_is_said_once():

@@ -81,7 +81,7 @@ Whatever ended a run, the same command resumes it.
 @options.features
 @options.placement
 @options.count("--workers", help="Ray workers; 0 runs in this process, without Ray.")
-@option("--address", help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT.")
+@option("--address", help="A running Ray cluster: auto or HOST:PORT.")
 @option(
     "--shard-size",
     type=int,

@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from resfeat.engines.cluster import Cluster
 from resfeat.spec import RuntimeOptions
-from resfeat.worker import Job
 
 if TYPE_CHECKING:
     from resfeat.backbones.weights import Weights
     from resfeat.engines.inline import InlineEngine
     from resfeat.engines.ray import RayEngine
+    from resfeat.worker import Job
 
     Engine: TypeAlias = InlineEngine | RayEngine
 
 # How long shards in hand may take to finish once the run is asked to stop.
 DRAIN_SECONDS = 20.0
 
-# Called about twice a second: images done and failed in the shards in hand, and live workers.
-OnProgress = Callable[[int, int, int], None]
+# Called about twice a second: images done and failed in the shards in hand, live workers, and the
+# seconds until the first of these shards is done, at the earliest; None if nobody knows yet.
+OnProgress = Callable[[int, int, int, float | None], None]
 
 
 def prepare(

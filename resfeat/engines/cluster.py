@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
-from resfeat.errors import ResfeatError, Stopped
+from resfeat.errors import ResfeatError, Stopped, UsageError, public
 from resfeat.runtimes.hardware import cpu_count
 
 # Unless the caller has set them. Without the first two, which are read when Ray is imported, it
@@ -45,6 +46,8 @@ class Cluster:
     """
 
     def __init__(self, address: str | None, step: Callable[[str], None]) -> None:
+        if address:
+            _named(address)
         self.step = step
         self._address = address
         self._starter = ThreadPoolExecutor(1, "ray-init")
@@ -92,9 +95,9 @@ class Cluster:
         try:
             options: dict[str, Any] = {"address": self._address}
             if self._address:
-                from resfeat.engines import reach
+                if there := address_of(self._address):
+                    from resfeat.engines import reach
 
-                if there := reach.address_of(self._address):
                     reach.reach(there, CONNECT_SECONDS)
             else:
                 where, hint = "start Ray", "try again on a less busy machine, or give --workers 0"
@@ -117,6 +120,45 @@ class Cluster:
                 self._at_close.callback(table.pop, name, None)
             if value is not None:
                 table[name] = value
+
+
+def address_of(asked: str | None) -> str | None:
+    """The cluster that is asked for, or the one that `auto` and nothing stand for: that of
+    RAY_ADDRESS, or the last that was started here. None where there is neither. Raises as
+    `_named`."""
+    if told := _named(asked):
+        return told
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    if not os.access(file, os.R_OK):
+        return None
+    _take_own_token()
+    return file.read_text().strip()
+
+
+def _named(asked: str | None) -> str | None:
+    """The address that is asked for, or that RAY_ADDRESS has. Raises UsageError for one of Ray
+    Client: of a cluster behind that `reach` could ask nothing, and a run would end with its
+    connection."""
+    for told in (asked, os.environ.get("RAY_ADDRESS")):
+        if told and told.startswith("ray://"):
+            raise UsageError(
+                f"{public(told)} is an address of Ray Client, which resfeat does not use: on a "
+                "machine of the cluster give --address HOST:PORT, or submit the command with "
+                "`ray job submit`"
+            )
+        if told not in (None, "", "auto"):
+            return told
+    return None
+
+
+def _take_own_token() -> None:
+    """Use the token in this user's home, as Ray does for a cluster that it finds by itself, and for
+    no other: whoever is told it may run code in this user's clusters."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it says so at length
+    with suppress(ImportError):  # an older Ray, whose clusters want none by default
+        from ray._private.authentication import authentication_token_setup as setup
+
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _alone() -> dict[str, Any]:

@@ -58,7 +58,7 @@ class InlineEngine:
         pool = Pool([member])
         pool.take(tasks)
         calls: dict[Future[ShardResult], Shard] = {}
-        on_progress(*pool.counts())
+        on_progress(*pool.counts(), pool.soonest(self.placement.at_once))
         while pool.busy:
             if stopping() and pool.drain():
                 self._worker.stopping.set()
@@ -77,7 +77,7 @@ class InlineEngine:
                 pool.done(member, calls.pop(call))
                 yield result
             pool.heard(member, dict(self._worker.progress))
-            on_progress(*pool.counts())
+            on_progress(*pool.counts(), pool.soonest(self.placement.at_once))
         if pool.unfinished:
             raise Stopped("stopped as asked")
 

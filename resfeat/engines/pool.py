@@ -26,6 +26,23 @@ class Member:
     silent: str = ""  # why, while it does not answer and nobody knows whether it has died
     # Images done and failed so far, as last heard, of each of its shards; the oldest comes first.
     in_hand: dict[Shard, tuple[int, int]] = field(default_factory=dict)
+    # When it first and last told of more images of its oldest shard, and how many those were.
+    news: list[tuple[float, int]] = field(default_factory=list)
+
+    def hear(self) -> None:
+        """Note when more of its oldest shard is done than was known."""
+        done = next(iter(self.in_hand.values()))[0] if self.in_hand else 0
+        if done > (self.news[-1][1] if self.news else 0):
+            self.news[1:] = [(time.monotonic(), done)]
+
+    def earliest_end(self, at_once: int) -> float | None:
+        """When its oldest shard is done, if it goes on as fast as it has gone at most; None if that
+        is not known yet. It is slow to begin, and many images may end at once: `at_once`."""
+        if len(self.news) < 2:
+            return None
+        (first, before), (last, done) = self.news
+        left = next(iter(self.in_hand)).rows - done
+        return last + left * (last - first) / (done - before + at_once)
 
 
 class Pool:
@@ -92,15 +109,24 @@ class Pool:
         del member.in_hand[shard]
         del self._tasks[shard]
         member.since = time.monotonic()
+        member.news.clear()
 
     def heard(self, member: Member, told: Mapping[Shard, tuple[int, int]]) -> None:
         """A worker has told how many images of its shards it has done, and how many failed."""
         member.in_hand.update((shard, told[shard]) for shard in member.in_hand if shard in told)
+        member.hear()
 
     def counts(self) -> tuple[int, int, int]:
         """Images done and failed in shards in hand, as last heard, and how many workers live."""
         heard = [counts for member in self.members for counts in member.in_hand.values()]
         return sum(n for n, _ in heard), sum(failed for _, failed in heard), len(self.live)
+
+    def soonest(self, at_once: int) -> float | None:
+        """Seconds until the first of the shards in hand is done, at the earliest; None while that
+        is not known of a live worker. at_once: images that one may tell of at a time."""
+        ends = [member.earliest_end(at_once) for member in self.live if member.in_hand]
+        known = [end for end in ends if end is not None]
+        return min(known) - time.monotonic() if known and len(known) == len(ends) else None
 
     def losses(self) -> dict[str, float]:
         """What the deaths of workers have cost so far, for the report."""
@@ -126,6 +152,7 @@ class Pool:
         if shards:
             self.lost_seconds += time.monotonic() - member.since
         member.in_hand.clear()
+        member.news.clear()
         self._waiting.extendleft(reversed(shards))
         if preempted or not shards:
             return

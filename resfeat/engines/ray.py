@@ -186,7 +186,7 @@ class RayEngine:
                 self._process(member, task)
             yield from self._collect()
             self._ask_progress()
-            on_progress(*pool.counts())
+            on_progress(*pool.counts(), pool.soonest(self.placement.at_once))
             self.description.update(pool.losses())
         if pool.unfinished:
             raise Stopped("stopped as asked")

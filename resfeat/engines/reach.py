@@ -1,12 +1,8 @@
 """Whether a Ray cluster answers, asked before it is joined: Ray itself tries for many minutes."""
 
 import json
-import logging
-import os
 import platform
 import socket
-from contextlib import suppress
-from pathlib import Path
 
 import grpc  # type: ignore[import-untyped]
 import ray
@@ -16,49 +12,18 @@ from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
 
 from resfeat.errors import ResfeatError
 
-CLIENT = "ray://"
 SILENT = "is it the address of its head, and is that running?"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-def address_of(asked: str | None) -> str | None:
-    """The cluster that is asked for, or the one that `auto` and nothing stand for: that of
-    RAY_ADDRESS, or the last that was started here. None where there is neither."""
-    for told in (asked, os.environ.get("RAY_ADDRESS")):
-        if told not in (None, "", "auto"):
-            return told
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    if not os.access(file, os.R_OK):
-        return None
-    _take_own_token()
-    return file.read_text().strip()
-
-
-def _take_own_token() -> None:
-    """Use the token in this user's home, as Ray does for a cluster that it finds by itself, and for
-    no other: whoever is told it may run code in this user's clusters."""
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it says so at length
-    with suppress(ImportError):  # an older Ray, whose clusters want none by default
-        from ray._private.authentication import authentication_token_setup as setup
-
-        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def reach(address: str, seconds: float) -> None:
     """Have a cluster answer. Raises ResfeatError where it does not do so within about so many
     seconds, wants a token, or runs another Ray; OSError where nobody listens."""
-    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+    host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
     if not port.isdigit():
-        raise ResfeatError("it has no port: give HOST:PORT, or ray://HOST:PORT")
+        raise ResfeatError("it has no port: give HOST:PORT")
     socket.create_connection((host, int(port)), seconds).close()
-    if address.startswith(CLIENT):
-        with grpc.insecure_channel(address.removeprefix(CLIENT)) as channel:
-            try:
-                grpc.channel_ready_future(channel).result(timeout=seconds)
-            except grpc.FutureTimeoutError as error:
-                raise ResfeatError(f"no answer within {seconds:g} s: {SILENT}") from error
-        return
     if host in LOOPBACK:
         _check_own(int(port), seconds)
     told = _metadata(address, seconds)

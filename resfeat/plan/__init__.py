@@ -4,7 +4,6 @@ from resfeat.plan.files import (
     addresses,
     carried_columns,
     changed_since,
-    lies_far,
     read_shard,
     shard_size_for,
     write_plan,
@@ -15,5 +14,5 @@ from resfeat.plan.update import Changes, Difference
 
 __all__ = [
     "Changes", "Difference", "Partition", "Plan", "PlanFile", "Shard", "addresses",
-    "carried_columns", "changed_since", "lies_far", "read_shard", "shard_size_for", "write_plan",
+    "carried_columns", "changed_since", "read_shard", "shard_size_for", "write_plan",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ that was removed is no item any more. It stays, since its id belongs to that sha
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +25,11 @@ from resfeat.storage import Drafts, Location, draft, open_parquet, sha256
 
 SHARD_SIZE = 4096
 SHARDS_PER_FILE = 64
+
+# Files of a plan that are looked at to see where images lie: all, up to 16 million of them. In a
+# store each takes some requests, so that some are read at a time.
+FILES_SEEN = 64
+READERS = 8
 
 # Columns that mostly say the same: a dictionary of ids takes long, and twice the space.
 REPEATED = ["etag", "column", "label", "problem", "since", "change"]
@@ -153,17 +159,21 @@ def carried_columns(folder: Location, plan: Plan) -> tuple[pa.Field, ...]:
 
 
 def addresses(folder: Location, plan: Plan) -> list[str]:
-    """The least and the greatest address of each shard that the first file of the plan lists."""
-    with _opened(folder / plan.files[0].name) as file:
+    """The least and the greatest address of each shard; of a long listing those of some shards, all
+    along it. Raises as `read_shard`."""
+    some = plan.files[:: -(-len(plan.files) // FILES_SEEN)]
+    with ThreadPoolExecutor(READERS, "plan") as readers:
+        bounds = readers.map(_bounds, [folder / file.name for file in some])
+        return list(itertools.chain.from_iterable(bounds))
+
+
+def _bounds(path: Location) -> list[str]:
+    """The least and the greatest address of each shard in a file of a plan, by its footer."""
+    with _opened(path) as file:
         about, place = file.metadata, file.schema_arrow.get_field_index("uri")
         groups = map(about.row_group, range(about.num_row_groups))
         bounds = (group.column(place).statistics for group in groups)
         return [uri for each in bounds if each and each.has_min_max for uri in (each.min, each.max)]
-
-
-def lies_far(folder: Location, plan: Plan) -> bool:
-    """Whether any image that the first file of the plan lists is in a store or on the web."""
-    return not all(uri.startswith("file://") for uri in addresses(folder, plan))
 
 
 def recut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.plan import Shard
+from resfeat.reporting.deadline import shortage
 from resfeat.reporting.report import Report
 from resfeat.worker import ShardResult
 
@@ -67,6 +68,7 @@ class Tally:
         self._notes: list[str] = []
         self._fits: int | None = None
         self._steady = True
+        self._is_told_of_time = False
         self.engine: Mapping[str, Any] = {}  # to be set to what the engine says of itself
         self.parity: Parity | None = None  # to be set to what was measured
 
@@ -102,13 +104,19 @@ class Tally:
                 "--precision, or --model, may give the same bits every time"
             )
 
-    def show(self, done: int, failed: int, workers: int) -> None:
-        """Pass on where the run stands, given what the shards in hand have done so far."""
+    def show(self, done: int, failed: int, workers: int, soonest: float | None) -> None:
+        """Pass on where the run stands, given what the shards in hand have done so far. soonest:
+        as of `engines.OnProgress`."""
         if workers and self._first_worker is None:
             self._first_worker = time.monotonic()
         done += self._before + self._counts["images"] + self._counts["kept"]
         failed += self._counts["images_failed"]
         self._watch.progress(Progress(self._items, done, failed, workers))
+        if soonest is None or self._is_told_of_time or self._counts["shards"]:
+            return
+        if told := shortage(soonest):
+            self._is_told_of_time = True
+            self.note(told)
 
     def report(self, dataset: Dataset, error: ResfeatError | None) -> Report:
         """The run as it ended, and the dataset as it stands."""

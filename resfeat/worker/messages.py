@@ -8,8 +8,9 @@ from typing import Self
 import pyarrow as pa
 
 from resfeat.dataset import Layout, Record
-from resfeat.plan import Shard, carried_columns, lies_far
+from resfeat.plan import Shard, addresses, carried_columns
 from resfeat.runtimes import BATCH_SIZE, GPU_BATCH, choose
+from resfeat.sources import RUN_IMAGES, is_local
 from resfeat.spec import Identity, RuntimeName, RuntimeOptions
 from resfeat.worker.sight import in_sight
 
@@ -19,6 +20,8 @@ READ_AHEAD = 4
 READ_AHEAD_FAR = 32
 # Shards that a worker has in hand: it decodes and embeds one while the other drains and commits.
 SHARDS_IN_HAND = 2
+# Forward passes at a time on a GPU: the copies of one run while the other is computed.
+PASSES_ON_GPU = 2
 # Cores that one worker's decoding keeps busy: Python's lock lets it use hardly more.
 CORES_FED = 2
 
@@ -45,11 +48,12 @@ class Job:
         cls, layout: Layout, record: Record, dims: Mapping[str, int], token: str | None = None
     ) -> Self:
         """The job that brings this dataset to completion."""
+        uris = addresses(layout.plan, record.plan)
         return cls(
             output=str(layout.root),
             share=layout.share,
             sources=record.sources,
-            reads_ahead=READ_AHEAD_FAR if lies_far(layout.plan, record.plan) else READ_AHEAD,
+            reads_ahead=READ_AHEAD if all(map(is_local, uris)) else READ_AHEAD_FAR,
             identity=record.identity,
             dims=dims,
             with_label=record.source_options.label_from is not None,
@@ -57,7 +61,7 @@ class Job:
             quantised=record.quantised,
             token=token,
             created=record.created,
-            in_sight=in_sight(layout, record),
+            in_sight=in_sight(record.sources, uris),
         )
 
 
@@ -71,6 +75,16 @@ class Placement:
     cpus: int
     batch_size: int
     gpus: float = 0.0
+
+    @property
+    def forward_threads(self) -> int:
+        """Batches that are embedded at a time."""
+        return PASSES_ON_GPU if self.device == "cuda" else self.cpus
+
+    @property
+    def at_once(self) -> int:
+        """Images that may be done at the same time, after none for a while."""
+        return max(self.cpus * RUN_IMAGES, self.forward_threads * self.batch_size)
 
     @classmethod
     def of(cls, options: RuntimeOptions, identity: Identity, gpus: float, cpus: int) -> Self:

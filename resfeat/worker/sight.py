@@ -10,23 +10,34 @@ from contextlib import suppress
 
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ResfeatError
-from resfeat.plan import addresses
 from resfeat.sources import container_of, is_local, is_there, path_of
 
-FOLDERS = 8  # of images, that are looked at; more would be as many requests to a file server
+FOLDERS = 16  # of images, that are looked at; more would be as many requests to a file server
 
 
-def in_sight(layout: Layout, record: Record) -> tuple[str, ...]:
+def in_sight(sources: Sequence[str], uris: Sequence[str]) -> tuple[str, ...]:
     """Sources and folders on a disk that have images and are there. The workers need no table that
-    only lists what lies elsewhere."""
-    files = list(map(path_of, filter(is_local, addresses(layout.plan, record.plan))))
-    folders = sorted(set(map(os.path.dirname, files)))[:FOLDERS]
+    only lists what lies elsewhere. uris: of images, from all over the listing."""
+    files = set(map(path_of, filter(is_local, uris)))
     roots = [
         root
-        for root in record.sources
+        for root in sources
         if os.path.isabs(root) and (root in files or container_of(root) != "table")
     ]
+    folders = _far_apart(sorted(set(map(os.path.dirname, files))))
     return tuple(filter(_sees, dict.fromkeys((*roots, *folders))))
+
+
+def _far_apart(folders: Sequence[str]) -> list[str]:
+    """At most FOLDERS of these, in as many parts of the tree as can be: what is mounted, and may be
+    missing elsewhere, mostly is a folder high up."""
+    some = list(folders[:: -(-len(folders) // FOLDERS) or 1])
+    for depth in range(1, max((folder.count("/") for folder in folders), default=0) + 1):
+        tops = {tuple(folder.split("/")[: depth + 1]): folder for folder in reversed(folders)}
+        if len(tops) > FOLDERS:
+            break
+        some = list(tops.values())
+    return some
 
 
 def check_sight(layout: Layout, created: str, paths: Sequence[str], machine: str) -> None:

@@ -26,8 +26,6 @@ from resfeat.runtimes.torch import use_one_core
 from resfeat.spec import Decode, Identity, Preprocessing, RuntimeOptions
 from resfeat.worker.messages import Job, Placement
 
-# Forward passes at a time on a GPU: the copies of one run while the other is computed.
-PASSES_ON_GPU = 2
 # An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
 HUNG_SECONDS = 60.0
 # Pictures of fewer pixels are decoded without a look at memory. A worker without any larger ones
@@ -68,7 +66,7 @@ class Worker:
         self.layout = Layout(job.output, job.share)
         if job.token:
             self.layout.fence.check = partial(check_lease, self.layout, job.token)
-        self.forward_threads = PASSES_ON_GPU if placement.device == "cuda" else placement.cpus
+        self.forward_threads = placement.forward_threads
         size = placement.batch_size
         self.fits = size  # images that the device's memory is thought to hold at once
         with _memory_told(placement):

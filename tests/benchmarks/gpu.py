@@ -225,7 +225,7 @@ def embed_rate(at: Setting, count: int, together: Barrier) -> float:
     import stand_in
 
     from resfeat.runtimes import cuda
-    from resfeat.worker.worker import PASSES_ON_GPU
+    from resfeat.worker.messages import PASSES_ON_GPU
 
     with stand_in.gpu(at.device):
         weights = candidates.resolved(at.models[0], "bf16")

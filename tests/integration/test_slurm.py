@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -107,6 +110,39 @@ def test_the_three_scripts_are_one_from_a_line_on():
         assert f"sbatch {name}.sbatch OUT SRC" in text
 
 
+# Programs, as they are for a job that ends when its first signal comes.
+STAND_INS = {
+    "squeue": "echo 2026-11-26T12:00:00",
+    "scontrol": "exit 1",
+    "resfeat": """[ "$1" = extract ] || exit 1
+trap 'exit 143' TERM
+echo "until $SLURM_JOB_END_TIME" > told.new
+mv told.new told
+while :; do sleep 0.1; done""",
+}
+
+
+@pytest.mark.parametrize("given", ["", "1800000000"])
+def test_the_code_is_resfeats_also_where_it_ends_while_its_signal_is_taken(given, tmp_path):
+    """And it is told when the job ends, by older Slurms, too."""
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TZ": "UTC", "SLURM_JOB_ID": "1",
+        "SLURM_JOB_END_TIME": given,
+        # So that it has ended by the time that the script goes on.
+        "BASH_FUNC_kill%%": '() { builtin kill "$@"; set -- $?; sleep 0.5; return "$1"; }',
+    }  # fmt: skip
+    script = subprocess.Popen(["bash", SCRIPTS / "one_node.sbatch", "out", "photos"], env=env,
+                              cwd=tmp_path, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    until((tmp_path / "told").exists, 60)
+    assert (tmp_path / "told").read_text() == f"until {given or 1795694400}\n"
+    script.send_signal(signal.SIGUSR1)
+    assert "not queued again, since this run did no shard" in script.communicate(timeout=60)[1]
+    assert script.returncode == 143
+
+
 def test_a_job_whose_time_is_nearly_over_is_drained_queued_again_and_goes_on(
     slurm, pictures, single, gate, tmp_path
 ):
@@ -138,14 +174,19 @@ def test_a_job_that_comes_to_its_time_limit(slurm, pictures, single, gate, tmp_p
 
 
 @pytest.mark.more
-def test_a_job_that_did_no_shard_is_not_queued_again(slurm, pictures, tmp_path):
+def test_a_job_that_did_no_shard_is_not_queued_again_and_has_said_so_early(
+    slurm, pictures, tmp_path
+):
     hook = after_import(
-        {"resfeat.decoding.decode": UNHURRIED.replace("0.01", "9")}, tmp_path / "hook"
+        {"resfeat.decoding.decode": UNHURRIED.replace("0.01", "0.2")}, tmp_path / "hook"
     )
     env = {"PYTHONPATH": hook["PYTHONPATH"]}
-    job = slurm.submit("one_node.sbatch", tmp_path / "out", pictures, *QUICK, "--shard-size",
-                       IMAGES, folder=tmp_path, env=env)  # fmt: skip
-    until(lambda: f" of {IMAGES} images" in log_of(tmp_path, job))
+    table, picture = tmp_path / "images.csv", next(pictures.rglob("*.jpg"))
+    table.write_text("\n".join(["uri,key", *(f"{picture},{n}" for n in range(50_000))]))
+    job = slurm.submit("one_node.sbatch", tmp_path / "out", table, *QUICK, "--shard-size", 50_000,
+                       "--id-column", "key", "--cpus-per-worker", 2, folder=tmp_path, env=env,
+                       sbatch=["--time=20"])  # fmt: skip
+    until(lambda: "no shard will be done in the time of this job" in log_of(tmp_path, job))
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     assert outcome(*slurm.ended(job)) == ("FAILED", "143:0", "0")
     told = log_of(tmp_path, job)

@@ -121,13 +121,15 @@ def ray_here() -> list[Finding]:
 
 
 def cluster_there(asked: str | None) -> list[Finding]:
-    from resfeat.engines import reach
+    from resfeat.engines.cluster import address_of
 
-    address = reach.address_of(asked)
+    address = address_of(asked)
     if not address and asked:
         raise ResfeatError("none: RAY_ADDRESS is not set, and no Ray was started on this machine")
     if not address:
         return [Finding("Ray cluster", "none is set", "each run starts a Ray of its own")]
+    from resfeat.engines import reach
+
     must_answer_soon()
     try:
         reach.reach(address, ANSWER_SECONDS / 3)
