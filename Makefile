@@ -9,20 +9,32 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # with two the cores wait a third of the time, for faults to be noticed.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-more lint slow soak bench scale parity gpu clean
+# Else each of the hundreds of processes that tests start would compile all of resfeat again, and
+# each that collects all tests, where whoever runs this has forbidden Python to keep what it compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: demo test test-more lint style types tests slow soak bench scale parity gpu clean
 
 demo: $(VENV)/demo.done ## embed a few hundred real photographs, and a page of what comes of it
 	$(BIN)/python pipelines/demo.py demo
 
-test: lint ## ruff, mypy and the tests
+# mypy takes one core for most of a minute, and the tests do not keep two busy.
+test: style ## ruff, and then mypy and the tests, side by side
+	$(MAKE) --no-print-directory -j2 types tests
+
+tests: $(VENV)/dev.done
 	$(PYTEST)
 
 test-more: $(VENV)/dev.done ## the second tier: faults once more in another way, and what takes long; CI runs these too
 	$(PYTEST) -m more
 
-lint: $(VENV)/dev.done
+lint: style types
+
+style: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.done
 	$(BIN)/mypy
 
 slow: $(VENV)/dev.done ## the tests that take minutes

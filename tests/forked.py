@@ -15,7 +15,8 @@ from pathlib import Path
 
 # Nothing of resfeat's, which a hook (seams.py) may change while it is imported, and not Ray, which
 # reads the environment then.
-PRELOADED = ["torch", "pyarrow.parquet", "pyarrow.fs", "PIL.Image", "safetensors.torch"]
+PRELOADED = ["torch", "pyarrow.parquet", "pyarrow.fs", "PIL.Image", "safetensors.torch", "click",
+             "obstore", "pandas", "simplejpeg", "tenacity", "urllib3"]  # fmt: skip
 
 
 def start(

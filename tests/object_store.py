@@ -22,9 +22,11 @@ from contextlib import closing, nullcontext
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-import boto3
-from moto.server import ThreadedMotoServer
+from later import Later
 from pyarrow.fs import S3FileSystem, SubTreeFileSystem
+
+boto3 = Later("boto3")
+moto = Later("moto.server")
 
 ERRORS = {
     "403": "AccessDenied",
@@ -67,7 +69,7 @@ class ObjectStore(Endpoint):
 
     def __enter__(self):
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line per request
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
         self.endpoint = "http://{}:{}".format(*self._server.get_host_and_port())
         return self

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from later import Later
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.models import ResNet, get_model, get_model_weights
+
+models = Later("torchvision.models")
 
 
-def torchvision_model(name: str, seed: int) -> ResNet:
+def torchvision_model(name: str, seed: int) -> torch.nn.Module:
     """torchvision's network with random weights and batch norms that do something."""
     torch.manual_seed(seed)
-    model = get_model(name)
+    model = models.get_model(name)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.0)
@@ -32,11 +34,11 @@ def reference_embeddings(
 
     pixels: `resize_size` and `crop_size`, if not those of the published weights.
     """
-    model = get_model(name)
+    model = models.get_model(name)
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     model.fc = torch.nn.Identity()
     model.eval()
-    transforms = get_model_weights(name).DEFAULT.transforms(**pixels)
+    transforms = models.get_model_weights(name).DEFAULT.transforms(**pixels)
     embeddings = []
     with torch.inference_mode():
         for path in images:

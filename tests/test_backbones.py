@@ -8,22 +8,22 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torchvision.models as zoo
+from later import Later
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 from resfeat.backbones import find, outline, shapes
-from resfeat.backbones import torchvision as of_torchvision
 from resfeat.backbones.ours import IMAGENET
-from resfeat.backbones.torchvision import names
 from resfeat.backbones.weights import resolve
 from resfeat.decoding.decode import decode
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
+
+timm = Later("timm")
+zoo = Later("torchvision.models")
+of_torchvision = Later("resfeat.backbones.torchvision")
 
 
 def pixels_and_input(identity, count=2):
@@ -90,8 +90,8 @@ def test_torchvisions_network_gives_what_its_classifier_is_given(name):
 
 @pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.more)])
 def test_every_classification_network_of_torchvision_has_an_outline(step):
-    assert len(names()) >= 80
-    for name in names()[::step]:
+    assert len(of_torchvision.names()) >= 80
+    for name in of_torchvision.names()[::step]:
         crop = of_torchvision.default_pixels(name).crop
         ((tap, shape),) = shapes(f"torchvision:{name}", crop).items()
         assert tap == "pre_logits" and len(shape) == 1
@@ -180,8 +180,8 @@ def test_timms_weights_that_cannot_be_had_are_named(tmp_path, monkeypatch):
 def test_pixels_are_those_of_timms_own_transform(name, photos):
     family, rest = find(f"timm:{name}")
     pixels = family.default_pixels(rest)
-    config = resolve_data_config(pretrained_cfg=vars(timm.get_pretrained_cfg(name)))
-    transform = create_transform(**config)
+    config = timm.data.resolve_data_config(pretrained_cfg=vars(timm.get_pretrained_cfg(name)))
+    transform = timm.data.create_transform(**config)
     mean, std = (np.float32(each).reshape(3, 1, 1) for each in (config["mean"], config["std"]))
     for path in sorted(photos.rglob("*.png"))[::25]:
         with Image.open(path) as image:

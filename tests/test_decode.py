@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from broken import EXPECTED, write_broken
 from containers import heic
+from later import Later
 from PIL import Image, ImageFile
-from torchvision.models import ResNet50_Weights
-from torchvision.transforms import functional as F  # noqa: N812
 
 from resfeat.decoding import Loaded, Picture, load, quiet, resize
 from resfeat.errors import REASONS, Failure, ResfeatError
 from resfeat.sources import item_of, read
 from resfeat.spec import Preprocessing
+
+models = Later("torchvision.models")
+F = Later("torchvision.transforms.functional")
 
 module = importlib.import_module("resfeat.decoding.decode")  # its function has the same name
 PREPROCESSING = Preprocessing(
@@ -61,7 +63,7 @@ def gradient(width=320, height=240):
 
 
 def torchvisions_pixels(image):
-    transforms = ResNet50_Weights.DEFAULT.transforms()
+    transforms = models.ResNet50_Weights.DEFAULT.transforms()
     resized = F.resize(image.convert("RGB"), transforms.resize_size)
     return np.asarray(F.center_crop(resized, transforms.crop_size))
 

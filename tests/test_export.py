@@ -9,10 +9,10 @@ import sys
 import time
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from command import error_of
+from later import Later
 from object_store import ObjectStore
 from pictured import FEW, MANY, invent, invented
 from small import embed, write_pictures
@@ -21,6 +21,8 @@ from tables import rows
 from resfeat import open_dataset
 from resfeat.downstream import export as module
 from resfeat.downstream.index import write_index
+
+pd = Later("pandas")
 
 FORMS = ("npy", "clip", "faiss", "lance")
 

@@ -11,13 +11,15 @@ import numpy as np
 import pillow_heif
 import pytest
 from containers import avif, heic
+from later import Later
 from PIL import AvifImagePlugin, Image, ImageOps
-from torchvision.transforms import functional as F  # noqa: N812
 
 from resfeat.decoding import Picture, decode
 from resfeat.decoding.boxes import kind_of
 from resfeat.sources.rules import may_be_passed_over
 from resfeat.spec import Preprocessing
+
+F = Later("torchvision.transforms.functional")
 
 c_heif = importlib.import_module("_pillow_heif")
 PREPROCESSING = Preprocessing(

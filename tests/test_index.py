@@ -8,12 +8,12 @@ import subprocess
 import sys
 import warnings
 
-import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command import error_of
 from invented import clustered, commit, write_dataset
+from later import Later
 from small import embed, write_pictures
 
 from resfeat import downstream
@@ -24,6 +24,8 @@ from resfeat.downstream.index import index as index_module
 from resfeat.downstream.index.kinds import COARSE, KINDS, bytes_of, choose
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.storage.draft import DiskDraft
+
+faiss = Later("faiss")
 
 ROWS, DIM, SHARD = 2000, 32, 250
 LEAST = {"flat": 1, "ivf": 0.9, "sq8": 0.9, "pq": 0.2, "hnsw": 0.9}

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 
 import images
-import kubernetes_validate
 import pods
 import pyarrow.dataset as ds
 import pytest
 import seams
 import yaml
 from kustomized import manifests
+from later import Later
 from PIL import Image
+
+kubernetes_validate = Later("kubernetes_validate")
 
 FOLDER = pods.ROOT / "pipelines" / "kubernetes"
 DOCKER = pods.ROOT / "docker"

@@ -7,13 +7,15 @@ from datetime import UTC, datetime
 from urllib.parse import quote
 
 import pytest
-from moto.s3.models import s3_backends
+from later import Later
 from object_store import FaultyProxy, ObjectStore
 
 from resfeat.errors import Failure, StoreError, UsageError
 from resfeat.sources import item_of, listing, read, rules
 from resfeat.spec import SourceOptions
 from resfeat.storage import remote as stores
+
+moto = Later("moto.s3.models")
 
 ODD = ["a b.jpg", "100%.jpg", "%41.jpg", "a+b.jpg", "#1.jpg", "what?.jpg", "-rf.jpg", " lead.jpg",
        "\u00e9.jpg", "e\u0301.jpg", "\u65e5\u672c/\u8a9e.png", "a&b=c;d.jpg", "[a]*.jpg", "'\".jpg",
@@ -171,7 +173,7 @@ def test_an_address_without_a_bucket_is_refused(address, put):
 def test_a_listing_of_more_than_a_page_is_whole_whatever_befalls_the_second(put, proxy):
     names = [f"{number:04d}" for number in range(1_010)]
     root = put()
-    store = s3_backends["123456789012"]["aws"]  # a request for each would take twenty seconds
+    store = moto.s3_backends["123456789012"]["aws"]  # a request for each would take twenty seconds
     for name in names:
         store.put_object(root.removeprefix("s3://"), f"in/{name}", name.encode())
     befalls = iter(["cut", "reset", "503", "lost"])

@@ -9,32 +9,33 @@ import pyarrow as pa
 import pytest
 from command import error_of
 from labelled import invent
+from later import Later
 from PIL import Image
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer
 from small import embed
 
-from resfeat.downstream.learning import Classifier, gather, in_order, labels_of, open_views, probe
+from resfeat.downstream.learning import Classifier, gather, in_order, labels_of, open_views
 from resfeat.downstream.learning.confusion import FULL, PAPER, confusion_picture
+
+probe = Later("resfeat.downstream.learning.probe")
 
 DIGITS = 300
 
 
-class Damped(TransformerMixin, BaseEstimator):
-    """Dimensions divided by their spread and half of that of all."""
+def regression(*before):
+    """scikit-learn's, of dimensions divided by their spread and half of that of all."""
 
-    def fit(self, vectors, which):
-        self.mean_, spread = vectors.mean(axis=0), vectors.std(axis=0)
-        self.scale_ = spread + 0.5 * np.linalg.norm(spread) / len(spread) ** 0.5
-        return self
+    from sklearn import base, linear_model, pipeline
 
-    def transform(self, vectors):
-        return (vectors - self.mean_) / self.scale_
+    class Damped(base.TransformerMixin, base.BaseEstimator):
+        def fit(self, vectors, which):
+            self.mean_, spread = vectors.mean(axis=0), vectors.std(axis=0)
+            self.scale_ = spread + 0.5 * np.linalg.norm(spread) / len(spread) ** 0.5
+            return self
+
+        def transform(self, vectors):
+            return (vectors - self.mean_) / self.scale_
+
+    return pipeline.make_pipeline(*before, Damped(), linear_model.LogisticRegression(max_iter=1000))
 
 
 def ids(count):
@@ -68,15 +69,17 @@ def overlapping(tmp_path_factory):
 
 
 def test_the_scores_are_those_of_scikit_learn(overlapping):
+    from sklearn import model_selection, neighbors, preprocessing
+
     data = data_of(overlapping)
     raw = np.concatenate([vectors for _, vectors in open_views([str(overlapping)])[0][0].vectors()])
-    folds = StratifiedKFold(5, shuffle=True, random_state=3)
-    linear = make_pipeline(Normalizer(), Damped(), LogisticRegression(max_iter=1000))
-    nearest = KNeighborsClassifier(4, metric="cosine", weights="distance")
+    folds = model_selection.StratifiedKFold(5, shuffle=True, random_state=3)
+    linear = regression(preprocessing.Normalizer())
+    nearest = neighbors.KNeighborsClassifier(4, metric="cosine", weights="distance")
     found = measured(data, folds=5, k=4, seed=3)
     assert [score.classifier for score in found.scores] == ["k-NN (4)", "logistic regression"]
     for model, score in zip((nearest, linear), found.scores, strict=True):
-        guessed = cross_val_predict(model, raw, data.which, cv=folds)
+        guessed = model_selection.cross_val_predict(model, raw, data.which, cv=folds)
         assert score.top1 == pytest.approx((guessed == data.which).mean())
         assert 0.4 < score.top1 < score.top5 < 1
     expected = np.zeros((7, 7), int)
@@ -144,8 +147,7 @@ def test_a_class_without_a_vote_is_not_among_the_first_five():
 def test_two_classes_are_decided_as_by_scikit_learn(tmp_path):
     labels, vectors = clusters(2, 40, 6, spread=1.2)
     data = data_of(invent(tmp_path / "out", ids(80), vectors, label=labels))
-    reference = make_pipeline(Damped(), LogisticRegression(max_iter=1000))
-    expected = reference.fit(data.vectors, data.which).predict_proba(data.vectors)
+    expected = regression().fit(data.vectors, data.which).predict_proba(data.vectors)
     made = probe.learn(data)
     best, probability = made.decide([made.share(0, vectors)])
     assert np.array_equal(best, expected.argmax(axis=1))
@@ -207,8 +209,7 @@ def test_what_is_saved_and_loaded_decides_as_before(overlapping, resfeat, tmp_pa
         pa.Table.from_batches(Predictions.of_datasets(each, [dataset])) for each in (made, loaded)
     )
     assert before.equals(after) and before["id"].to_pylist() == ids(140)
-    reference = make_pipeline(Damped(), LogisticRegression(max_iter=1000))
-    expected = reference.fit(data.vectors, data.which).predict(data.vectors)
+    expected = regression().fit(data.vectors, data.which).predict(data.vectors)
     assert before["label"].to_pylist() == [f"c{n}" for n in expected]
 
     done = resfeat("predict", tmp_path / "saved", overlapping, "-o", tmp_path / "new.parquet")
@@ -225,6 +226,8 @@ def test_what_is_saved_and_loaded_decides_as_before(overlapping, resfeat, tmp_pa
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """Handwritten digits, embedded by two small networks, and their raw pixels as a dataset."""
+    from sklearn.datasets import load_digits
+
     folder, there = tmp_path_factory.mktemp("digits"), load_digits()
     names = []
     for number, (pixels, digit) in enumerate(zip(there.images, there.target, strict=True)):
@@ -244,7 +247,7 @@ def test_digits_by_networks_of_chance_together_and_beside_their_pixels(
     digits, resfeat, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(digits)
-    monkeypatch.setattr(probe, "DRAWS", 1)
+    monkeypatch.setattr("resfeat.downstream.learning.probe.DRAWS", 1)
     done = resfeat("probe", "avg", "max", "--folds", 5, "--save", tmp_path / "p",
                    "--picture", tmp_path / "c.png", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr

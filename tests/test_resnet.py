@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from later import Later
 from reference import torchvision_model
-from torchvision.models import get_model_weights
 
-from resfeat.backbones import build, numbers, ours, outline, shapes, torchvision
+from resfeat.backbones import build, numbers, ours, outline, shapes
 from resfeat.backbones.architecture import cifar
 from resfeat.backbones.ours import BACKBONES, LIKE_TORCHVISION, default_pixels
 from resfeat.backbones.pooling import pool
@@ -13,6 +13,9 @@ from resfeat.backbones.resnet import Block, initialise
 from resfeat.backbones.weights import resolve
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
+
+models = Later("torchvision.models")
+torchvision = Later("resfeat.backbones.torchvision")
 
 CLASSIFIER_OF_CIFAR = 64 * 10 + 10
 
@@ -115,7 +118,7 @@ def test_embeddings_equal_torchvision_without_its_classifier(name):
 
 @pytest.mark.parametrize("name", LIKE_TORCHVISION)
 def test_parameters_and_flops_are_those_that_torchvision_publishes(name):
-    meta = get_model_weights(name).DEFAULT.meta
+    meta = models.get_model_weights(name).DEFAULT.meta
     dim = shapes(name, 224)["avgpool"][0]
     assert parameters(name) + dim * 1000 + 1000 == meta["num_params"]
     assert gflops(name) + dim * 1000 / 1e9 == pytest.approx(meta["_ops"], abs=6e-4)

@@ -7,12 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-import datasets
-import pandas
-import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from later import Later
 from object_store import FaultyProxy, ObjectStore
 from small import embed, embedded_pictures, failures_of, image_table, vectors_of
 from tables import rows
@@ -23,6 +21,10 @@ from resfeat.errors import Failure, UsageError
 from resfeat.sources import Item, cells, item_of, listing, read, read_ahead, runs
 from resfeat.spec import SourceOptions
 from resfeat.storage import remote as stores
+
+datasets = Later("datasets")
+pandas = Later("pandas")
+polars = Later("polars")
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import uuid
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from later import Later
 from object_store import FaultyProxy, ObjectStore
 
 from resfeat.errors import StoreError, UsageError
@@ -27,6 +27,8 @@ from resfeat.storage import (
     sha256,
     write_whole,
 )
+
+boto3 = Later("boto3")
 
 LARGE = 12 * 1024**2  # more than obstore would send in one piece
 MANY = 5  # faults, one after the other

@@ -9,11 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas
-import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from later import Later
 from small import embed, embedded_pictures, failures_of, image_table, messages_of, vectors_of
 from tables import rows
 
@@ -26,6 +25,9 @@ from resfeat.sources.formats import RowFile
 from resfeat.spec import SourceOptions
 from resfeat.worker import Job
 from resfeat.worker.messages import READ_AHEAD, READ_AHEAD_FAR
+
+pandas = Later("pandas")
+polars = Later("polars")
 
 
 @pytest.fixture(scope="module")

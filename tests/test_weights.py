@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
+from later import Later
 from reference import torchvision_model
-from torchvision.models import ResNet50_Weights, get_model
 
 from resfeat.backbones import build
 from resfeat.backbones.checkpoint import origin_of
@@ -25,6 +24,9 @@ from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.torch import TorchRuntime
 from resfeat.spec import FeatureSpec
+
+timm = Later("timm")
+models = Later("torchvision.models")
 
 
 def load(model, weights, **choices):
@@ -48,7 +50,7 @@ def test_published_weights_come_from_hubs_cache_with_their_preprocessing(
     name, resize, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    entry = ResNet50_Weights[name]
+    entry = models.ResNet50_Weights[name]
     cached = tmp_path / "hub" / "checkpoints" / os.path.basename(entry.url)
     cached.parent.mkdir(parents=True)
     torch.save(torchvision_model("resnet50", seed=resize).state_dict(), cached)
@@ -72,7 +74,7 @@ def test_unreachable_weights_name_the_url_the_cache_path_and_the_option(tmp_path
     with pytest.raises(ResfeatError) as raised:
         load("resnet50", "DEFAULT")
     assert time.monotonic() - started < 5
-    url = ResNet50_Weights.DEFAULT.url
+    url = models.ResNet50_Weights.DEFAULT.url
     cached = tmp_path / "hub" / "checkpoints" / os.path.basename(url)
     for part in (url, str(cached), "--weights PATH"):
         assert part in str(raised.value)
@@ -205,7 +207,7 @@ def test_checkpoints_of_training_scripts_give_the_vectors_of_their_network(
     (note,) = weights.notes
     assert TOLD[kind] in note
 
-    theirs = get_model("resnet18")
+    theirs = models.get_model("resnet18")
     theirs.load_state_dict(tensors)
     theirs.fc = torch.nn.Identity()
     runtime = TorchRuntime(weights.identity, weights.tensors, "cpu")
@@ -278,7 +280,7 @@ def test_a_checkpoint_of_another_depth_is_refused_by_its_keys(tmp_path):
         (50, 18, "layer1.0.conv3.weight is unknown"),
         (18, 50, "layer1.0.downsample.0.weight is missing"),
     ):
-        torch.save(get_model(f"resnet{depth}").state_dict(), tmp_path / "w.pth")
+        torch.save(models.get_model(f"resnet{depth}").state_dict(), tmp_path / "w.pth")
         told_all = f"do not fit resnet{asked}: .*and .* more; give --model resnet{depth}$"
         with pytest.raises(ResfeatError, match=told_all):
             load(f"resnet{asked}", str(tmp_path / "w.pth"))

@@ -35,9 +35,14 @@ def test_failures_say_what_is_wrong(inline, collection):
 
 
 @pytest.fixture(scope="module")
-def of_usual_size(photos, choices, extracted):
+def of_usual_size(photos, choices, once, extracted):
     """Some of the photographs, with the pixels of the published weights, by the usual runtime."""
-    source = photos / "flower"
+
+    def write(folder):
+        for photo in sorted((photos / "flower").iterdir())[:25]:
+            os.link(photo, folder / photo.name)
+
+    source = once("flowers", write)
     options = [*choices, "--resize", 256, "--crop", 224, "--runtime", "auto", "--workers", 0]
     return extracted("of-usual-size", source, *options), source, {}
 
@@ -124,7 +129,7 @@ def test_too_many_failures_is_exit_code_3(tmp_path, resfeat):
     Image.new("RGB", (64, 64)).save(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "bad.png").write_bytes(b"bad")
     command = ["extract", tmp_path / "in", "-o", tmp_path / "out", "--model", "cifar_resnet20",
-               "--weights", "random:0", "--workers", 0]  # fmt: skip
+               "--weights", "random:0", "--workers", 0, "--runtime", "torch"]  # fmt: skip
     done = resfeat(*command)
     assert done.returncode == 3
     assert "50.0% of the images failed, more than --max-error-rate 5.0%" in done.stderr
@@ -154,7 +159,7 @@ def test_a_file_that_changed_after_it_was_listed_is_noticed(what, tmp_path, monk
         output=str(tmp_path / "out"),
         model="cifar_resnet20",
         weights="random:0",
-        runtime=resfeat.RuntimeOptions(workers=0),
+        runtime=resfeat.RuntimeOptions(workers=0, runtime="torch"),
     )
     report = resfeat.extract(spec)
     assert (report.changed, report.failed) == (1, 0)

@@ -5,21 +5,23 @@ import json
 import shutil
 from pathlib import Path
 
-import duckdb
 import numpy as np
-import pandas as pd
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from command import error_of
+from later import Later
 from tables import rows, vectors
 
 from resfeat import open_dataset
 from resfeat.backbones.ours import BACKBONES
 from resfeat.cli import main
 from resfeat.fidelity.parity import cosine
+
+duckdb = Later("duckdb")
+pd = Later("pandas")
+pl = Later("polars")
 
 CHOICES = ["--model", "resnet18", "--weights", "random:0", "--resize", "72", "--crop", "64"]
 

@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import faiss
 import nightly
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from command import call, error_of
 from forked import start
+from later import Later
 from object_store import ObjectStore
 from PIL import Image
 from seams import after_import
@@ -25,6 +25,8 @@ from tables import rows
 
 from resfeat.dataset import Layout, held, open_dataset
 from resfeat.downstream import open_index
+
+faiss = Later("faiss")
 
 SCRIPT = Path(nightly.__file__)
 README = (SCRIPT.parents[1] / "README.md").read_text()

@@ -12,17 +12,18 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import packaged
 import pytest
-import timm
 import torch
-from benchmarks import edits
 from broken import write_broken
+from later import Later
 from photos import photographs
 from PIL import Image
 from safetensors.torch import load_file
 from test_page import told_by
-from timm.data import create_transform, resolve_data_config
+
+edits = Later("benchmarks.edits")
+packaged = Later("packaged")
+timm = Later("timm")
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 QUICK = ["--model", "cifar_resnet20", "--weights", "random:0", "--runtime", "torch"]
@@ -73,7 +74,7 @@ def test_the_packaged_weights_know_what_they_see(tmp_path):
     packaged.write_weights(tmp_path / "imagenet.safetensors")
     network = timm.create_model(packaged.NETWORK, pretrained=False).eval()
     network.load_state_dict(load_file(tmp_path / "imagenet.safetensors"))
-    to_pixels = create_transform(**resolve_data_config(model=network))
+    to_pixels = timm.data.create_transform(**timm.data.resolve_data_config(model=network))
     seen = photographs()
     pictures = torch.stack([to_pixels(seen[name]) for name in ("coffee", "china", "chelsea")])
     with torch.inference_mode():

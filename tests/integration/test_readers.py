@@ -1,16 +1,18 @@
 """The dataset as it stands, in the readers that people use."""
 
-import datasets
-import duckdb
 import numpy as np
-import pandas as pd
-import polars as pl
 import pyarrow.dataset as ds
 import pytest
+from later import Later
 from tables import rows, vectors
 
 import resfeat
 from resfeat.dataset.verify import verify
+
+datasets = Later("datasets")
+duckdb = Later("duckdb")
+pd = Later("pandas")
+pl = Later("polars")
 
 
 @pytest.fixture(scope="module")

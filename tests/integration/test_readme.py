@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from command import share_ray
+from later import Later
 from object_store import ObjectStore
 from reference import torchvision_model
-from torchvision.models import ResNet50_Weights
 
 from resfeat.backbones.ours import LIKE_TORCHVISION
 from resfeat.fidelity.parity import LEAST, LEAST_OTHERWISE
 from resfeat.runtimes import OFFERED, REFERENCE
+
+models = Later("torchvision.models")
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -60,7 +62,7 @@ def home(photos, tmp_path_factory):
     (folder / "job.toml").write_text(*blocks("toml"))
     cache = folder / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    published = cache / os.path.basename(ResNet50_Weights.DEFAULT.url)
+    published = cache / os.path.basename(models.ResNet50_Weights.DEFAULT.url)
     torch.save(torchvision_model("resnet50", seed=0).state_dict(), published)
     torch.save(torchvision_model("resnet18", seed=1).state_dict(), folder / "finetuned.pth")
     return folder
@@ -91,12 +93,13 @@ def run(words, folder):
 # Of what takes five minutes otherwise.
 FEW = ["--depths", "20", "--epochs", "1", "--images", "20"]
 
-# Some have one extract after another, all of which other tests try, too; test_learning.py tries the
-# pipelines in less time.
+# Some have one extract after another, all of which other tests try, too. test_learning.py tries the
+# pipelines in less time, test_doctor.py the doctor, and who made .venv the installation.
+ELSEWHERE = ("degradation", "resfeat doctor", "pip install")
 LATER = [
     n for n, lines in enumerate(SESSIONS)
     if (FIRST not in lines and sum("resfeat extract" in line for line in lines) > 1)
-    or any("degradation" in line for line in lines)
+    or any(each in line for line in lines for each in ELSEWHERE)
 ]  # fmt: skip
 
 
@@ -110,6 +113,7 @@ def test_the_commands(session, home, store, resfeat, monkeypatch):
     which is in this one; the others share a Ray."""
     assert len(SESSIONS[session]) >= 1
     monkeypatch.chdir(home)
+    monkeypatch.setattr("resfeat.reporting.bench.SECONDS", 0.2)  # of each stage, for all cores
     share_ray()
     for command in SESSIONS[session]:
         words = shlex.split(command)
@@ -140,10 +144,10 @@ def test_the_python(home, store, resfeat, monkeypatch):
     if not (home / "embeddings").exists():
         (session,) = (n for n, commands in enumerate(SESSIONS) if FIRST in commands)
         test_the_commands(session, home, store, resfeat, monkeypatch)
-    for block in blocks("python"):
-        told = run([sys.executable, "-c", block], home)
-        if "print(report" in block:
-            assert told.startswith("16 0 ") and "16 (16, 512)" in told
+    # One process, which imports torch once; each block has only the names that it makes itself.
+    every = "import sys\nfor block in sys.argv[1:]:\n    exec(block, {})"
+    told = run([sys.executable, "-c", every, *blocks("python")], home)
+    assert told.startswith("16 0 ") and "16 (16, 512)" in told
 
 
 def test_the_parity_tables_are_whole_and_within_the_goals_and_the_readme_says_no_more():

@@ -8,19 +8,21 @@ import ssl
 import threading
 
 import azure
-import boto3
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from gcs import GoogleStore
-from moto.server import ThreadedMotoServer
+from later import Later
 
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.spec import FeatureSpec
 from resfeat.storage import Fence, locate, remote, write_whole
+
+boto3 = Later("boto3")
+moto = Later("moto.server")
 
 
 def load(weights):
@@ -100,7 +102,7 @@ def bucket(checkpoint, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

@@ -9,19 +9,21 @@ import threading
 from functools import partial
 from pathlib import Path
 
-import boto3
-import datasets
-import pandas
-import polars
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 from azure import AzureStore, azurite
 from gcs import GoogleStore
+from later import Later
 from object_store import ObjectStore
 from tables import rows
 
 from resfeat.storage import Fence, locate, remote, write_whole
+
+boto3 = Later("boto3")
+datasets = Later("datasets")
+pandas = Later("pandas")
+polars = Later("polars")
 
 COUNT = 100
 FEATURES = ["--model", "cifar_resnet20", "--weights", "random:0", "--resize", "36", "--crop", "32"]

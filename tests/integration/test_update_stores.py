@@ -22,7 +22,7 @@ from command import call, error_of
 from forked import start
 from gcs import GoogleStore
 from integration.test_partitions import OPTIONS, behind_a_gate, commits, ended, named, until
-from moto.s3.models import s3_backends
+from later import Later
 from object_store import FaultyProxy, ObjectStore, RandomFaults
 from PIL import Image
 from seams import KILL_AT_STEP, after_import
@@ -31,6 +31,8 @@ from tables import rows
 from resfeat import open_dataset
 from resfeat.dataset import commit, generation
 from resfeat.storage import Fence, locate, remote, remove, write_whole
+
+moto = Later("moto.s3.models")
 
 IMAGES, SHARD, SHARDS = 22, 5, 5
 ADDED, CHANGED, REMOVED = 2, 3, 1
@@ -97,7 +99,7 @@ def fill(objects, is_changed):
             each.delete()
     for name, content in wanted.items():
         bucket.put_object(Key=f"tree/{name}", Body=content)
-    for key in s3_backends["123456789012"]["aws"].buckets["followed"].keys.values():
+    for key in moto.s3_backends["123456789012"]["aws"].buckets["followed"].keys.values():
         key.last_modified = THEN
 
 

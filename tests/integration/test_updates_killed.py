@@ -10,18 +10,20 @@ from collections import Counter
 from random import Random
 from types import SimpleNamespace
 
-import duckdb
 import numpy as np
-import polars as pl
 import pyarrow.dataset as ds
 import pytest
 from changing import FEATURES, SMALL, Collection, content, every_row, parts_of
 from forked import start
+from later import Later
 from seams import KILL_AT_STEP, UNHURRIED, after_import
 
 from resfeat import open_dataset
 from resfeat.dataset import Layout, commit, generation
 from resfeat.dataset.verify import repair, verify
+
+duckdb = Later("duckdb")
+pl = Later("polars")
 
 # After a kill each shard starts decoders of its own: a few shards will do.
 CHOICES = [*FEATURES, *SMALL, "--shard-size", 8]
