@@ -18,7 +18,7 @@ from small import embed, write_pictures
 
 from resfeat import downstream
 from resfeat.dataset import Parts, open_dataset
-from resfeat.downstream import Wanted, build_index, open_index
+from resfeat.downstream import Neighbours, Wanted, build_index, open_index
 from resfeat.downstream.index import About
 from resfeat.downstream.index import index as index_module
 from resfeat.downstream.index.kinds import COARSE, KINDS, bytes_of, choose
@@ -82,6 +82,13 @@ def recall(found, expected):
     return sum(len(set(row) & set(true)) for row, true in pairs) / expected.size
 
 
+def by_index(index, queries, k):
+    """One query after another: of many, exact search is quicker."""
+    found = [index.search(query, k) for query in queries]
+    ids, scores = zip(*((each.ids, each.scores) for each in found), strict=True)
+    return Neighbours(np.concatenate(ids), np.concatenate(scores))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_faiss_opens_it_without_us_and_finds_what_is_near(kind, whole, vectors, tmp_path):
     shutil.copytree(whole.layout.root, tmp_path / "out")
@@ -100,7 +107,7 @@ def test_faiss_opens_it_without_us_and_finds_what_is_near(kind, whole, vectors, 
     by_faiss = [[int(id_of[n].partition(".")[0]) for n in row] for row in found]
     assert recall(by_faiss, expected) >= LEAST[kind]
 
-    ours = open_index(dataset).search(queries, 10)
+    ours = by_index(open_index(dataset), queries, 10)
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = np.take_along_axis((queries / lengths) @ units.T, np.array(numbers(ours)), axis=1)
     assert np.allclose(ours.scores, cosines, atol=1e-6) and ours.scores.dtype == np.float32
@@ -113,8 +120,8 @@ def test_faiss_opens_it_without_us_and_finds_what_is_near(kind, whole, vectors, 
         assert np.array_equal(ours.scores[is_same], exact.scores[is_same])
     else:
         assert numbers(ours) == by_faiss and np.allclose(ours.scores, scores)
-    # It was measured on other rows than these, which are like them.
-    assert abs(about.measured.recall_at_10 - recall(by_faiss, expected)) < 0.1
+    # As a search does it; on other rows than these, which are like them.
+    assert abs(about.measured.recall_at_10 - recall(numbers(ours), expected)) < 0.1
     assert about.measured.queries == 200 and about.measured.rows == ROWS - 200
 
 
@@ -152,17 +159,45 @@ def test_what_codes_find_is_compared_in_small_pieces_too(dataset, vectors, monke
     build_index(dataset, Wanted(kind="sq8", metric="l2"))
     queries, index = clustered(30, DIM, seed=3), open_index(dataset)
     index.faiss.nprobe = index.faiss.nlist  # all lists
-    whole = index.search(queries, 5)
-    expected = nearest(vectors, queries, 5, "l2")
+    whole = index.search(queries, 2)
+    expected = nearest(vectors, queries, 2, "l2")
     assert recall(numbers(whole), expected) > 0.95
     far = np.linalg.norm(queries[:, None] - vectors[np.array(numbers(whole))], axis=2)
     assert np.allclose(whole.scores, far, rtol=1e-6)
-    monkeypatch.setattr("resfeat.downstream.index.index.RANKED_BYTES", 7 * 4 * DIM * 4 * 5)
-    pieces = index.search(queries, 5)
+    monkeypatch.setattr("resfeat.downstream.index.index.RANKED_BYTES", 7 * 4 * DIM)
+    monkeypatch.setattr("resfeat.downstream.index.index.RANKED_PAIRS", 7 * 4 * 2)
+    pieces = index.search(queries, 2)
     assert np.array_equal(pieces.ids, whole.ids) and np.array_equal(pieces.scores, whole.scores)
     commit(dataset.layout, 0, ["other.jpg"], vectors[:1])  # since the index was opened
     with pytest.raises(ResfeatError, match="changed while it was searched"):
-        index.search(vectors[:50], 5)
+        index.search(vectors[:50], 1)
+
+
+def test_where_codes_find_nearly_all_exact_search_is_quicker(whole, vectors, tmp_path, monkeypatch):
+    shutil.copytree(whole.layout.root, tmp_path / "out")
+    build_index(open_dataset(tmp_path / "out"), Wanted(kind="pq"))
+    index, ranked, rank = open_index(open_dataset(tmp_path / "out")), [], index_module.rank
+    monkeypatch.setattr(index_module, "rank", lambda *how: ranked.append(how) or rank(*how))
+    index.faiss.nprobe = index.faiss.nlist  # all lists
+    # 16 times k are compared once more.
+    for count, k, by_codes in [(1, 12, 1), (1, 13, 0), (10, 1, 1), (10, 2, 0), (2000, 10, 0)]:
+        found = index.search(vectors[:count], k)
+        assert len(ranked) == by_codes
+        ranked.clear()
+        if not by_codes:
+            exact = downstream.nearest(open_dataset(tmp_path / "out"), vectors[:count], k)
+            assert np.array_equal(found.ids, exact.ids)
+
+
+def test_many_queries_read_each_part_once(dataset, vectors, monkeypatch):
+    build_index(dataset, Wanted(kind="sq8"))
+    index, read, find = open_index(dataset), [], type(dataset).find
+    monkeypatch.setattr(
+        type(dataset), "find",
+        lambda self, ids, layer, shards: read.extend(shards) or find(self, ids, layer, shards),
+    )  # fmt: skip
+    index.search(clustered(40, DIM, seed=3), 2)
+    assert read == sorted(set(read)) and len(read) > 4
 
 
 @pytest.mark.parametrize("k", [0, -1])

@@ -71,8 +71,6 @@ def index(
 
 
 def _measured(about: About) -> str:
-    from resfeat.downstream.index import COARSE
-
     measured = about.measured
     if measured.recall_at_10 is None:
         return "Too few rows to hold any out and measure it"
@@ -81,8 +79,6 @@ def _measured(about: About) -> str:
         f"{measured.seconds * 1e3:,.3g} ms a query, and {measured.exact_seconds * 1e3:,.3g} by "
         "exact search"
     )
-    if about.kind in COARSE:
-        text += ". That is by its codes; search compares what they find once more, by the vectors"
     if about.changed:
         text += f" (measured when it was made; {about.changed:,} rows came or went since)"
     return text

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,15 +38,19 @@ FORMAT = 1
 # Of larger files only the beginning and the end are checked: reading them would take as long as an
 # exact search.
 CHECKED_BYTES = 512 << 20
-RANKED_BYTES = 64 << 20  # of vectors that are compared once more at a time
+# What is compared once more at a time: vectors, and pairs of a query and a vector.
+RANKED_BYTES, RANKED_PAIRS = 64 << 20, 2 << 20
+# To read a row by itself and compare it takes as long as exact search takes to read so many, one
+# after another; and it reads one while it compares one with so many queries. Of 20,000 rows of 512
+# and 2,048 values these were 5 to 14, and 58 and 39.
+ALONE, TOGETHER = 10, 50
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How FAISS did with it on rows that were held out, when it was made; `search` compares what an
-    index of codes finds once more, and finds more. recall_at_10: the share of their ten nearest, by
-    exact search, that it found; None for fewer than five rows. Seconds: a query, as one of all that
-    were asked together."""
+    """How a search by it did on rows that were held out, when it was made. recall_at_10: the share
+    of their ten nearest, by exact search, that it found; None for fewer than five rows. seconds: a
+    query, as one of all that were asked together."""
 
     rows: int
     queries: int
@@ -170,9 +174,10 @@ class Index:
         """The k nearest images to each query, float32 [Q, D], or to one, [D], nearest first.
 
         What an index of codes (sq8, pq) finds is read in the dataset and compared once more, so
-        that scores are true ones. By exact search where the index is stale, with a warning, or
-        finds less than k. Raises ResfeatError where it is damaged, and UsageError as
-        `search.nearest` does, and where faiss is not installed.
+        that scores are true ones. By exact search where the index is stale, with a warning, where
+        it finds less than k, or where that is quicker than to compare all that codes find. Raises
+        ResfeatError where it is damaged, and UsageError as `search.nearest` does, and where faiss
+        is not installed.
         """
         check_k(k)
         about, asked = self.about, np.atleast_2d(queries)
@@ -180,41 +185,59 @@ class Index:
             warnings.warn(f"{self.stale}: this search is exact", stacklevel=2)
             return nearest(self._dataset, asked, k, self._layer, about.metric)
         check_vectors(self._dataset, asked, "the queries", self._layer)
-        times = COARSE[about.kind].times if about.kind in COARSE else 1
-        scores, found = self.nearest(prepared(asked, about.metric), times * k)
+        coarse = COARSE.get(about.kind)
+        wanted = coarse.times * k if coarse else k
+        if coarse and self._is_slow(len(asked), min(wanted, about.rows)):
+            return nearest(self._dataset, asked, k, self._layer, about.metric)
+        scores, found = self.nearest(prepared(asked, about.metric), wanted)
         if ((found >= 0).sum(axis=1) < min(k, about.rows)).any():
             # As where the lists that it looks into hold less.
             return nearest(self._dataset, asked, k, self._layer, about.metric)
-        if about.kind in COARSE:
+        if coarse:
             return self._ranked(asked, found, k)
         names = self.ids["id"].take(self.places_of(found.ravel())).to_pylist()
         if about.metric == "l2":
             scores = np.sqrt(scores)  # FAISS gives squares
         return Neighbours(np.array(names, np.object_).reshape(found.shape), scores)
 
+    def _is_slow(self, queries: int, found: int) -> bool:
+        """Whether exact search is done before so many rows a query are compared once more."""
+        return ALONE * queries * found >= self.about.rows * (1 + queries / TOGETHER)
+
     def _ranked(self, queries: NDArray[np.float32], found: NDArray[np.int64], k: int) -> Neighbours:
         """The k nearest of what was found, by the vectors themselves."""
         ranked = []
-        some = max(1, RANKED_BYTES // (4 * self.about.dim * found.shape[1]))
+        some = max(1, RANKED_PAIRS // found.shape[1])
         for start in range(0, len(queries), some):
             of_some = found[start : start + some]
             numbers = np.unique(of_some[of_some >= 0])
             places = self.places_of(numbers)
-            names = self.ids["id"].take(places).to_pylist()
-            shards = np.unique(self.shards[places]).tolist()
-            there = self._dataset.find(names, self._layer, shards)
-            if len(there) < len(names):
-                raise ResfeatError(
-                    f"{self._dataset.layout.root} changed while it was searched: is a run writing "
-                    "there? `resfeat index` brings the index up to date"
-                )
-            rows = np.array(names, np.object_), np.stack([there[name] for name in names])
-            own = np.where(of_some < 0, -1, np.searchsorted(numbers, of_some))
+            by_part = np.argsort(self.shards[places], kind="stable")
+            own = np.argsort(by_part)[np.searchsorted(numbers, of_some)]
+            own[of_some < 0] = -1
+            rows = self._rows_at(places[by_part])
             ranked.append(rank(queries[start : start + some], own, rows, k, self.about.metric))
         return Neighbours(
             np.concatenate([each.ids for each in ranked]),
             np.concatenate([each.scores for each in ranked]),
         )
+
+    def _rows_at(
+        self, places: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.object_], NDArray[np.float32]]]:
+        """Ids and vectors, by the dataset, of these rows of `ids`, which lie part by part."""
+        shards, most = self.shards[places], max(1, RANKED_BYTES // (4 * self.about.dim))
+        for of_part in np.split(places, np.flatnonzero(np.diff(shards)) + 1):
+            for start in range(0, len(of_part), most):
+                some = of_part[start : start + most]
+                names = self.ids["id"].take(some).to_pylist()
+                there = self._dataset.find(names, self._layer, [int(self.shards[some[0]])])
+                if len(there) < len(names):
+                    raise ResfeatError(
+                        f"{self._dataset.layout.root} changed while it was searched: is a run "
+                        "writing there? `resfeat index` brings the index up to date"
+                    )
+                yield np.array(names, np.object_), np.stack([there[name] for name in names])
 
     def nearest(
         self, queries: NDArray[np.float32], k: int

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Block, Dataset, Parts, vector_hashes, writable
-from resfeat.downstream.index.index import ABOUT, FAISS, IDS, About, Index, digest_of, open_index
+from resfeat.downstream.index.index import (
+    ABOUT,
+    FAISS,
+    IDS,
+    RANKED_BYTES,
+    About,
+    Index,
+    digest_of,
+    open_index,
+)
 from resfeat.downstream.index.kinds import (
     CODES,
     Auto,
@@ -39,7 +49,7 @@ from resfeat.downstream.index.kinds import (
     write_index,
 )
 from resfeat.downstream.index.recall import Exact, measure
-from resfeat.downstream.search import Metric
+from resfeat.downstream.search import Metric, rank
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.hardware import memory_bytes
 from resfeat.storage.draft import DiskDraft
@@ -227,7 +237,8 @@ def _anew(work: _Work, wanted: Wanted, why: str) -> Outcome:
             exact.add(vectors[is_in], numbers[is_in])
     work.tell("measuring it against exact search")
     generation = work.dataset.record.plan.generation
-    measured, effort = measure(index, choice.kind, exact, generation)
+    compare = partial(_compare, parts, metric)
+    measured, effort = measure(index, choice.kind, exact, compare, generation)
     if len(held_out):
         index.add_with_ids(queries, held_out)
     about = About(
@@ -238,6 +249,19 @@ def _anew(work: _Work, wanted: Wanted, why: str) -> Outcome:
     )  # fmt: skip
     about = _publish(work, index, listed.table(), about)
     return Outcome(about, f"Made anew: {why}" if why else "Made")
+
+
+def _compare(
+    parts: Parts, metric: Metric, queries: NDArray[np.float32], found: NDArray[np.int64]
+) -> None:
+    """Compare queries with the vectors at the places that were found for each, as `Index.search`
+    does it. -1 is none; a query whose lists are empty has none."""
+    places, is_there = np.unique(found[found >= 0]), (found >= 0).any(axis=1)
+    own = np.where(found < 0, -1, np.searchsorted(places, found))
+    most = max(1, RANKED_BYTES // (4 * parts.dim))
+    pieces = (places[start : start + most] for start in range(0, len(places), most))
+    rows = ((some.astype(np.object_), parts.vectors_at(some)) for some in pieces)
+    rank(queries[is_there], own[is_there], rows, 1, metric)
 
 
 def _samples(kind: Kind, rows: int, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

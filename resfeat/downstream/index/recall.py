@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.downstream.index.index import Measured
-from resfeat.downstream.index.kinds import Kind, efforts_of, faiss, set_effort
+from resfeat.downstream.index.kinds import COARSE, Kind, efforts_of, faiss, set_effort
 from resfeat.downstream.search import Metric
 
 NEAREST = 10
@@ -42,22 +43,33 @@ class Exact:
         self.seconds += time.perf_counter() - started
 
     def recall_of(self, found: NDArray[np.int64]) -> float:
-        """The share of the nearest that was found [Q, k]."""
+        """The share of the nearest that is among what was found [Q, m]."""
         pairs = zip(found, self.found, strict=True)
         return sum(len(np.intersect1d(*pair)) for pair in pairs) / self.found.size
 
 
-def measure(index: Any, kind: Kind, exact: Exact, generation: int) -> tuple[Measured, int]:
-    """How it does with the least effort that finds enough, and that effort."""
+def measure(
+    index: Any,
+    kind: Kind,
+    exact: Exact,
+    compare: Callable[[NDArray[np.float32], NDArray[np.int64]], object],
+    generation: int,
+) -> tuple[Measured, int]:
+    """How a search does with the least effort that finds enough, and that effort. compare: what a
+    search does with queries and the numbers [Q, m] that codes found for each; of these the nearest
+    are then the first, so it is enough that they are among them."""
     efforts, queries = efforts_of(kind, exact.rows), exact.queries
     if not len(queries):
         set_effort(index, kind, efforts[-1])
         return Measured(exact.rows, 0, None, 0, 0, generation), efforts[-1]
+    wanted = COARSE[kind].times * NEAREST if kind in COARSE else NEAREST
     tries: list[tuple[float, float, int]] = []
     for effort in efforts:
         set_effort(index, kind, effort)
         started = time.perf_counter()
-        _, found = index.search(queries, NEAREST)
+        _, found = index.search(queries, min(wanted, exact.rows))
+        if kind in COARSE:
+            compare(queries, found)
         seconds = time.perf_counter() - started
         tries.append((exact.recall_of(found), seconds, effort))
         if tries[-1][0] >= RECALL:

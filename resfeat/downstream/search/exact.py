@@ -8,7 +8,7 @@ sum nor on who read which part: equal vectors are equally near, and come in plan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -106,19 +106,28 @@ def scan(
 def rank(
     queries: NDArray[np.float32],
     own: NDArray[np.int64],
-    rows: tuple[NDArray[np.object_], NDArray[np.float32]],
+    rows: Iterable[tuple[NDArray[np.object_], NDArray[np.float32]]],
     k: int,
     metric: Metric,
 ) -> Neighbours:
     """The k nearest to each query [Q, D] of some rows of its own, by the scores of `scan`.
 
-    rows: ids and vectors [n, D]. own: [Q, m], places in these; -1 for none. Each query has k.
+    rows: ids and vectors [n, D], some at a time. own: [Q, m], places in these; -1 for none. Each
+    query has k.
     """
-    ids, vectors = rows
+    nearest, start, ids, near = _Nearest(queries, k, metric), 0, [], []
     query, column = np.nonzero(own >= 0)
     row = own[query, column]
-    near = _Nearest(queries, k, metric).compare(query, vectors, row)
-    return _neighbours([_Pairs(query, near, row, ids[row]).best(k)], len(queries), metric)
+    order = np.argsort(row, kind="stable")
+    query, row = query[order], row[order]
+    for names, vectors in rows:
+        some = slice(*np.searchsorted(row, [start, start + len(names)]))
+        there = row[some] - start
+        ids.append(names[there])
+        near.append(nearest.compare(query[some], vectors, there))
+        start += len(names)
+    pairs = _Pairs(query, np.concatenate(near), row, np.concatenate(ids))
+    return _neighbours([pairs.best(k)], len(queries), metric)
 
 
 def _neighbours(found: Sequence[_Pairs], queries: int, metric: Metric) -> Neighbours:
