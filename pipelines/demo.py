@@ -85,13 +85,14 @@ def write_copies(original: Path) -> list[Path]:
 def network(folder: Path) -> list[object]:
     """ResNet-50 if its pretrained weights can be had; otherwise a network whose weights a package
     carries, and says so."""
+    print(f"waiting for the weights of {MODEL} ...", flush=True)
     try:
         resolve(FeatureSpec(model=MODEL))
     except ResfeatError as error:
         weights = folder / "imagenet.safetensors"
         packaged.write_weights(weights)
-        print(f"{MODEL}: {error}")
-        print(f"Going on with {packaged.MODEL} and the ImageNet weights of {packaged.PACKAGE}.")
+        print(f"{error}; the demo takes {packaged.MODEL} and the ImageNet weights of "
+              f"{packaged.PACKAGE}")  # fmt: skip
         return ["--model", packaged.MODEL, "--weights", weights]
     return ["--model", MODEL]
 

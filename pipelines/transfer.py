@@ -6,8 +6,8 @@
 photos has a subfolder for each class; it may be anything that `resfeat extract` takes, and classes
 are the names of the images' folders. A fifth of each class is held out, and all figures are of it.
 
-1. All stages but the last run once. What they give for each image goes into a temporary file, so an
-   epoch runs the last stage alone.
+1. All stages but the last run once. What they give for each image (0.8 MB by ResNet-50) goes into a
+   temporary file, so an epoch runs the last stage alone.
 2. The probe: logistic regression on the embeddings, as `resfeat probe` does it.
 3. Fine-tuning, with the probe for a classifier to begin with, so that it starts where the probe
    ends (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
@@ -194,6 +194,10 @@ def run_once(
             pictures = (batch.permute(0, 3, 1, 2).float() / 255 - mean) / std
             # The last stage does not run, since nobody asks for its map.
             maps = next(each for name, each in network.feature_maps(pictures) if name == before)
+            if not read:
+                size = len(items) * maps[0].nbytes / 1e6
+                print(f"their maps: {size:,.0f} MB, for now in {tempfile.gettempdir()} (TMPDIR)",
+                      flush=True)  # fmt: skip
             keep(file, maps.cpu().numpy().tobytes())
             read += good
             shape = tuple(maps.shape[1:])
@@ -201,8 +205,7 @@ def run_once(
         raise UsageError(f"none of the {len(items):,} images can be read, such as {unread[0]}")
     if unread:
         print(f"left out: {len(unread):,} unreadable, such as {shown(unread[0])}")
-    size, seconds = file.tell() / 1e6, time.perf_counter() - started
-    print(f"{size:,.0f} MB of maps in {tempfile.gettempdir()} for now, {seconds:.1f} s")
+    print(f"{len(read):,} images read, {time.perf_counter() - started:.1f} s")
     return read, shape
 
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import error_of
@@ -269,6 +271,21 @@ main({words!r})
     assert program.returncode == 128 + number
     assert "stopped: nothing was written" in told
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["npy", "clip"])
+def test_few_rows_are_in_memory_at_a_time(form, large, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 512)
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    tracemalloc.start()
+    pa.set_memory_pool(pool)
+    try:
+        module.export(open_dataset(large), form, str(tmp_path / "x"))
+        most = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        pa.set_memory_pool(before)
+        tracemalloc.stop()
+    assert most < 19_980 * 64 * 4 / 2
 
 
 @pytest.mark.more

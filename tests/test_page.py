@@ -368,28 +368,36 @@ def test_what_a_page_must_not_do_it_cannot(small, chromium, tmp_path):
 
 @pytest.fixture(scope="module", params=[FEW, pytest.param(MANY, marks=pytest.mark.more)])
 def large_page(request, once, tmp_path_factory):
-    """How many rows; their page, and the MiB that it took beyond a page of few."""
+    """How many rows; their page; and the MiB that it took in all, and to read the rows."""
     folder = tmp_path_factory.mktemp("large")
     measure = """
-import resource, sys
+import resource, sys, tracemalloc
 from pathlib import Path
 import torch
 from resfeat import open_dataset
 from resfeat.downstream.page import page
+def on_step(step):
+    if step == "reading the rows":
+        tracemalloc.start()
+    elif tracemalloc.is_tracing():
+        print(tracemalloc.get_traced_memory()[1] / 2**20)
+        tracemalloc.stop()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-Path(sys.argv[2]).write_text(page(open_dataset(sys.argv[1])))
+Path(sys.argv[2]).write_text(page(open_dataset(sys.argv[1]), step=on_step))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     words = [str(invented(once, request.param)), str(folder / "page.html")]
     done = subprocess.run([sys.executable, "-c", measure, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return request.param, folder / "page.html", float(done.stdout)
+    reading, more = map(float, done.stdout.split())
+    return request.param, folder / "page.html", more, reading
 
 
 def test_the_page_of_many_rows_is_small(large_page):
-    count, file, more = large_page
+    count, file, more, reading = large_page
     assert file.stat().st_size < 4e6
     assert more < 400
+    assert reading < count * 64 * 4 / 2**20  # what all vectors would take
     told = told_by(file.read_text())
     failed = count // FAILED_EVERY
     assert told["counts"]["embedded"] == count - failed == told["map"]["rows"]
@@ -404,7 +412,7 @@ def test_the_page_of_many_rows_is_small(large_page):
 @needs_chromium
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_many_rows_in_a_browser(size, large_page, chromium):
-    count, file, _ = large_page
+    count, file, *_ = large_page
     look(chromium, file, size, dark=False)
     seen = chromium.run("document.body.innerText")
     assert (

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tempfile
 
 import degradation
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from resfeat import Embedder, open_dataset
 from resfeat.backbones.weights import resolve
+from resfeat.errors import ResfeatError
 from resfeat.sources import listing
 from resfeat.spec import FeatureSpec, SourceOptions
 
@@ -97,6 +99,18 @@ def test_the_last_stage_sees_what_extract_would_show_it(digits, tmp_path):
         vectors = network.layer3(torch.from_numpy(maps)).mean(dim=(2, 3)).numpy()
     embed = Embedder(model=MODEL, weights="random:0", runtime="torch")
     np.testing.assert_allclose(vectors, embed(items), rtol=1e-4, atol=1e-6)
+
+
+def test_the_room_for_maps_is_told_before_any_is_written(digits, capsys):
+    items = list(listing([str(digits)], SourceOptions(label_from="parent")))
+    weights = resolve(FeatureSpec(model=MODEL, weights="random:0"))
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(ResfeatError, match="set TMPDIR to a folder that has room"),
+    ):
+        transfer.run_once(transfer.network_of(weights), weights, items, full)
+    told = f"their maps: 3 MB, for now in {tempfile.gettempdir()} (TMPDIR)"  # 32 x 16 x 16 each
+    assert told in capsys.readouterr().out
 
 
 def test_of_each_class_a_share_is_held_out_and_one_image_at_least():

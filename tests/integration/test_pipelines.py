@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 from broken import write_broken
@@ -53,7 +54,7 @@ def test_demo(tmp_path):
     done = run(*command, env=nothing_cached)
     assert done.returncode == 0, done.stdout + done.stderr
     if "cannot download" in done.stdout:
-        assert f"Going on with {packaged.MODEL} and the ImageNet weights of" in done.stdout
+        assert f"the demo takes {packaged.MODEL} and the ImageNet weights of" in done.stdout
         assert f"--model {packaged.MODEL} --weights " in done.stdout
     assert "Finished: 35 embedded and 0 failed of 35 images" in done.stdout
     assert "35 rows; the first is astronaut/00000.jpg: [" in done.stdout
@@ -67,6 +68,18 @@ def test_demo(tmp_path):
     ((members, count, least),) = told["groups"]
     assert count >= 2 and least >= 0.98
     assert all(told["ids"][n].startswith("astronaut/00000") for n in members)
+
+
+def test_the_demo_says_in_one_line_whose_weights_it_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    options = demo.network(tmp_path)
+    waiting, taken = capsys.readouterr().out.splitlines()
+    assert waiting == "waiting for the weights of resnet50 ..."
+    assert taken.startswith("cannot download https://")
+    assert taken.endswith(f"; the demo takes {packaged.MODEL} and the ImageNet weights of "
+                          f"{packaged.PACKAGE}")  # fmt: skip
+    assert options == ["--model", packaged.MODEL, "--weights", tmp_path / "imagenet.safetensors"]
 
 
 def test_the_packaged_weights_know_what_they_see(tmp_path):
