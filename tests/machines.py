@@ -47,10 +47,14 @@ class Machines:
     ) -> subprocess.Popen[str]:
         """A command on a machine, in a session of its own."""
         return subprocess.Popen(
-            ["ip", "netns", "exec", self._space(name), *map(str, words)],
+            [*self.within(name), *map(str, words)],
             env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip
+
+    def within(self, name: str) -> list[str]:
+        """What a command begins with to run on a machine."""
+        return ["ip", "netns", "exec", self._space(name)]
 
     def pids(self, name: str) -> list[int]:
         """Of all that runs there."""

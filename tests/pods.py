@@ -4,7 +4,7 @@ its environment, as process 1.
 
 The root is this machine's with a layer above it that is thrown away (overlayfs): Debian, Python and
 packages are those that the tests have. There is no seccomp profile, no limit of CPU or memory, and
-the network is the test's.
+the network is the test's or one of machines.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,13 @@ def skip_without() -> None:
         pytest.skip(why)
 
 
-def unshare(script: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Begin a script with file systems and processes of its own; they end with it."""
+def unshare(
+    script: str, *arguments: object, within: Sequence[str] = (), **options: Any
+) -> subprocess.Popen[str]:
+    """Begin a script with file systems and processes of its own; they end with it. within: what its
+    command begins with, which has to end as that command."""
     command = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
-    words = [*command, "bash", "-c", script, "bash", *map(str, arguments)]
+    words = [*within, *command, "bash", "-c", script, "bash", *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, **options)
 
@@ -84,8 +87,15 @@ class Running:
 
     def send_signal(self, number: int) -> None:
         """As the kubelet does: to process 1 alone."""
+        os.kill(self._first(), number)
+
+    def sees(self, path: str) -> bool:
+        """Whether the container has a file, by its own path."""
+        return Path(f"/proc/{self._first()}/root{path}").exists()
+
+    def _first(self) -> int:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        os.kill(int(children.read_text().split()[0]), number)
+        return int(children.read_text().split()[0])
 
     def poll(self) -> int | None:
         return self._process.poll()
@@ -104,11 +114,13 @@ def container(
     claims: Mapping[str, Path],
     *,
     image: str = "",
+    within: Sequence[str] = (),
 ) -> Iterator[Running]:
     """Words of a command in the first container of a pod, as long as the block lasts.
 
     environment: all of it. claims: folders that stand for persistent volumes. image: a shell script
-    that puts into the root, "$root", what the image has and this machine has not.
+    that puts into the root, "$root", what the image has and this machine has not. within: as
+    machines.py has it, for the network of one of its machines.
     """
     skip_without()
     (about, *_), security = pod["containers"], pod["securityContext"]
@@ -120,7 +132,7 @@ def container(
         if claim := volume.get("persistentVolumeClaim"):
             lines.append(f"mount --bind {shlex.quote(str(claims[claim['claimName']]))} {place}")
         else:
-            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+            size = volume["emptyDir"].get("sizeLimit", "50%").removesuffix("i")
             lines.append(f"mount -t tmpfs -o mode=1777,size={size} tmpfs {place}")
     for path in map(str, sorted(SEEN)):  # some may be below /tmp, which is a volume now
         lines.append(f'mkdir -p "$root{path}"; mount -o bind,ro {path} "$root{path}"; seen {path}')
@@ -136,7 +148,7 @@ def container(
     for folder in claims.values():
         _give(folder, groups)
     with tempfile.TemporaryDirectory() as folder:
-        process = unshare("\n".join(lines), folder, start_new_session=True)
+        process = unshare("\n".join(lines), folder, within=within, start_new_session=True)
         try:
             yield Running(process)
         finally:

@@ -172,6 +172,13 @@ def test_a_pod_has_no_rights_that_it_does_not_need(name):
     assert of_the_image == f"{security['runAsUser']}:{security['runAsGroup']}"
 
 
+def checks(variables):
+    """How Ray's head looks whether its machines answer, by what is not left to Ray."""
+    found = {name: value for name, value in variables if name.startswith("RAY_health_check_")}
+    assert found
+    return found
+
+
 def test_ray_asks_for_the_token_and_is_of_the_version_of_the_images():
     job, cluster = cluster_of("RayJob"), dict(cluster_of("RayCluster"))
     assert cluster.pop("suspend") is True
@@ -185,6 +192,12 @@ def test_ray_asks_for_the_token_and_is_of_the_version_of_the_images():
     assert 1 <= group["minReplicas"] < group["maxReplicas"] and job["enableInTreeAutoscaling"]
     (worker,) = group["template"]["spec"]["containers"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
+    # What compose.yaml starts gives a lost machine up as soon.
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["head"]
+    (head,) = job["headGroupSpec"]["template"]["spec"]["containers"]
+    assert checks(compose["environment"].items()) == checks(
+        (each["name"], each["value"]) for each in head["env"]
+    )
     # No secret is written down here: they are made by the site.
     assert "Secret" not in SENT
     assert not re.search(r"(?i)token: |password", str({**SENT, "RayJob": 0, "RayCluster": 0}))
@@ -257,7 +270,7 @@ def variables(container, **more):
     assert named in ([], [SENT["ConfigMap"]["metadata"]["name"]])
     own = {each["name"]: each["value"] for each in container["env"]}
     here = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "PYTHONPATH": str(pods.ROOT)}
-    image = images.variables(DOCKER / "Dockerfile.cpu")
+    image = images.variables(DOCKER / f"Dockerfile.{container['image'].rpartition(':')[2]}")
     return {**image, **here, **(site if named else {}), **own, **more}
 
 
@@ -267,13 +280,13 @@ def words(container, environment):
     return [re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], each) for each in given]
 
 
-def begin(template, data, **more):
-    """The first container of a pod, begun."""
+def begin(template, data, *, within=(), also="", **more):
+    """The first container of a pod, begun. also: what else is to be put into its root."""
     pod = template["spec"]
     environment = variables(pod["containers"][0], **more)
     line = words(pod["containers"][0], environment)
     claims = {"resfeat-data": data}
-    return pods.container(pod, line, environment, claims, image=IMAGE)
+    return pods.container(pod, line, environment, claims, image=IMAGE + also, within=within)
 
 
 def rows(data):
