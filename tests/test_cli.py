@@ -1,5 +1,6 @@
 """The command line: quick to start, clear when it is used wrongly, quiet when asked."""
 
+import ast
 import fcntl
 import json
 import os
@@ -200,6 +201,30 @@ def test_something_is_told_before_anything_heavy_is_imported(one_photo, tmp_path
     command = [sys.executable, "-c", program, "extract", one_photo, "-o", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("words", ["", "sys.argv[1:]"], ids=["as a command", "called"])
+def test_a_run_is_titled_by_its_dataset(words, one_photo):
+    """And by no other argument, which may hold secrets. A process that calls it keeps its own."""
+    program = (
+        "import pathlib, sys; from resfeat.cli import main, progress\n"
+        "def told(self, text):\n"
+        "    line, name = (pathlib.Path('/proc/self', file).read_text() for file in files)\n"
+        "    raise SystemExit(repr((line.rstrip('\\0'), name.rstrip())))\n"
+        "files = 'cmdline', 'comm'\n"
+        "progress.Lines.step = told\n"
+        f"main({words})"
+    )
+    output = "s3://me:planted@bucket/out"
+    weights = "https://me:planted@host.invalid/w.pth?sig=planted"
+    command = [sys.executable, "-c", program, "extract", one_photo, "-o", output,
+               "--weights", weights]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    line, name = ast.literal_eval(done.stderr)
+    if words:
+        assert line.startswith(sys.executable) and line.endswith(weights)
+    else:
+        assert (line, name) == ("resfeat extract s3://bucket/out", "resfeat extract")
 
 
 def test_extract_leaves_pandas_alone(one_photo, tmp_path):

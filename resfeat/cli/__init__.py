@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -18,12 +19,18 @@ COMMANDS = (
     "page", "export", "models", "bench", "doctor",
 )  # fmt: skip
 
-# What `call` gives a command as its context's object.
-GOES_ON = object()
+# The object of a command's context: whether this process is the command's own, as when a shell
+# starts it, or goes on afterwards, as `call` has it. Of others nothing is known.
+OWN_PROCESS, GOES_ON = object(), object()
 
 
 class Group(click.Group):
     """Loads a command when it is named, and turns our errors into one line and an exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        if args is None:  # then they are those that this process was started with
+            options.setdefault("obj", OWN_PROCESS)
+        return super().main(args, *more, **options)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+from setproctitle import setproctitle
 
-from resfeat.cli import GOES_ON, config, leave, options
+from resfeat.cli import GOES_ON, OWN_PROCESS, config, leave, options
 from resfeat.cli.options import option, switch
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet, tell
 from resfeat.cli.signals import StopSignals
-from resfeat.errors import ResfeatError, Stopped, public_text
+from resfeat.errors import ResfeatError, Stopped, public, public_text
 from resfeat.spec import ExtractSpec, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def extract(context: click.Context, /, **choices: Any) -> None:
     """
     choices["runtime"] = RuntimeOptions(**options.pick(choices, RuntimeOptions))
     spec = ExtractSpec(**options.pick(choices, ExtractSpec))
+    if context.obj is OWN_PROCESS:  # what `ps` and `top` show; the arguments may hold secrets
+        setproctitle(f"resfeat extract {public(spec.output)}")
     talk = _talk(context)
     displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "log_json": JsonLines}
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
