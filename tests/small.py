@@ -14,6 +14,9 @@ from tables import rows
 from resfeat import ExtractSpec, RuntimeOptions, extract
 
 COUNT = 9
+# For the command: shards of eight.
+QUICK = ["--model", "cifar_resnet20", "--weights", "random:0", "--runtime", "torch",
+         "--shard-size", "8", "--max-error-rate", "1"]  # fmt: skip
 
 
 def write_pictures(folder: Path, count: int = COUNT) -> list[Path]:

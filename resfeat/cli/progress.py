@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -45,7 +46,7 @@ class Lines(AbstractContextManager["Lines"]):
         self.say(f"Note: {shown(text)}")
 
     def show(self, progress: Progress) -> None:
-        self._over()
+        self._goes_on(progress)
         now = time.monotonic()
         if progress.doing != self._doing:
             self._doing, self._last, self._first = progress.doing, -math.inf, (now, progress.done)
@@ -68,6 +69,11 @@ class Lines(AbstractContextManager["Lines"]):
     def end(self) -> None:
         """Nothing more is shown: what follows is the outcome."""
         self._over()
+
+    def _goes_on(self, progress: Progress) -> None:
+        """What was being done is over, unless all wait for a worker."""
+        if progress.workers or progress.doing != "embedding":
+            self._over()
 
     def _over(self) -> None:
         if self._step is not None:
@@ -109,10 +115,16 @@ class Bar(Lines):
 
     _bar: Any = None
 
+    def say(self, text: str) -> None:
+        if self._bar is None:
+            super().say(text)
+        else:
+            self._bar.write(text, file=sys.stderr)  # above it, and it is drawn again below
+
     def show(self, progress: Progress) -> None:
         from tqdm import tqdm
 
-        self._over()
+        self._goes_on(progress)
         if self._bar is None or self._doing != progress.doing:
             self._close()
             self._doing = progress.doing

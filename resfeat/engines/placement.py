@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
+from resfeat.engines.growth import grows
 from resfeat.errors import ResfeatError
 from resfeat.runtimes import keeps_to_the_cpu
 from resfeat.spec import Identity, RuntimeOptions, share_of_a_gpu, workers_on_a_gpu
@@ -49,6 +50,9 @@ def place(
     most = max(machine.get("CPU", 0.0) for machine in machines)
     cores = options.cpus_per_worker
     if cores and cores > most:
+        is_told = options.workers and (share is not None or not with_gpu)
+        if options.address and is_told and grows():
+            return _for_machines_to_come(options, identity, shards)
         raise ResfeatError(
             f"--cpus-per-worker {cores} is more than any machine has ({most:g}): give less"
         )

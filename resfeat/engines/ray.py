@@ -33,6 +33,7 @@ from resfeat.dataset import Layout
 from resfeat.decoding import quiet
 from resfeat.engines import OnProgress
 from resfeat.engines.cluster import POLL_SECONDS, Cluster, last_line
+from resfeat.engines.growth import Wait, wait_of
 from resfeat.engines.placement import place
 from resfeat.engines.pool import ATTEMPTS, Member, Pool
 from resfeat.errors import DecoderHungError, DeviceLostError, ResfeatError, Stopped
@@ -46,8 +47,12 @@ from resfeat.worker.worker import Worker, network_for
 
 # On a cluster a worker may wait for a machine to be added; here there is nothing to wait for.
 START_SECONDS = 180.0
-# How often the user is told that there is still no worker.
-TELL_SECONDS = 30.0
+# And so long for one that the autoscaler says it cannot add: where there is none, that is said of a
+# machine too that is down for a while, or still loads its image.
+VAIN_SECONDS = 300.0
+# When the user is told that there is still no worker: after so long, then after twice that, and so
+# on, but at least every so often.
+TELL_SOON_SECONDS, TELL_SECONDS = 4.0, 30.0
 MEMORY = "give each more memory (fewer --workers)"
 
 
@@ -122,9 +127,10 @@ class RayEngine:
         self, options: RuntimeOptions, job: Job, weights: Weights, shards: int, cluster: Cluster
     ) -> None:
         self._step = cluster.step
-        self._local = options.address is None
+        self._address = options.address
         cluster.ready()
         workers, resources, self.placement = place(options, job.identity, shards)
+        self._resources = resources
         as_actor = ray.remote(concurrency_groups={"shards": SHARDS_IN_HAND, "control": 1})
         how = {"max_restarts": -1, "scheduling_strategy": "SPREAD", **resources}
         with ExitStack() as stack:
@@ -145,7 +151,7 @@ class RayEngine:
         for member in members:
             self._start(member)
         self._without_worker: float | None = None
-        self._told = 0.0
+        self._tell_after = 0.0
         about = {"engine": "ray", "ray": ray.__version__, "address": options.address or "local"}
         counts = {"workers": workers, "reads_ahead": job.reads_ahead}
         self.description: dict[str, Any] = {**about, **counts, **resources, **vars(self.placement)}
@@ -200,22 +206,32 @@ class RayEngine:
         self._calls[member.actor.process.remote(task, self._network)] = member, task.shard
 
     def _watch(self) -> None:
-        """Tell the user that no worker is live. Raises ResfeatError if that lasts too long."""
+        """Tell the user that no worker is live, and why. Raises ResfeatError if that lasts too long
+        here, or on a cluster that says that none can come."""
         if self._pool.live:
             self._without_worker = None
             return
         now = time.monotonic()
-        self._without_worker = self._without_worker or now
+        if self._without_worker is None:
+            self._without_worker, self._tell_after = now, 0.0
         waited = now - self._without_worker
-        if self._local and waited > START_SECONDS:
+        if not self._address and waited > START_SECONDS:
             raise ResfeatError(
                 f"Ray could not start a worker within {START_SECONDS:.0f} s: is it short of "
                 "memory? Give fewer --workers, or --workers 0"
             )
-        if waited == 0 or now - self._told > TELL_SECONDS:
-            self._told = now
-            so_far = f", {waited:.0f} s so far: is there room for it?" if waited else ""
-            self._step(f"waiting for the first of {len(self._pool.members)} workers{so_far}")
+        if waited < self._tell_after:
+            return
+        self._tell_after = waited + min(max(waited, TELL_SOON_SECONDS), TELL_SECONDS)
+        so_far = f", {waited:.0f} s so far" if waited else ""
+        wait = wait_of(self._resources) if self._address and waited else Wait()
+        if wait.is_vain and waited > VAIN_SECONDS:
+            raise ResfeatError(
+                f"no machine came for a worker within {waited:.0f} s: {wait.told}; give less "
+                "--cpus-per-worker or --gpus-per-worker, or have it add larger machines"
+            )
+        why = wait.told and f": {wait.told}"
+        self._step(f"waiting for the first of {len(self._pool.members)} workers{so_far}{why}")
 
     def _collect(self) -> Iterator[ShardResult]:
         """Wait for a call to end, but not for long; give the result if it was a shard's."""

@@ -14,7 +14,7 @@ from integration.test_faults import last_report
 from integration.test_resume import title
 from machines import machines, why_none
 from seams import after_import
-from small import write_pictures
+from small import QUICK, write_pictures
 from tables import rows
 
 import resfeat
@@ -43,8 +43,6 @@ CHECKS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
 }
-QUICK = ["--model", "cifar_resnet20", "--weights", "random:0", "--runtime", "torch",
-         "--shard-size", "8", "--max-error-rate", "1"]  # fmt: skip
 PIPELINE = Path(__file__).parents[2] / "pipelines" / "ray_job.sh"
 LIMIT = 300  # seconds, for whatever is waited for
 

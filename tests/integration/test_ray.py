@@ -18,6 +18,8 @@ import ray
 from command import end_ray, error_of
 from forked import start
 from integration.test_resume import title, wait_for_parts
+from seams import after_import
+from small import QUICK, write_pictures
 from tables import rows
 
 import resfeat
@@ -31,7 +33,7 @@ from resfeat.engines.pool import Pool
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.plan import Shard
 from resfeat.spec import FeatureSpec, Identity, RuntimeOptions
-from resfeat.worker import Job, ShardResult, Task
+from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult, Task
 
 pytestmark = pytest.mark.ray
 IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
@@ -60,6 +62,44 @@ def test_a_killed_worker_costs_only_its_shards(collection, choices, inline, unhu
     assert 1 <= report["engine"]["worker_deaths"] <= 2
     told = [line for line in progress if line["event"] == "progress"]
     assert told and all(line["done"] <= line["total"] == 512 for line in told)
+
+
+# Run after "resfeat.worker.shard": the worker that begins one first ends none until the
+# others have done all that it has not begun.
+SLOW = """
+import contextlib, os, pathlib, time
+
+begin = process_shard
+
+def process_shard(worker, task):
+    notes, parts = pathlib.Path(os.environ["NOTES"]), pathlib.Path(os.environ["PARTS"])
+    with contextlib.suppress(FileExistsError):
+        os.symlink(str(os.getpid()), notes / "who")
+    if os.readlink(notes / "who") == str(os.getpid()):
+        (notes / f"shard-{task.shard}").touch()
+        while len([*parts.glob("part-*"), *notes.glob("shard-*")]) < int(os.environ["SHARDS"]):
+            time.sleep(0.05)
+    return begin(worker, task)
+"""
+
+
+@pytest.mark.more
+def test_a_slow_worker_is_left_with_the_shards_that_it_began_with(
+    once, extracted, command, tmp_path
+):
+    """However slow: all others are done before its first. The same folder as that of other tests,
+    nine shards."""
+    some = once("some", lambda folder: write_pictures(folder, 72))
+    serial = extracted("some-extracted", some, *QUICK, "--workers", 0)
+    output, notes = tmp_path / "out", tmp_path / "notes"
+    notes.mkdir()
+    about = {"NOTES": str(notes), "PARTS": str(output / "embeddings"), "SHARDS": "9"}
+    hook = after_import({"resfeat.worker.shard": SLOW}, tmp_path / "hook")
+    done = command("extract", some, "-o", output, *QUICK, "--workers", 2, env=hook | about)
+    assert done.returncode == 0, done.stderr
+    assert len(Layout(serial).committed()) == 9
+    assert 1 <= len(list(notes.glob("shard-*"))) <= SHARDS_IN_HAND
+    assert rows(output).equals(rows(serial))
 
 
 def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, tmp_path):
