@@ -192,6 +192,25 @@ def test_names_in_any_script_are_sorted_by_their_bytes(tmp_path):
     assert [os.path.basename(path) for path in listed] == sorted(names)
 
 
+def test_folders_of_any_length_lie_in_their_order_among_files(tmp_path, monkeypatch):
+    """However many entries are looked at together, and where among them a folder is."""
+    names = [f"{n:02}.jpg" for n in range(7)] + ["03/a.jpg", "03/b.jpg", "06/c.jpg", "99/d.txt"]
+    make(tmp_path, *names)
+    expected = sorted(names[:-1], key=os.fsencode)
+    for together in (1, 2, 3, 7, 256):
+        monkeypatch.setattr(directory, "TOGETHER", together)
+        assert ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize("year", [1902, 1969, 2026, 2300])
+def test_a_file_of_any_age(year, tmp_path):
+    path = make(tmp_path, "1.jpg") / "1.jpg"
+    seconds = (year - 1970) * 31_556_952
+    os.utime(path, ns=(0, seconds * 10**9 + 1_999))
+    (item,) = listing([str(tmp_path)])
+    assert item.mtime == os.stat(path).st_mtime_ns // 1000  # what the file system made of it
+
+
 def test_a_label_is_the_name_of_the_folder(tmp_path):
     make(tmp_path, "cats/1.jpg", "cats/x/2.jpg", "odd +%/3.jpg", "4.jpg")
     given = {

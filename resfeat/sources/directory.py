@@ -18,14 +18,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from resfeat.errors import Failure, Reason, ResfeatError, UsageError
 from resfeat.sources import rules
@@ -40,7 +40,8 @@ TABLE = 8192
 NOT_A_FILE = "a pipe, socket, device or folder"
 # Opening a FIFO without a writer would wait for ever. No effect on files.
 _WITHOUT_WAITING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-_BY_NAME = attrgetter("name")
+_BY_NAME, _SIZE = attrgetter("name"), itemgetter(stat.ST_SIZE)
+_BETWEEN = "\0"  # no path has it
 _REASONS: Mapping[int | None, Reason] = {
     errno.ENOENT: "not_found",
     errno.ELOOP: "not_found",
@@ -54,36 +55,30 @@ _Entry = os.DirEntry[str]
 
 
 class _Files(NamedTuple):
-    """Files of one folder, of which this alone is known. A listing makes millions of items: an
-    object for each, or each address put together by itself, would take a quarter of its time."""
+    """Files of one folder. An object for each of millions would take a quarter of the time."""
 
-    id_start: str
-    uri_start: str
+    ids: str  # with `_BETWEEN` between them
+    uris: str
     label: str | None
-    id_end: Sequence[str]
-    uri_end: Sequence[str]
-    size: Sequence[int]
-    mtime: Sequence[int]
+    size: NDArray[np.int64]
+    mtime: NDArray[np.int64]
 
 
 def _table(runs: Sequence[_Files]) -> pa.Table:
-    of_run = np.repeat(np.arange(len(runs)), [len(run.size) for run in runs])
+    counts = [len(run.size) for run in runs]
 
-    def once(name: str) -> pa.Array:
-        return pa.array([getattr(run, name) for run in runs], pa.string()).take(pa.array(of_run))
+    def each(name: str) -> pa.Array:
+        together = pa.array([getattr(run, name) for run in runs if len(run.size)], pa.string())
+        return pc.split_pattern(together, _BETWEEN).flatten()
 
-    def each(name: str, kind: pa.DataType) -> pa.Array:
-        return pa.array(list(chain.from_iterable(getattr(run, name) for run in runs)), kind)
-
-    schema, text = schema_of(), pa.string()
-    columns = {field.name: pa.nulls(len(of_run), field.type) for field in schema} | {
-        "id": pc.binary_join_element_wise(once("id_start"), each("id_end", text), ""),
-        "uri": pc.binary_join_element_wise(once("uri_start"), each("uri_end", text), ""),
-        "size": each("size", pa.int64()),
-        "mtime": each("mtime", schema.field("mtime").type),
-        "label": once("label"),
+    columns = {field.name: pa.nulls(sum(counts), field.type) for field in schema_of()} | {
+        "id": each("ids"),
+        "uri": each("uris"),
+        "size": np.concatenate([run.size for run in runs]),
+        "mtime": np.concatenate([run.mtime for run in runs]),
+        "label": pa.array(np.repeat([run.label for run in runs], counts), pa.string()),
     }
-    return pa.table(columns, schema=schema)
+    return pa.table(columns, schema=schema_of())
 
 
 @dataclass
@@ -198,18 +193,19 @@ class Directories:
         self, folder: str, names: Sequence[str], statuses: Sequence[os.stat_result]
     ) -> _Files:
         folder = os.path.join(folder, "")
-        above, text = folder[len(self._base) :], "/".join(names)
-        quoted = quote_from_bytes(os.fsencode(text))
-        parts = names if quoted == text else quoted.split("/")
+        above, text = folder[len(self._base) :], _BETWEEN.join(names)
+        quoted = quote_from_bytes(os.fsencode(text), safe=_BETWEEN)
         if text.isascii() and "\\" not in text:
-            start, ids = printable(above), names
+            start = printable(above)
+            ids = start + text.replace(_BETWEEN, _BETWEEN + start)
         else:
-            start, ids = "", [printable(above + name) for name in names]
+            ids = _BETWEEN.join([printable(above + name) for name in names])
         place = "file://" + quote_from_bytes(os.fsencode(folder))
+        uris = place + quoted.replace(_BETWEEN, _BETWEEN + place)
         label = rules.folder_of(folder) if self._labelled else None
-        sizes = [status.st_size for status in statuses]
-        mtimes = [status.st_mtime_ns // 1000 for status in statuses]
-        return _Files(start, place, label, ids, parts, sizes, mtimes)
+        sizes = np.fromiter(map(_SIZE, statuses), np.int64, len(statuses))
+        mtimes = np.array([status.st_mtime_ns // 1000 for status in statuses], np.int64)
+        return _Files(ids, uris, label, sizes, mtimes)
 
 
 def _open(path: str, key: int, linked: bool) -> _Folder:
@@ -260,12 +256,16 @@ def _as_keys(entries: list[_Entry], folders: list[int]) -> tuple[list[_Entry], l
 
 
 def _runs(entries: list[_Entry], folders: list[int]) -> Iterator[_Entry | list[_Entry]]:
-    start = 0
-    for end in [*folders, len(entries)]:
-        for first in range(start, end, TOGETHER):
-            yield entries[first : min(first + TOGETHER, end)]
-        yield from entries[end : end + 1]
-        start = end + 1
+    """Lets go of what it gives: thousands of entries and statuses fit into no core's cache."""
+    total = len(entries)
+    entries.reverse()
+    for end in [*folders, total]:
+        while count := min(TOGETHER, end - (total - len(entries))):
+            some = entries[: -count - 1 : -1]
+            del entries[-count:]
+            yield some
+        if entries:
+            yield entries.pop()
 
 
 def _is_folder(entry: _Entry) -> bool:

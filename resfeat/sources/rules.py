@@ -19,8 +19,8 @@ SIDECARS = frozenset(
     " .cbor .class .cls .cls2 .count .id .index .inx .jsn .mp .msg .msgpack .pickle .pt .pth .pyd"
     " .tb .ten .text .transcript".split()
 )
-# A dot, but that of an image's extension.
-_DOUBTFUL = re.compile(r"/\.|\.(?!(?:jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])/)", re.IGNORECASE)
+# A dot, but that of an image's extension. Patterns that begin with one letter are looked for fast.
+_DOUBTFUL = re.compile(r"\.(?!(?:jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])/)", re.IGNORECASE)
 
 # Of a column of paths, for Arrow: all others may be images.
 LIKELY_PASSED_OVER = rf"(?i)(?:(?:^|/)\.[^/]*|{'|'.join(map(re.escape, sorted(SIDECARS)))})$"
@@ -36,7 +36,8 @@ def passed_over(name: str) -> str | None:
 
 def may_be_passed_over(names: Sequence[str]) -> bool:
     """False only if `passed_over` gives None for each of these names; faster than asking it."""
-    return bool(_DOUBTFUL.search(f"/{'/'.join(names)}/"))
+    text = f"/{'/'.join(names)}/"
+    return "/." in text or bool(_DOUBTFUL.search(text))
 
 
 def check_apart(roots: Sequence[str]) -> None:

@@ -1,13 +1,14 @@
 """Where images live: how fast millions are planned, and what a store with a latency costs.
 
-    python tests/benchmarks/sources.py [keys|rows|members|latency|tar]... [--scale 1.0]
+    python tests/benchmarks/sources.py [files|keys|rows|members|latency|tar]... [--scale 1.0]
 
-keys: a million keys in a store, listed and planned. rows: ten million rows of a table. members: a
-hundred thousand members of a tar, without their bytes. latency: a whole job from a store in which
-each request takes 20 ms longer, in turns with the same from a disk. tar: a gigabyte with members
-of three sizes, read from a store by two workers: bytes that the store sent. All of them by default,
-each in a process of its own, so that its memory is its own. The store is a stub in another process,
-on loopback.
+files: a million empty files on a disk, listed in turns with a bare loop of scandir and stat, all in
+the cache. keys: a million keys in a store, listed and planned. rows: ten million rows of a table.
+members: a hundred thousand members of a tar, without their bytes. latency: a whole job from a store
+in which each request takes 20 ms longer, in turns with the same from a disk. tar: a gigabyte with
+members of three sizes, read from a store by two workers: bytes that the store sent. All of them by
+default, each in a process of its own, so that its memory is its own. The store is a stub in another
+process, on loopback.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from resfeat.storage import remote
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "pipelines")]
 
+TURNS = 9
 LATENCY = 0.02
 MEMBERS = 40_000, 100_000, 300_000
 PAGE = 1000
@@ -213,6 +215,50 @@ def told(what: str, count: int, seconds: float) -> None:
     print(f"{what}: {count:,} in {seconds:.1f} s, {count / seconds:,.0f}/s; peak {peak:,.0f} MiB")
 
 
+def files(scale: float) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        for number in range(int(1000 * scale)):
+            folder = Path(name, f"{number:05d}")
+            folder.mkdir()
+            for each in range(1000):
+                os.close(os.open(folder / f"IMG_{each:06d}.jpg", os.O_CREAT | os.O_WRONLY))
+        ways = {"scandir and stat": scanned, "listed": listed}
+        seconds = dict[str, list[float]]()
+        for _ in range(TURNS):
+            for way, look in ways.items():
+                started = time.perf_counter()
+                count = look(name)
+                seconds.setdefault(way, []).append(time.perf_counter() - started)
+    for way, each in seconds.items():
+        rates = f"{count / min(each):,.0f}/s at best, {count / statistics.median(each):,.0f}/s"
+        print(f"{count:,} files, {way}: {rates} in the middle of {TURNS}")
+    least = min(seconds["listed"]) / min(seconds["scandir and stat"])
+    each_turn = [ours / bare for bare, ours in zip(*seconds.values(), strict=True)]
+    print(f"times as long: {least:.2f} at best, {statistics.median(each_turn):.2f} in the middle")
+    told("files of a disk", count, min(seconds["listed"]))
+
+
+def scanned(root: str) -> int:
+    """How many files there are, each looked at as little as can be."""
+    folders, count = [root], 0
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    entry.stat()
+                    count += 1
+    return count
+
+
+def listed(root: str) -> int:
+    from resfeat.sources import listing
+    from resfeat.spec import SourceOptions
+
+    return sum(table.num_rows for table in listing([root], SourceOptions()).tables())
+
+
 def keys(scale: float) -> None:
     count = int(1000 * scale)
     for latency in (0.0, LATENCY):
@@ -329,7 +375,7 @@ def _tar_of_members(folder: Path, count: int, size: int) -> None:
     )
 
 
-PARTS = {each.__name__: each for each in (keys, rows, members, latency, tar)}
+PARTS = {each.__name__: each for each in (files, keys, rows, members, latency, tar)}
 
 
 @click.command()
