@@ -196,6 +196,29 @@ def test_a_shard_that_is_replaced_is_never_missing_and_loses_no_row(
     assert commits_of(layout).done[0].embedded == 3
 
 
+def test_what_a_replacement_left_is_of_its_own_generation_however_often_it_was_killed(
+    layout, identity, stop_at
+):
+    """The rows that are there are those of before, and a failure that may be old is tried again."""
+    commit(layout, identity, ["a.jpg"], [FAILED])
+
+    def anew():
+        schema = embeddings_schema(identity, {"avgpool": 4}, with_label=False)
+        with Part(layout, 0, schema, generation=1) as part:
+            add(part, [replace(row, label=None) for row in rows("a.jpg")], vectors(1) + 1)
+            add(part, [], vectors(0), [replace(FAILED, failure=Failure("decode", "corrupt", ""))])
+            part.commit(["a.jpg", "z.jpg"])
+
+    for _ in range(2):
+        stop_at("noted", anew)
+        assert kept_rows(layout, 0).generation == 0
+    stop_at("embeddings", anew)
+    kept = kept_rows(layout, 0)
+    assert (kept.generation, kept.rows.keys(), kept.failures) == (1, {"a.jpg"}, {})
+    anew()
+    assert kept_rows(layout, 0).failures["z.jpg"].failure.reason == "corrupt"
+
+
 @pytest.mark.parametrize("is_done", [True, False])
 def test_a_change_of_failures_of_which_the_answer_is_an_error(
     is_done, layout, identity, monkeypatch

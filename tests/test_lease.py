@@ -120,6 +120,11 @@ def layout(proxy, elsewhere):
     return Layout(f"s3://{elsewhere.bucket}/out")
 
 
+def test_who_holds_a_lease_stops_trusting_it_before_another_may_take_it():
+    """By the real times, where all other tests hurry; and two renewals may be lost."""
+    assert 2 * lease.BEAT_SECONDS < lease.LEASE_SECONDS < lease.STALE_SECONDS
+
+
 def test_a_lock_says_who_writes_beats_and_names_nobody_afterwards(layout, elsewhere):
     with run_lock(layout) as lock:
         first = elsewhere.read()
@@ -309,6 +314,21 @@ def test_beats_that_are_lost_for_a_while_do_not_end_a_run(layout, elsewhere, pro
         assert elsewhere.read()["beat"] != beat
         lock.check()
     assert any(fault for *_, fault in proxy.requests)
+
+
+def test_a_renewal_counts_from_when_it_was_sent_however_late_its_answer_is(layout, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", NEVER)
+    swap = stores.StorePath.swap
+
+    def late(*given):
+        version = swap(*given)
+        time.sleep(0.3)
+        return version
+
+    with run_lock(layout) as held:
+        monkeypatch.setattr(stores.StorePath, "swap", late)
+        held._renew()
+        assert held._sent <= lease._now() - 0.3
 
 
 def test_a_renewal_that_arrives_after_it_was_given_up_is_our_own(

@@ -58,8 +58,8 @@ def ids(*sources):
 
 
 def test_a_tree_gives_the_same_ids_in_the_same_order_as_on_a_disk(put, tmp_path):
-    others = [".DS_Store", "x/.hidden/1.jpg", "x/1.json", "out/_resfeat/spec.json",
-              "out/embeddings/part-00000.parquet"]  # fmt: skip
+    others = [".DS_Store", "x/.hidden/1.jpg", "x/.hidden/deeper/2.jpg", "x/1.json",
+              "out/_resfeat/spec.json", "out/embeddings/part-00000.parquet"]  # fmt: skip
     for name in [*ODD, *others]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

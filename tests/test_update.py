@@ -163,6 +163,14 @@ def test_null_is_another_value_than_nothing(kind, values, new_layout):
         assert Difference(layout.plan, plan, keeping(value)).changes.changed == changed
 
 
+@pytest.mark.parametrize("name", ["size", "etag", "uri", "offset", "column", "label", "problem"])
+def test_all_that_an_item_is_has_a_part_in_its_version(name):
+    item = Item("a", "b", 1, 2, "c", 3, "d", "e", "f")
+    other = item._replace(**{name: 9 if name in ("size", "offset") else "other"})
+    first, second = (update.versions_of(table_of([each])) for each in (item, other))
+    assert first != second
+
+
 def test_two_ids_of_one_hash_are_found_out(new_layout, monkeypatch):
     layout = new_layout()
     plan = write_plan(layout.plan, layout.tmp, listed(plain(4)), SIZE)

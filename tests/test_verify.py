@@ -138,6 +138,11 @@ def test_a_bad_vector_in_any_layer(value, layer, dataset):
     assert "1 vectors are" in problem.message and "03.jpg" in problem.message
 
 
+def test_of_vectors_of_one_number_zero_alone_is_wrong():
+    bad = verification._bad_values(pa.chunked_array([["a", "b"]]), [np.array([[3.0], [0.0]])])
+    assert list(bad) == ["1 vectors are zero or constant, the first that of b"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -19,7 +19,7 @@ from later import Later
 from reference import torchvision_model
 
 from resfeat.backbones import build
-from resfeat.backbones.checkpoint import origin_of
+from resfeat.backbones.checkpoint import origin_of, strip
 from resfeat.backbones.weights import resolve
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.torch import TorchRuntime
@@ -263,6 +263,14 @@ def test_a_network_of_timm_fits_ours(tmp_path):
         expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
         given = ours(x, ["avgpool"])["avgpool"].mean((2, 3))
     assert (given - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_few_names_under_a_prefix_are_no_copy_of_the_network():
+    names = [f"layer1.{n}.weight" for n in range(8)]
+    tensors = {f"student.{name}": torch.zeros(1) for name in names}
+    tensors |= {f"teacher.{name}": torch.ones(1) for name in names[:2]}
+    kept, prefix, left_out = strip(tensors, names, ("fc",))
+    assert prefix == "student." and list(kept) == names and left_out == ["teacher"]
 
 
 def test_two_copies_of_which_neither_is_known_are_not_chosen_between(checkpoint, tmp_path):
