@@ -3,13 +3,14 @@
 import errno
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from resfeat.dataset import Layout
 from resfeat.dataset import lock as locks
-from resfeat.dataset.holding import _tidy
+from resfeat.dataset.holding import _tidy, held
 from resfeat.dataset.lock import holder, run_lock
 from resfeat.dataset.writer import Writer
 from resfeat.errors import ResfeatError
@@ -36,6 +37,14 @@ def test_a_run_that_was_killed_is_told_of_once_and_a_repair_leaves_word_of_it(he
         assert lock.killed == killed
     with run_lock(layout) as lock:
         assert lock.killed is None
+
+
+def test_a_run_of_all_hears_of_a_partition_that_was_killed(here):
+    layout, _ = here
+    killed = Writer.me("2-of-4")
+    (layout.lock.parent / killed.share).write_text(replace(killed, pid=2**22 + 1).as_json())
+    with held(layout) as lock:
+        assert lock.killed and lock.killed.share == "2-of-4"
 
 
 def test_a_partition_leaves_the_drafts_of_others_alone_and_a_whole_run_clears_them(here):

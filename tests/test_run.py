@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -259,6 +260,17 @@ def test_nobody_opens_a_part_to_count_it(source, tmp_path):
     assert open_dataset(output).commits().embedded == IMAGES
     report = run(source, output)
     assert (report.status, report.embedded, report.images) == ("finished", IMAGES, 0)
+
+
+def test_a_file_with_another_time_than_it_was_listed_with_counts_as_changed(source, tmp_path):
+    pictures = shutil.copytree(source, tmp_path / "in")
+
+    def touch(step):
+        if step == "starting the workers":
+            os.utime(pictures / "a" / "00.png", (0, 0))
+
+    report = extract(spec(pictures, tmp_path / "out"), on_step=touch)
+    assert (report.embedded, report.changed) == (IMAGES, 1)
 
 
 def test_every_step_is_told_before_it_is_done(source, tmp_path):
