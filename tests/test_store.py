@@ -210,6 +210,14 @@ def test_nothing_is_left_of_an_upload_in_parts(elsewhere, root, objects, server)
     assert not client.list_multipart_uploads(Bucket=objects.name).get("Uploads")
 
 
+def test_a_create_of_which_the_answer_was_lost_is_known_as_our_own(elsewhere, root, proxy):
+    losses = iter(["lost"])
+    proxy.faults = lambda method, path: next(losses, None) if method == "PUT" else None
+    assert elsewhere((root / "created").create, b"ours")
+    assert elsewhere((root / "created").create, b"theirs") is None
+    assert elsewhere((root / "created").read_bytes) == b"ours"
+
+
 def test_a_removal_of_which_the_answer_was_lost_is_done(elsewhere, root, objects, proxy):
     """The next attempt finds nothing, which is what was wanted."""
 
