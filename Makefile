@@ -22,6 +22,9 @@ demo: $(VENV)/demo.done ## embed a few hundred real photographs, and a page of w
 test: style ## ruff, and then mypy and the tests, side by side
 	$(MAKE) --no-print-directory -j2 types tests
 
+# Else torch's idle threads spin, and take the cores from the other processes: up to five times slower.
+tests test-more: export OMP_WAIT_POLICY := PASSIVE
+
 tests: $(VENV)/dev.done
 	$(PYTEST)
 
