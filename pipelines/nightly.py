@@ -27,11 +27,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+from setproctitle import setproctitle
 
 from resfeat import open_dataset
 from resfeat.cli import call, leave
 from resfeat.dataset import Layout, holder
-from resfeat.errors import ResfeatError
+from resfeat.errors import ResfeatError, public
 
 FINISHED = (0, 3)  # 3: with many failures, and the rest is still worth having
 BUSY = os.EX_TEMPFAIL
@@ -46,6 +47,7 @@ def main(context: click.Context, source: str, output: str, options: tuple[str, .
     """Bring the embeddings of SOURCE in OUTPUT up to date: update, verify, index, page."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    setproctitle(f"resfeat nightly {public(output)}")  # its arguments may hold secrets
     with alone(output) as is_alone:
         leave(context, night(source, output, options) if is_alone else BUSY)
 

@@ -103,24 +103,34 @@ def extract_spec(
     """The extraction that is asked for by keywords."""
     several = [sources] if isinstance(sources, str | os.PathLike) else sources
     options = _of(ExtractSpec, given) | {"runtime": runtime_options(given)}
-    paths = tuple(os.fspath(each) for each in several)
+    try:
+        paths = tuple(os.fspath(each) for each in several)
+    except TypeError as error:
+        raise UsageError(f"{sources!r} is no source: give a path, or a list of some") from error
     return ExtractSpec(sources=paths, output=os.fspath(output), **options)
 
 
 def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords that are fields of a spec, in its types."""
     own = {each.name: given[each.name] for each in fields(kind) if each.name in given}
-    for name in ("layers", "keep"):  # one name, or several
-        if isinstance(value := own.get(name), str):
-            own[name] = (value,)
-        elif value is not None:
-            own[name] = tuple(value)
+    for name in ("layers", "keep"):
+        if name in own:
+            own[name] = _names(name, own[name])
     if isinstance(weights := own.get("weights"), os.PathLike):
         own["weights"] = os.fspath(weights)
     hints = get_type_hints(kind)
-    for name, value in own.items():
-        _check_type(name, value, hints[name])
-    return own
+    return {name: _of_type(name, value, hints[name]) for name, value in own.items()}
+
+
+def _names(name: str, given: Any) -> tuple[str, ...] | None:
+    """One name, or several."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable) or not all(isinstance(each, str) for each in given):
+        raise UsageError(f"{name}={given!r}: give a name, or a list of some")
+    return tuple(given)
 
 
 # What is told of each type that a single value may have, and what is taken for it.
@@ -133,14 +143,17 @@ TOLD: Mapping[Any, tuple[str, type]] = {
 }
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise UsageError for a single value of another type than its field has. Names, of which a
-    spec tells what they may be, and several values at once are left to that."""
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    """A single value as one of Python's own. Raises UsageError for another type than its field has.
+    Names, of which a spec tells what they may be, and several values are left to that."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     types = [str if get_origin(part) is Literal else part for part in parts]
     if hint is str or not set(types) <= TOLD.keys() or isinstance(value, RuntimeOptions):
-        return
+        return value
     # A bool is an int, but True workers are nobody's wish.
     taken = tuple(TOLD[each][1] for each in types)
     if not (bool in types if isinstance(value, bool) else isinstance(value, taken)):
         raise UsageError(f"{name}={value!r}: give {' or '.join(TOLD[each][0] for each in types)}")
+    if isinstance(value, Integral):  # numpy's are none of int, which JSON wants
+        return value if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, Real) else value

@@ -16,6 +16,7 @@ class Later:
         self._name = name
 
     def __getattr__(self, what: str) -> Any:
-        if what.startswith("_"):  # pytest asks whatever stands in a test module for its _mock_name
+        # pytest asks whatever stands in a test module for _mock_name and the like.
+        if what.startswith(("__", "_mock", "_pytest")):
             raise AttributeError(what)
         return getattr(importlib.import_module(self._name), what)

@@ -199,8 +199,9 @@ def test_extract_by_keyword_does_what_the_spec_does(pictures, tmp_path, monkeypa
     monkeypatch.chdir(pictures.parent)
     steps = []
     options = {"crop": 40, "resize": 48, "normalize": True, "max_error_rate": 0.5}
+    numbers = {"crop": np.int64(40), "max_error_rate": np.float32(0.5)}
     report = resfeat.extract("in", output=tmp_path / "a", workers=0, layers="avgpool",
-                             on_step=steps.append, **SMALL, **options)  # fmt: skip
+                             on_step=steps.append, **SMALL, **(options | numbers))  # fmt: skip
     assert report.embedded == 10 and any(step.startswith("loading") for step in steps)
     spec = ExtractSpec(sources=("in",), output=str(tmp_path / "b"), layers=("avgpool",), **SMALL,
                        **options, runtime=RuntimeOptions(workers=0))  # fmt: skip
@@ -221,6 +222,8 @@ def test_extract_by_keyword_does_what_the_spec_does(pictures, tmp_path, monkeypa
         (lambda: resfeat.extract("in", tmp_path / "c", workers=True), "a whole number or None"),
         (lambda: resfeat.extract("in", tmp_path / "c", max_error_rate="a"), "'a': give a number"),
         (lambda: resfeat.extract("in", tmp_path / "c", partition=1), "1: give a string or None"),
+        (lambda: resfeat.extract("in", tmp_path / "c", layers=5), "layers=5: give a name, or a"),
+        (lambda: resfeat.extract(None, tmp_path / "c"), "None is no source: give a path"),
     ):
         with pytest.raises(UsageError, match=told):
             call()

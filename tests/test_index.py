@@ -21,7 +21,7 @@ from resfeat.dataset import Parts, open_dataset
 from resfeat.downstream import Neighbours, Wanted, build_index, open_index
 from resfeat.downstream.index import About
 from resfeat.downstream.index import index as index_module
-from resfeat.downstream.index.kinds import COARSE, KINDS, bytes_of, choose
+from resfeat.downstream.index.kinds import COARSE, KINDS, build_bytes, bytes_of, choose
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.storage.draft import DiskDraft
 
@@ -406,6 +406,20 @@ def test_damage_is_named_and_the_next_index_mends_it(name, damage, dataset, vect
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["done"].startswith("Made")
     assert numbers(open_index(dataset).search(vectors[7:8], 1)) == [[7]]
+
+
+def test_what_was_asked_for_outlives_damage_and_less_memory_counts(dataset):
+    def damage():
+        (folder(dataset) / "index.faiss").write_bytes(b"gone")
+
+    build_index(dataset, Wanted(kind="sq8", metric="l2"))
+    damage()
+    about = build_index(dataset).about
+    assert (about.kind, about.metric) == ("sq8", "l2")
+    about = build_index(dataset, Wanted(kind="auto")).about
+    assert (about.kind, about.metric) == ("flat", "l2")
+    outcome = build_index(dataset, Wanted(memory=build_bytes("flat", about.rows, about.dim) - 1))
+    assert outcome.about.kind == "sq8" and "as it is it may take" in outcome.done
 
 
 def test_an_index_of_other_embeddings_is_not_used(dataset, vectors, resfeat):

@@ -337,7 +337,9 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
     assert "nothing to look for: name an image" in refused(dataset)
     assert "no embedding of the id 'no.jpg': ids stand in" in refused(dataset, "--id", "no.jpg")
     (tmp_path / "text.npy").write_text("no array")
-    assert "it is no whole .npy file): save float32" in refused(dataset, tmp_path / "text.npy")
+    assert "no whole .npy of plain numbers): save float32" in refused(
+        dataset, tmp_path / "text.npy"
+    )
     short, wide = np.zeros((2, 3), np.float32), np.zeros((2, 512))
     odd = np.zeros((3, 512), np.float32)
     odd[1, 7] = np.nan

@@ -81,6 +81,8 @@ def test_of_many_folders_those_are_looked_at_that_lie_far_apart(tmp_path):
     assert found == {"disk-1", "disk-2", "disk-3"}
     assert len(looked_at) <= FOLDERS
     assert len(in_sight([], uris[:FOLDERS])) == FOLDERS
+    siblings = {int(os.path.basename(path)) for path in in_sight([], uris[: 2 * FOLDERS])}
+    assert len(siblings) == FOLDERS and min(siblings) == 0 and max(siblings) == 2 * FOLDERS - 1
     assert in_sight(["relative"], ["s3://bucket/1.jpg"]) == ()
 
 

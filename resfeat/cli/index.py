@@ -32,14 +32,17 @@ Examples:
     "hnsw: a graph; auto: what suits size and memory.  [default: what was given before, or auto]",
 )
 @options.option(
-    "--metric", type=click.Choice(["cosine", "l2"]), help="What is near.  [default: cosine]"
+    "--metric",
+    type=click.Choice(["cosine", "l2"]),
+    help="What is near.  [default: what was given before, or cosine]",
 )
 @options.layer
 @options.option(
     "--memory",
     metavar="GB",
     type=click.FloatRange(min=0, min_open=True),
-    help="Memory that it may take while it is made.  [default: half of the machine's]",
+    help="Memory that it may take while it is made, beside Python's own.  [default: half of the "
+    "machine's]",
 )
 @options.as_json
 def index(

@@ -37,6 +37,12 @@ LEAVE_SECONDS = 15.0
 POLL_SECONDS = 0.5  # of whoever waits, between two looks at whether to stop
 
 
+CLIENT = (
+    "Ray Client, which resfeat does not use: on a machine of the cluster give --address HOST:PORT, "
+    "or submit the command with `ray job submit`"
+)
+
+
 class Cluster:
     """Ray for the length of a run. It takes seconds to start, so `begin` returns at once.
 
@@ -87,6 +93,8 @@ class Cluster:
         import ray
         from ray._private import ray_constants
 
+        if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+            raise UsageError(f"this process is connected by {CLIENT}")
         if ray.is_initialized():
             return False
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -141,11 +149,7 @@ def _named(asked: str | None) -> str | None:
     connection."""
     for told in (asked, os.environ.get("RAY_ADDRESS")):
         if told and told.startswith("ray://"):
-            raise UsageError(
-                f"{public(told)} is an address of Ray Client, which resfeat does not use: on a "
-                "machine of the cluster give --address HOST:PORT, or submit the command with "
-                "`ray job submit`"
-            )
+            raise UsageError(f"{public(told)} is an address of {CLIENT}")
         if told not in (None, "", "auto"):
             return told
     return None

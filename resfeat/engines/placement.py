@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
-from resfeat.engines.growth import grows
 from resfeat.errors import ResfeatError
 from resfeat.runtimes import keeps_to_the_cpu
 from resfeat.spec import Identity, RuntimeOptions, share_of_a_gpu, workers_on_a_gpu
@@ -51,8 +50,11 @@ def place(
     cores = options.cpus_per_worker
     if cores and cores > most:
         is_told = options.workers and (share is not None or not with_gpu)
-        if options.address and is_told and grows():
-            return _for_machines_to_come(options, identity, shards)
+        if options.address and is_told:
+            from resfeat.engines.growth import grows  # which a Ray of our own needs not
+
+            if grows():
+                return _for_machines_to_come(options, identity, shards)
         raise ResfeatError(
             f"--cpus-per-worker {cores} is more than any machine has ({most:g}): give less"
         )

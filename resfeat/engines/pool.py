@@ -124,7 +124,11 @@ class Pool:
     def soonest(self, at_once: int) -> float | None:
         """Seconds until the first of the shards in hand is done, at the earliest; None while that
         is not known of a live worker. at_once: images that one may tell of at a time."""
-        ends = [member.earliest_end(at_once) for member in self.live if member.in_hand]
+        busy = [member for member in self.live if member.in_hand]
+        oldest = [self._tasks[next(iter(member.in_hand))] for member in busy]
+        if any(task.retry or task.shard.generation for task in oldest):
+            return None  # rows that stay pass at once, and nobody knows which those are
+        ends = [member.earliest_end(at_once) for member in busy]
         known = [end for end in ends if end is not None]
         return min(known) - time.monotonic() if known and len(known) == len(ends) else None
 

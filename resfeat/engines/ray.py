@@ -33,7 +33,6 @@ from resfeat.dataset import Layout
 from resfeat.decoding import quiet
 from resfeat.engines import OnProgress
 from resfeat.engines.cluster import POLL_SECONDS, Cluster, last_line
-from resfeat.engines.growth import Wait, wait_of
 from resfeat.engines.placement import place
 from resfeat.engines.pool import ATTEMPTS, Member, Pool
 from resfeat.errors import DecoderHungError, DeviceLostError, ResfeatError, Stopped
@@ -152,6 +151,7 @@ class RayEngine:
             self._start(member)
         self._without_worker: float | None = None
         self._tell_after = 0.0
+        self._vain_since: float | None = None  # when the cluster began to say so, and goes on to
         about = {"engine": "ray", "ray": ray.__version__, "address": options.address or "local"}
         counts = {"workers": workers, "reads_ahead": job.reads_ahead}
         self.description: dict[str, Any] = {**about, **counts, **resources, **vars(self.placement)}
@@ -213,7 +213,7 @@ class RayEngine:
             return
         now = time.monotonic()
         if self._without_worker is None:
-            self._without_worker, self._tell_after = now, 0.0
+            self._without_worker, self._tell_after, self._vain_since = now, 0.0, None
         waited = now - self._without_worker
         if not self._address and waited > START_SECONDS:
             raise ResfeatError(
@@ -224,14 +224,24 @@ class RayEngine:
             return
         self._tell_after = waited + min(max(waited, TELL_SOON_SECONDS), TELL_SECONDS)
         so_far = f", {waited:.0f} s so far" if waited else ""
-        wait = wait_of(self._resources) if self._address and waited else Wait()
-        if wait.is_vain and waited > VAIN_SECONDS:
+        why = self._why(waited) if self._address and waited else ""
+        self._step(f"waiting for the first of {len(self._pool.members)} workers{so_far}{why}")
+
+    def _why(self, waited: float) -> str:
+        """What the cluster says of it. Raises ResfeatError if for long that it is vain."""
+        from resfeat.engines.growth import wait_of  # which a Ray of our own needs not
+
+        wait = wait_of(self._resources)
+        if not wait.is_vain:
+            self._vain_since = None
+        elif self._vain_since is None:
+            self._vain_since = waited
+        elif waited - self._vain_since > VAIN_SECONDS:
             raise ResfeatError(
                 f"no machine came for a worker within {waited:.0f} s: {wait.told}; give less "
                 "--cpus-per-worker or --gpus-per-worker, or have it add larger machines"
             )
-        why = wait.told and f": {wait.told}"
-        self._step(f"waiting for the first of {len(self._pool.members)} workers{so_far}{why}")
+        return wait.told and f": {wait.told}"
 
     def _collect(self) -> Iterator[ShardResult]:
         """Wait for a call to end, but not for long; give the result if it was a shard's."""

@@ -16,7 +16,7 @@ def shortage(soonest: float, environment: Mapping[str, str] = os.environ) -> str
     if not 0 < left < soonest:  # one whose end is over is another job's, or may go on
         return None
     return (
-        f"no shard will be done in the time of this job: the first takes {soonest / 60:,.1f} more "
-        f"minutes at least, and {left / 60:,.1f} are left: give the job more --time, or a new "
-        "output with a smaller --shard-size"
+        f"no shard will be done in the time of this job, at this speed: the first takes "
+        f"{soonest / 60:,.1f} more minutes, and {left / 60:,.1f} are left: give the job more "
+        "--time, or a new output with a smaller --shard-size"
     )

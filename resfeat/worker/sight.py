@@ -31,12 +31,14 @@ def in_sight(sources: Sequence[str], uris: Sequence[str]) -> tuple[str, ...]:
 def _far_apart(folders: Sequence[str]) -> list[str]:
     """At most FOLDERS of these, in as many parts of the tree as can be: what is mounted, and may be
     missing elsewhere, mostly is a folder high up."""
-    some = list(folders[:: -(-len(folders) // FOLDERS) or 1])
+    some: list[str] = []
     for depth in range(1, max((folder.count("/") for folder in folders), default=0) + 1):
-        tops = {tuple(folder.split("/")[: depth + 1]): folder for folder in reversed(folders)}
-        if len(tops) > FOLDERS:
-            break
-        some = list(tops.values())
+        tops = {tuple(folder.split("/")[: depth + 1]): folder for folder in folders}
+        each = list(tops.values())
+        if len(each) > FOLDERS:  # of these, too, as many as there is room for, all along them
+            evenly = (each[number * len(each) // FOLDERS] for number in range(FOLDERS))
+            return list(dict.fromkeys([*some, *evenly]))[:FOLDERS]
+        some = each
     return some
 
 

@@ -300,7 +300,7 @@ def test_nobody_waits_for_a_worker_that_is_not_up(cluster, tmp_path, monkeypatch
         first, second = engine._pool.members
         let(second, "start")
         assert engine.embed([np.zeros((4, 4, 3), np.uint8)], stopping).shape == (1, 1)
-        assert steps == ["waiting for the first of 2 workers"] and not first.live
+        assert steps[0] == "waiting for the first of 2 workers" and not first.live
         let(first, "start")
         while not first.live:
             assert not stopping()

@@ -41,6 +41,7 @@ from resfeat.downstream.index.kinds import (
     CODES,
     Auto,
     Kind,
+    build_bytes,
     choose,
     faiss,
     make,
@@ -139,7 +140,8 @@ class _Work:
 
 
 def _there(dataset: Dataset, layer: str, wanted: Wanted) -> tuple[Index | None, str]:
-    """The index that can be read, and why it cannot be brought to what is asked for."""
+    """The index that is there, and why it cannot be brought to what is asked for."""
+    index = None
     try:
         index = open_index(dataset, layer)
         if index is None:
@@ -152,9 +154,12 @@ def _there(dataset: Dataset, layer: str, wanted: Wanted) -> tuple[Index | None, 
         for asked, now in (wanted.kind, about.kind), (wanted.metric, about.metric):
             if asked not in (None, "auto", now):
                 return index, f"it was {now}, and {asked} is asked for"
+        needed = build_bytes(about.kind, about.rows, about.dim)
+        if wanted.memory and needed > wanted.memory:
+            return index, f"as it is it may take {needed / 1e9:,.2g} GB of memory"
         index.check()
-    except ResfeatError as error:
-        return None, str(error).partition(":")[0]
+    except ResfeatError as error:  # of one that is damaged it is still known what was asked for
+        return index, str(error).partition(":")[0]
     return index, ""
 
 

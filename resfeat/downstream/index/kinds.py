@@ -73,6 +73,11 @@ def bytes_of(kind: Kind, rows: int, dim: int) -> int:
     return rows * (NUMBER_BYTES + vector.get(kind, 4 * dim + 8 * LINKS + 16))
 
 
+def build_bytes(kind: Kind, rows: int, dim: int) -> int:
+    """What it may take to make an index, or to change one, beside what the process has anyway."""
+    return int(GROWTH * bytes_of(kind, rows, dim))
+
+
 def choose(rows: int, dim: int, memory: int, asked: Kind | None = None) -> Choice:
     """The kind for so many rows of `dim` values, of which the build fits into `memory` bytes.
 
@@ -80,7 +85,7 @@ def choose(rows: int, dim: int, memory: int, asked: Kind | None = None) -> Choic
     is never chosen: each update would build it anew.
     """
     size = f"{rows:,} x {dim:,}"
-    needed: dict[str, int] = {kind: int(GROWTH * bytes_of(kind, rows, dim)) for kind in KINDS}
+    needed: dict[str, int] = {kind: build_bytes(kind, rows, dim) for kind in KINDS}
     if asked and needed[asked] > memory:
         raise UsageError(
             f"{asked} of {size} takes {_gb(needed[asked])} while it is built, and may take "

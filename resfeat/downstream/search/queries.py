@@ -85,7 +85,7 @@ def _read(dataset: Dataset, name: str, layer: str | None) -> Queries:
         raise UsageError(f"cannot use {name} as a query: there is no such file") from None
     except (OSError, ValueError, EOFError) as error:
         # numpy's own words for any other content are of pickles, and of an option that we lack.
-        why = first_line(error) if isinstance(error, OSError) else "it is no whole .npy file"
+        why = first_line(error) if isinstance(error, OSError) else "no whole .npy of plain numbers"
         raise UsageError(
             f"cannot use {name} as queries ({why}): save float32 [Q, D] with np.save"
         ) from error
@@ -113,7 +113,10 @@ def _why(dataset: Dataset, name: str) -> str:
     """Why there is no embedding of an id, or where ids stand."""
     import pyarrow.compute as pc
 
-    told = dataset.failures.to_table(filter=pc.field("id") == name).to_pylist()
+    from resfeat.dataset.reader import SENT_BACK, readable
+
+    with readable(dataset.layout.failures, SENT_BACK):
+        told = dataset.failures.to_table(filter=pc.field("id") == name).to_pylist()
     if told:
         return f"the image failed, {told[0]['reason']}: {told[0]['message']}"
     return "ids stand in the column `id`, and of what failed in failures/"
