@@ -5,10 +5,10 @@
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015, section 4.2: plain
 networks of 20 and 56 layers beside residual ones. They learn 1,400 of scikit-learn's handwritten
-digits, enlarged to 32 x 32 pixels, in up to 15 minutes of a core. --highway adds highway networks
-(Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015), whose gates are a third
-convolution in nearly every block. All are trained alike, and one seed gives one result on the same
-machine and number of threads.
+digits, enlarged to 32 x 32 pixels, in about ten minutes on two cores. --highway adds highway
+networks (Srivastava, Greff, Schmidhuber, "Training Very Deep Networks", 2015), whose gates are a
+third convolution in nearly every block. All are trained alike, and one seed gives one result on the
+same machine and number of threads.
 
 --cifar takes CIFAR-10 instead, in its "binary version": data_batch_1.bin to data_batch_5.bin and
 test_batch.bin. The version for Python is pickles, which may run anything when they are read.
