@@ -47,7 +47,7 @@ def main(context: click.Context, source: str, output: str, options: tuple[str, .
     """Bring the embeddings of SOURCE in OUTPUT up to date: update, verify, index, page."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    setproctitle(f"resfeat nightly {public(output)}")  # its arguments may hold secrets
+    setproctitle(f"resfeat-nightly {public(output)}")  # its arguments may hold secrets
     with alone(output) as is_alone:
         leave(context, night(source, output, options) if is_alone else BUSY)
 

@@ -33,7 +33,7 @@ def photo():
 def children():
     """Decoders; other tests of this process have children of their own."""
     every = psutil.Process().children()
-    return [child for child in every if child.name() == "resfeat decoder"]
+    return [child for child in every if child.name() == "resfeat-decoder"]
 
 
 @pytest.mark.parametrize("way", ["turbo", "pillow"])

@@ -224,7 +224,7 @@ def test_a_run_is_titled_by_its_dataset(words, one_photo):
     if words:
         assert line.startswith(sys.executable) and line.endswith(weights)
     else:
-        assert (line, name) == ("resfeat extract s3://bucket/out", "resfeat extract")
+        assert (line, name) == ("resfeat-extract s3://bucket/out", "resfeat-extract")
 
 
 def test_extract_leaves_pandas_alone(one_photo, tmp_path):

@@ -124,8 +124,10 @@ def extract(context: click.Context, /, **choices: Any) -> None:
     """
     choices["runtime"] = RuntimeOptions(**options.pick(choices, RuntimeOptions))
     spec = ExtractSpec(**options.pick(choices, ExtractSpec))
-    if context.obj is OWN_PROCESS:  # what `ps` and `top` show; the arguments may hold secrets
-        setproctitle(f"resfeat extract {public(spec.output)}")
+    if context.obj is OWN_PROCESS:
+        # What `ps` and `top` show; the arguments may hold secrets. Without a blank in what becomes
+        # the process's name: Slurm's proctrack/linuxproc does not find such a one to end it.
+        setproctitle(f"resfeat-extract {public(spec.output)}")
     talk = _talk(context)
     displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "log_json": JsonLines}
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)

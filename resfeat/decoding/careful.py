@@ -147,7 +147,7 @@ def _serve(connection: Connection, seconds: float) -> None:
 if __name__ == "__main__":
     from setproctitle import setproctitle
 
-    setproctitle("resfeat decoder")  # as much as `top` and the kernel's log have room for
+    setproctitle("resfeat-decoder")  # as much as `top` and the kernel's log have room for
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with quiet():
         _serve(Connection(int(sys.argv[1])), float(sys.argv[2]))
