@@ -204,7 +204,7 @@ def test_a_ray_job_brings_the_code_where_resfeat_is_not_installed(some, tmp_path
 def test_the_simulation_of_millions_runs_with_thousands(tmp_path):
     """`make scale` measures with parts of ours that nothing else puts together so."""
     script = PIPELINES.parent / "tests" / "benchmarks" / "scale.py"
-    done = run(sys.executable, script, "--one", 5000, tmp_path / "out")
+    done = run(sys.executable, script, "--one", 5000, tmp_path / "photos", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["count"] == 5000 and told["images_per_second"] > 0
