@@ -44,7 +44,7 @@ class SlowPart(module.Part):
 @pytest.mark.parametrize(
     ("stage", "seconds", "named"),
     [
-        ("read", 0.3, "reading"),
+        ("read", 0.1, "reading"),
         ("decode", 0.1, "decoding"),
         ("forward", 0.5, "the model"),
         ("Part", 0, "writing"),

@@ -43,7 +43,7 @@ def layout(tmp_path):
     return layout
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(count=st.integers(0, 700), size=st.none() | st.integers(1, 300))
 def test_every_item_is_in_exactly_one_shard(tmp_path_factory, count, size):
     layout = Layout(tmp_path_factory.mktemp("plan"))

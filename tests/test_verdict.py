@@ -128,7 +128,7 @@ def test_a_time_limit_shorter_than_a_shard_is_told_once_and_early(monkeypatch):
     for soonest in (7200.0, 7300.0):
         tally.show(4, 0, 1, soonest)
     (note,) = notes
-    told = r"the first takes 120\.0 more minutes at least, and 10\.\d are left: give the job more"
+    told = r"the first takes 120\.0 more minutes, and 10\.\d are left: give the job more --time"
     assert re.search(told, note)
     done = Tally([], [], Watch(note=notes.append), 0.0)
     done.engine = {"device": "cpu", "batch_size": 16}
