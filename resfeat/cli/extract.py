@@ -284,8 +284,9 @@ def _tell(report: Report, *, verbose: bool) -> None:
             "start-up" + (f"; {report.verdict}" if report.verdict else "")
         )
     elif not report.shards_left:
-        listed = "" if report.update else "; --update looks for images that are new or have changed"
-        click.echo(f"This run: nothing was left to do{listed}")
+        more = "; --update looks for images that are new or have changed"
+        is_whole = report.update is None and report.partition is None  # else it has, or may not
+        click.echo(f"This run: nothing was left to do{more if is_whole else ''}")
     if report.update is not None:
         click.echo(f"{_changes(report.update)}, {report.images_failed:,} failed")
     if verbose:
