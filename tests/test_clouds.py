@@ -28,6 +28,7 @@ from resfeat.storage import (
     Fence,
     MissingBucketError,
     RefusedError,
+    clouds,
     dataset_of,
     fetch,
     locate,
@@ -164,6 +165,50 @@ def test_trap_4_what_is_missing_refused_and_broken_is_told_apart(cloud, monkeypa
             with pytest.raises(StoreError, match=fault) as told:
                 operation()
             assert type(told.value) is error and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("faults", ["503 cut", "503 lost", "503 reset", "500 reset cut"])
+def test_trap_4_what_breaks_off_after_a_refusal_is_asked_again(faults, cloud, monkeypatch):
+    """obstore sends it again after the refusal, and says so in the error of what then broke off."""
+    proxy, folder = cloud
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(clouds, "FIRST_PAUSE", timedelta(milliseconds=1))
+    remote.store.cache_clear()
+    for name, content in {"small": b"x", "large": b"x" * 3_000_000, "old": b"x"}.items():
+        put(folder / name, content)
+    for operation, expected in {
+        (folder / "small").read_bytes: b"x",
+        (folder / "large").read_bytes: b"x" * 3_000_000,
+        lambda: fetch(folder / "large", 9, 9).data: b"x" * 9,
+        lambda: stat(folder / "small")[0]: 1,
+        (folder / "none").version: None,
+        folder.is_dir: True,
+        lambda: len(list(folder.iterdir())): 3,
+        (folder / "old").unlink: None,
+        lambda: put(folder / "new", b"y" * 3_000_000): None,
+        lambda: bool((folder / "lock").create(b"mine")): True,
+    }.items():
+        proxy.faults = (coming := iter(faults.split()))
+        assert operation() == expected
+        assert next(coming, None) is None
+    proxy.faults = faults.split()
+    with pytest.raises(FileNotFoundError):
+        (folder / "none").read_bytes()
+    assert (folder / "new").read_bytes() == b"y" * 3_000_000 and not (folder / "old").exists()
+
+
+@pytest.mark.parametrize("cloud", ["amazon"], indirect=True)
+@pytest.mark.parametrize(("fault", "times"), [("reset", 3), ("stall", 2)])
+def test_trap_4_what_obstore_has_given_up_is_not_asked_again(fault, times, cloud, monkeypatch):
+    """After as many resets as it may meet, or as many seconds as it may wait."""
+    proxy, folder = cloud
+    for name, value in {"ATTEMPTS": 2, "REQUEST_SECONDS": 1, "RETRY_SECONDS": 2}.items():
+        monkeypatch.setattr(remote, name, value)
+    remote.store.cache_clear()
+    proxy.faults = lambda *_: fault
+    with pytest.raises(StoreError):
+        (folder / "key").read_bytes()
+    assert len(proxy.requests) == times
 
 
 @pytest.mark.parametrize("key", ["a//1.jpg", "a/./1.jpg", "a/../1.jpg"])

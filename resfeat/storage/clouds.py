@@ -42,6 +42,11 @@ _ADDRESS = re.compile(rf"(?:{'|'.join(VARIABLES)})://")
 _STATUS = re.compile(r"status code: (\d{3}(?: [A-Z][A-Za-z]*)+)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _CAUSE = re.compile(r'message: "([^"]+)"|\b(TimedOut)\b')
+# What obstore says of a request that it sent more than once. It stops at either limit, and before,
+# at what it does not send again.
+_TRIED = re.compile(
+    r"in (?:([\d.]+)s|\S+), after (\d+) retries, max_retries: (\d+), retry_timeout: (\d+)s"
+)
 # A missing bucket, in the words of each cloud. In a listing, 404 can mean nothing else.
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|list request.*404 Not Found", re.DOTALL)
 _REFUSED = re.compile(r"status code: 40[13] ")
@@ -259,14 +264,22 @@ def _meaning(what: str, error: Exception, text: str) -> StoreError:
         return CredentialsError(
             f"{what}: no credentials were found: set the {variables} variables of your cloud"
         )
-    # Each request that obstore sends again says how often it was.
-    kind = StoreError if _STATUS.search(text) or "retries, max" in text else BrokenError
+    kind = StoreError if _STATUS.search(text) or _has_given_up(text) else BrokenError
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
         kind = CredentialsError if _WRONG_CREDENTIALS.search(text) else RefusedError
     return kind(
         f"{what}: {_told(error, text)}; check the address, the {variables} variables and the "
         "network, and give the same command again"
     )
+
+
+def _has_given_up(text: str) -> bool:
+    """Whether obstore sent a request as often, or for as long, as it may. That it sent it again is
+    not enough: after a refusal, an answer may break off, which ends its attempts at once."""
+    if not (tried := _TRIED.search(text)):
+        return False
+    seconds, times, most, patience = (float(each or 0) for each in tried.groups())
+    return times >= most or seconds >= patience
 
 
 def _told(error: Exception, text: str) -> str:
