@@ -176,15 +176,15 @@ def test_what_is_printed(one_photo, tmp_path, command, resfeat):
 
 
 def test_a_step_is_told_once_it_has_taken_a_moment(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "STEP_SECONDS", 0.2)
+    monkeypatch.setattr(progress, "STEP_SECONDS", 0.1)
     with progress.Lines() as lines:
         lines.step("listing \x1b[2J")
-        time.sleep(0.5)
+        lines._step.join(60)  # until it is told
+        monkeypatch.setattr(progress, "STEP_SECONDS", 1.0)
         lines.step("blinking")
         lines.show(Progress(10, 0, 0, 1))
-        time.sleep(0.5)
         lines.step("the last one")
-    time.sleep(0.5)
+    time.sleep(1.2)
     assert capsys.readouterr().err.splitlines() == [
         "listing \\x1b[2J ...", "0 of 10 images (0%), 0 failed, 1 workers",
     ]  # fmt: skip

@@ -487,7 +487,8 @@ def test_many_tars_come_in_their_order_however_many_are_listed_at_once(tmp_path,
 
 
 def test_a_long_listing_is_stopped_and_shown_meanwhile(tmp_path):
-    """Of a tar that takes seconds to decompress: zeros, and all of them one member."""
+    """Of a tar that takes seconds to decompress: zeros, and all of them one member. The seconds
+    are this process's own, whatever runs beside it."""
     zeros, count = 64 * 1024**2, 64
     member = tarfile.TarInfo("1.png")
     member.size = zeros * count
@@ -502,12 +503,12 @@ def test_a_long_listing_is_stopped_and_shown_meanwhile(tmp_path):
     with pytest.raises(Stopped, match="stopped while listing"):
         extract(
             spec,
-            on_progress=lambda progress: shown.append((progress.doing, time.monotonic())),
+            on_progress=lambda progress: shown.append((progress.doing, time.process_time())),
             stopping=lambda: len(shown) > 1,
         )
     (doing, first), (_, second) = shown
     assert doing == "listing" and second - first < 5
-    assert time.monotonic() - second < 2 and not (tmp_path / "out").exists()
+    assert time.process_time() - second < 2 and not (tmp_path / "out").exists()
 
 
 def test_looking_for_the_next_header_of_a_damaged_tar_lets_others_look_around(tmp_path):

@@ -16,6 +16,7 @@ from command import call, error_of
 from forked import start
 from integration.test_resume import wait_for_parts
 from prometheus_client.parser import text_string_to_metric_families
+from seams import UNHURRIED, after_import
 from small import write_pictures
 
 from resfeat.errors import REASONS, UsageError
@@ -157,10 +158,11 @@ def test_every_line_of_runs_that_finish_change_and_fail(job, tmp_path):
     assert seen == EVENTS.keys() - {"note"}
 
 
-def test_every_line_of_a_run_that_is_killed_stopped_and_done(job, tmp_path, unhurried, monkeypatch):
+def test_every_line_of_a_run_that_is_killed_stopped_and_done(job, tmp_path):
     """The file of metrics follows it, and keeps what it said of the last run meanwhile."""
     output, file = tmp_path / "out", tmp_path / "out.prom"
-    slow = {**unhurried, "RESFEAT_METRICS": str(file)}
+    slower = {"resfeat.decoding.decode": UNHURRIED.replace("0.01", "0.3")}
+    slow = {**after_import(slower, tmp_path / "hook"), "RESFEAT_METRICS": str(file)}
     words = ["extract", *job[:-4], "--shard-size", 1, *job[-2:]]  # without --metrics
     killed = start(*words, env=slow)
     while not file.exists() or "resfeat_run_workers" not in file.read_text():

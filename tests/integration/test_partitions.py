@@ -51,15 +51,17 @@ def on_step(step):
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
-# Whoever lists takes so long that the others see it.
+# Whoever lists takes so long that the others see it, and first waits until so many are there.
 SLOW = """
 import os, time
 
 made = _make_plan
 
-def _make_plan(*given):
+def _make_plan(request, layout, weights):
+    while len(layout.shares()) <= int(os.environ.get("BESIDE", "0")):  # "all" is one, too
+        time.sleep(0.02)
     time.sleep(float(os.environ.get("SLOW", "0")))
-    return made(*given)
+    return made(request, layout, weights)
 """
 
 # The one that lists is killed with its draft written, before that is in place.
@@ -177,8 +179,9 @@ def test_four_partitions_two_of_which_are_killed_and_one_is_started_twice(
     def partition(number, **more):
         return start(*command, "--partition", f"{number}/4", env={**gated, **more})
 
-    begun = [partition(n, FREE="1", SLOW="1.5") for n in (1, 2, 3)]
-    begun.append(partition(4, FREE="1", SLOW="1.5", KILL_AT="noted"))
+    beside = {"FREE": "1", "SLOW": "1", "BESIDE": "4"}
+    begun = [partition(n, **beside) for n in (1, 2, 3)]
+    begun.append(partition(4, **beside, KILL_AT="noted"))
     first, second, third, fourth = begun
     with ended(begun):
         until(lambda: {first.pid, second.pid, third.pid} <= set(commits(gated)), begun[:3])
