@@ -31,11 +31,13 @@ def photographs() -> dict[str, Image.Image]:
     return {path.stem: Image.open(path).convert("RGB") for path in paths}
 
 
-def write_photos(folder: Path, count: int, *, long_side: int | None = None) -> list[Path]:
+def write_photos(
+    folder: Path, count: int, *, long_side: int | None = None, compress_level: int = 6
+) -> list[Path]:
     """Write `count` crops below `folder`, and give their paths.
 
     A crop takes 40 to 90 % of each side of its photograph; where `long_side` is given it is scaled
-    to that many pixels.
+    to that many pixels. compress_level: of PNG, from 0, the quickest, to 9, the smallest.
     """
     chance = random.Random(SEED)
     whole = photographs()
@@ -49,7 +51,7 @@ def write_photos(folder: Path, count: int, *, long_side: int | None = None) -> l
             crop.thumbnail((long_side, long_side))
         path = folder / name / f"{number:05d}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        crop.save(path)
+        crop.save(path, compress_level=compress_level)
         written.append(path)
     return written
 

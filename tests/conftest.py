@@ -28,6 +28,10 @@ PHOTOS = 500
 # Ray's workers give way to whatever else runs here, and would starve beside the other tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Nobody cuts the power here, and thousands of files would wait for the disk, 12 ms each. What is
+# synced, and when, test_store.py shows; processes that tests start do sync.
+os.fsync = lambda descriptor: None
+
 # How long an example takes depends on what runs beside it.
 settings.register_profile("beside others", deadline=None)
 settings.load_profile("beside others")
@@ -61,42 +65,39 @@ OWN_RAY = ("test_faults", "test_resume", "test_killers", "test_ray")
 LONGEST = (
     "test_faults",
     "test_object_store",
-    "test_updates",
-    "test_partitions",
-    "test_resume",
-    "test_update_stores",
-    "test_updates_killed",
-    "test_int8",
-    "test_killers",
-    "test_hostile",
-    "test_backbones",
-    "test_resnet",
-    "test_runtime",
-    "test_sources",
-    "test_features",
-    "test_extract",
-    "test_doctor",
-    "test_probe",
     "test_lease",
+    "test_doctor",
+    "test_resume",
+    "test_killers",
+    "test_slurm",
     "test_weights",
+    "test_runtime",
+    "test_update_stores",
+    "test_features",
     "test_cli",
-    "test_page",
-    "test_embedder",
-    "test_store",
-    "test_index",
-    "test_search",
-    "test_duplicates",
-    "test_bench",
-    "test_verify_command",
-    "test_retry_failed",
-    "test_killed_sources",
-    "test_tar",
-    "test_run",
-    "test_parity",
-    "test_updates_refused",
-    "test_export",
+    "test_careful",
+    "test_sources",
+    "test_updates",
     "test_clouds",
-    "test_web",
+    "test_run",
+    "test_search",
+    "test_partitions",
+    "test_page",
+    "test_int8",
+    "test_hostile",
+    "test_nightly",
+    "test_resnet",
+    "test_update",
+    "test_parity",
+    "test_kubernetes",
+    "test_learning",
+    "test_verify",
+    "test_bench",
+    "test_shard",
+    "test_table",
+    "test_retry_failed",
+    "test_tar",
+    "test_backbones",
 )
 
 
@@ -128,10 +129,22 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     return make
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Of torch and FAISS: threads that wait for each other take up to a hundred times longer than
+    one, where other tests take the cores."""
+    import faiss  # noqa: F401 (only what is loaded is limited)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def photos(once: Once) -> Path:
     """500 real photographs as JPEG, PNG and WebP, in one subfolder a subject. Not to be changed."""
-    return once("photos", lambda folder: write_photos(folder, PHOTOS, long_side=400))
+    quick = {"long_side": 400, "compress_level": 1}
+    return once("photos", lambda folder: write_photos(folder, PHOTOS, **quick))
 
 
 @pytest.fixture(scope="session")
@@ -181,11 +194,11 @@ def resfeat() -> Iterator[Run]:
 
 @pytest.fixture(scope="session")
 def command() -> Run:
-    """The same in a process of its own, for what the process itself is about: kills, terminals,
-    permissions, hooks, and a Ray that is started for one run."""
+    """The same in a process of its own, or a script that calls it, for what the process itself is
+    about: kills, terminals, permissions, hooks, and a Ray that is started for one run."""
 
-    def run(*arguments: object, env: dict[str, str] | None = None):
-        process = start(*arguments, env={**os.environ, **(env or {})})
+    def run(*arguments: object, env: dict[str, str] | None = None, script: Path | None = None):
+        process = start(*arguments, env={**os.environ, **(env or {})}, script=script)
         told = process.communicate(timeout=300)
         return subprocess.CompletedProcess(arguments, process.returncode, *told)
 

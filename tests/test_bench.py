@@ -51,7 +51,7 @@ class SlowPart(module.Part):
     ],
 )
 def test_the_stage_that_is_slow_is_named(stage, seconds, named, photos, monkeypatch):
-    """Each is made slow in turn, to a few images a second."""
+    """Each is made slow in turn, to a few images a second, of which some are enough."""
     place = reading if stage == "read" else module
     truly = getattr(place, stage)
 
@@ -60,7 +60,7 @@ def test_the_stage_that_is_slow_is_named(stage, seconds, named, photos, monkeypa
         return truly(*args)
 
     monkeypatch.setattr(place, stage, SlowPart if stage == "Part" else slow)
-    done = CliRunner().invoke(main, ["bench", str(photos / "coffee"), *MODEL])
+    done = CliRunner().invoke(main, ["bench", str(photos / "coffee"), *MODEL, "--images", "8"])
     assert done.exit_code == 0, done.output
     assert f"The limit is {named}: " in done.stdout
 

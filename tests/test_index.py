@@ -26,18 +26,10 @@ from resfeat.errors import ResfeatError, UsageError
 from resfeat.storage.draft import DiskDraft
 
 faiss = Later("faiss")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, DIM, SHARD = 2000, 32, 250
 LEAST = {"flat": 1, "ivf": 0.9, "sq8": 0.9, "pq": 0.2, "hnsw": 0.9}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Of FAISS: threads that wait for each other beside other tests take a hundred times longer."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -569,7 +569,7 @@ def check_rounds(played):
     assert is_varied(played)
 
 
-@pytest.mark.parametrize("cloud", ["s3", "azure"])
+@pytest.mark.parametrize("cloud", ["s3", pytest.param("azure", marks=pytest.mark.more)])
 def test_never_two_holders(cloud, request):
     check_rounds(interleave(request.getfixturevalue(cloud), 8, seed=0))
 

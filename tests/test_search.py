@@ -503,7 +503,8 @@ def test_weights_that_have_changed_since_are_refused(photos, checkpoint, resfeat
 
     weights = tmp_path / "mine.pth"
     weights.write_bytes(checkpoint.read_bytes())
-    options = ["--model", "resnet18", "--weights", weights, "--workers", 0]
+    options = ["--model", "resnet18", "--weights", weights, "--workers", 0, "--runtime", "torch",
+               "--resize", 36, "--crop", 32]  # fmt: skip
     assert resfeat("extract", photos / "rocket", "-o", tmp_path / "out", *options).returncode == 0
     tensors = torch.load(weights, weights_only=True)
     torch.save({**tensors, "conv1.weight": tensors["conv1.weight"] * 2}, weights)

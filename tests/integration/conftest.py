@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from broken import write_broken
 from seams import UNHURRIED, after_import
+from small import QUICK, write_pictures
 
 SMALL = ["--resize", "36", "--crop", "32"]
 
@@ -45,6 +47,37 @@ def extracted(once, resfeat):
 def inline(collection, choices, extracted) -> Path:
     """The collection, extracted in one undisturbed process. Not to be changed."""
     return extracted("inline", collection, "--workers", 0, *choices)
+
+
+@pytest.fixture(scope="session")
+def original(photos, once) -> Path:
+    """Seventy photographs and the broken files. Not to be changed."""
+
+    def write(folder):
+        for photo in sorted(photos.rglob("*.*"))[::7][:70]:
+            shutil.copy2(photo, folder / f"{photo.parent.name}-{photo.name}")
+        write_broken(folder)
+
+    return once("few", write)  # which is their label
+
+
+@pytest.fixture(scope="session")
+def undisturbed(original, choices, extracted) -> Path:
+    """The same in three shards, by one undisturbed process. Not to be changed."""
+    options = [*choices, "--shard-size", 32, "--max-error-rate", 1]
+    return extracted("few-extracted", original, "--workers", 0, *options)
+
+
+@pytest.fixture(scope="session")
+def some(once) -> Path:
+    """A few small pictures: nine shards by QUICK. Not to be changed."""
+    return once("some", lambda folder: write_pictures(folder, 72))
+
+
+@pytest.fixture(scope="session")
+def serial(some, extracted) -> Path:
+    """The same, extracted in one undisturbed process. Not to be changed."""
+    return extracted("some-extracted", some, *QUICK, "--workers", 0)
 
 
 @pytest.fixture

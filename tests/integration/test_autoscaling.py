@@ -15,7 +15,7 @@ from integration.test_faults import last_report
 from integration.test_namespaces import end_of
 from machines import machines, why_none
 from seams import after_import
-from small import QUICK, write_pictures
+from small import QUICK
 from tables import rows
 
 import resfeat
@@ -138,16 +138,6 @@ def grown():
 def elsewhere(tmp_path, monkeypatch):
     """Ray has workers import from where the driver stands: not where this resfeat is."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def some(once):
-    return once("some", lambda folder: write_pictures(folder, 72))
-
-
-@pytest.fixture(scope="module")
-def serial(some, extracted):
-    return extracted("some-extracted", some, *QUICK, "--workers", 0)
 
 
 def error_in(told):

@@ -11,12 +11,12 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from broken import write_broken
 from command import error_of
 from forked import start
 from integration.test_ray import workers_of
@@ -29,29 +29,9 @@ from resfeat.sources import item_of, read
 
 # Of a shard that is committed for the first time.
 STEPS = ("written", "checked", "noted", "failures", "embeddings")
-PHOTOS = 70
 ANY_FAILURES = ["--max-error-rate", 1]
 # What does not depend on who does the shards is shown by one process, and once more by Ray.
 BY_ONE_PROCESS = [0, pytest.param(1, marks=MORE)]
-
-
-@pytest.fixture(scope="module")
-def original(photos, once):
-    """Seventy photographs and the broken files: three shards. Not to be changed."""
-
-    def write(folder):
-        for photo in sorted(photos.rglob("*.*"))[::7][:PHOTOS]:
-            shutil.copy2(photo, folder / f"{photo.parent.name}-{photo.name}")
-        write_broken(folder)
-
-    return once("few", write)  # which is their label
-
-
-@pytest.fixture(scope="module")
-def undisturbed(original, choices, extracted):
-    """The same, extracted in one undisturbed process. Not to be changed."""
-    options = ["--workers", 0, "--shard-size", SHARD, *ANY_FAILURES]
-    return extracted("few-extracted", original, *choices, *options)
 
 
 @pytest.fixture
@@ -97,8 +77,8 @@ def assert_same(output, expected):
     assert not list(Layout(output).tmp.iterdir())
 
 
-# A process kills itself at the first step at which none has died yet; but not while it does again
-# what one that died had in hand, as a shard may not cost three.
+# A process kills itself at each step at which one is still to die; but not while it does again what
+# one that died had in hand, as a shard may not cost three.
 DIE_ONCE_AT_EACH_STEP = """
 import os, signal
 
@@ -108,8 +88,8 @@ def on_step(step):
     if again:
         return
     try:
-        os.close(os.open(os.path.join(os.environ["DIED_AT"], step), os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
+        os.unlink(os.path.join(os.environ["DIE_AT"], step))
+    except FileNotFoundError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -127,10 +107,19 @@ def process_shard(worker, task):
 """
 
 
+# Half way, and right behind the last one; test_commit.py has each in one process.
+TWO_STEPS = ("noted", "embeddings")
+
+
 @pytest.mark.ray
-def test_workers_killed_at_every_step_of_a_commit(few, choices, undisturbed, command, tmp_path):
-    died_at = tmp_path / "died_at"
-    died_at.mkdir()
+@pytest.mark.parametrize("steps", [TWO_STEPS, pytest.param(STEPS, marks=MORE)], ids=len)
+def test_workers_killed_at_every_step_of_a_commit(
+    steps, few, choices, undisturbed, command, tmp_path
+):
+    die_at = tmp_path / "die_at"
+    die_at.mkdir()
+    for step in steps:
+        (die_at / step).touch()
     hooks = {
         "resfeat.dataset.commit": DIE_ONCE_AT_EACH_STEP,
         "resfeat.worker.shard": KNOW_WHAT_IS_DONE_AGAIN,
@@ -138,19 +127,17 @@ def test_workers_killed_at_every_step_of_a_commit(few, choices, undisturbed, com
     hook = after_import(hooks, tmp_path / "hook")
     output = tmp_path / "out"
     done = command(
-        *extract(few, output, choices, "--shard-size", 4, workers=3),
-        env={**hook, "DIED_AT": str(died_at)},
+        *extract(few, output, choices, "--shard-size", 4, workers=2),
+        env={**hook, "DIE_AT": str(die_at)},
     )
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in died_at.iterdir()} == set(STEPS)
-    assert last_report(output)["engine"]["worker_deaths"] == len(STEPS)
+    assert not list(die_at.iterdir())
+    assert last_report(output)["engine"]["worker_deaths"] == len(steps)
     assert_same(output, undisturbed)
 
 
-# Half way, and right behind the last one; test_commit.py has each in one process.
 @pytest.mark.parametrize(
-    "step",
-    [pytest.param(n, marks=() if n in ("noted", "embeddings") else MORE) for n in STEPS],
+    "step", [pytest.param(n, marks=() if n in TWO_STEPS else MORE) for n in STEPS]
 )
 def test_the_driver_killed_at_every_step_of_a_commit(
     step, few, choices, undisturbed, command, resfeat, tmp_path
@@ -167,14 +154,14 @@ def test_the_driver_killed_at_every_step_of_a_commit(
     assert last_report(output)["shards"] == 3 - (step == "embeddings")
 
 
-# A head without a CPU, for the driver, and two machines with one each. Ends with its input.
-THREE_NODES = """
+# A head, where the driver is, and another machine, with a CPU each. Ends with its input.
+TWO_NODES = """
 import json, sys
 from ray.cluster_utils import Cluster
 
 here = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
-nodes = [cluster.add_node(num_cpus=1, **here) for _ in range(2)]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **here})
+nodes = [cluster.head_node, cluster.add_node(num_cpus=1, **here)]
 raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
 print(json.dumps(raylets), flush=True)
 sys.stdin.read()
@@ -182,9 +169,9 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def three_nodes(short_folder, unhurried):
-    """A Ray cluster: the raylets of the two machines that have room, and the environment that leads
-    to it, with its token."""
+def two_nodes(short_folder, unhurried):
+    """A Ray cluster: the raylets of its machines, and the environment that leads to it, with its
+    token."""
     environment = {
         **unhurried,
         "RAY_AUTH_MODE": "token",
@@ -194,7 +181,7 @@ def three_nodes(short_folder, unhurried):
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", THREE_NODES],
+        [sys.executable, "-c", TWO_NODES],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=environment,
     )  # fmt: skip
@@ -217,14 +204,14 @@ def short_folder():
 
 
 @pytest.mark.ray
-def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_path, three_nodes):
-    raylets, environment = three_nodes
+def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_path, two_nodes):
+    raylets, environment = two_nodes
     output = tmp_path / "out"
     command = extract(collection, output, choices, "--address", "auto", workers=2)
     process = start(*command, env=environment)
     wait_for_parts(process, output, 3)
     assert all(map(shard_workers, raylets))  # one each
-    lost = raylets[0]
+    lost = raylets[1]
     workers = shard_workers(lost)
     lost.kill()
     for worker in workers:
@@ -313,23 +300,34 @@ def test_a_disk_that_holds_no_plan_is_left_as_it_was(few, choices, command, tmp_
         assert [path.name for path in disk.iterdir()] == ["taken"]
 
 
+# The command by one whom the modes of files stop, as they do not stop root; and so what it starts.
+WITHOUT_RIGHTS = """
+import ctypes
+from resfeat.cli import main
+
+DAC_OVERRIDE, DAC_READ_SEARCH = 1, 2
+BOUNDING_SET_DROP = 24
+libc = ctypes.CDLL(None)
+header, sets = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+libc.capget(header, sets)
+for capability in (DAC_OVERRIDE, DAC_READ_SEARCH):
+    libc.prctl(BOUNDING_SET_DROP, capability, 0, 0, 0)
+    for each in range(3):  # effective, permitted, inheritable
+        sets[each] &= ~(1 << capability)
+libc.capset(header, sets)
+main()
+"""
+
+
 @pytest.fixture
-def without_rights(tmp_path):
-    """Run the command as one whom the modes of files stop, as they do not stop root."""
-    rights = "-dac_override,-dac_read_search"
-    give_up = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
-    prefix = give_up if os.geteuid() == 0 else []
-    secret = tmp_path / "secret"
-    secret.write_text("x")
-    secret.chmod(0)
-    if (prefix and not shutil.which("setpriv")) or run(*prefix, "cat", secret) == 0:
-        pytest.skip("this user may read everything, and cannot give that up")
-
-    def run_command(*arguments):
-        command = [*prefix, sys.executable, "-m", "resfeat", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-    return run_command
+def without_rights(tmp_path, command):
+    if os.geteuid():
+        return command
+    if sys.platform != "linux":
+        pytest.skip("root may read everything, and cannot give that up")
+    script = tmp_path / "without_rights.py"
+    script.write_text(WITHOUT_RIGHTS)
+    return partial(command, script=script)
 
 
 @pytest.mark.parametrize("workers", BY_ONE_PROCESS)
@@ -541,22 +539,19 @@ def test_two_writers_that_begin_together(workers, collection, choices, inline, u
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("before", [pytest.param("", marks=MORE), "import ray; "])
+@pytest.mark.parametrize("program", [pytest.param("", marks=MORE), "import ray"])
 def test_ray_listens_to_this_machine_alone_and_no_secret_is_written_down(
-    before, collection, choices, unhurried, tmp_path, short_folder
+    program, collection, choices, unhurried, tmp_path, short_folder
 ):
     """Secrets of the environment are looked for in all that the run and its Ray have written."""
     names = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DATABASE_PASSWORD", "HF_TOKEN")
     secrets = {name: f"planted-{number}-{os.urandom(8).hex()}" for number, name in enumerate(names)}
     output = tmp_path / "out"
-    script = f"{before}from resfeat.cli import main; main()"
+    script = tmp_path / "program.py"
+    script.write_text(f"{program}\nfrom resfeat.cli import main\nmain()\n")
     words = extract(collection, output, choices, "--log-json", workers=1)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**unhurried, **secrets, "RAY_TMPDIR": str(short_folder)},
-    )
+    env = {**unhurried, **secrets, "RAY_TMPDIR": str(short_folder)}
+    process = start(*words, env=env, script=script)
     wait_for_parts(process, output, 1)
     assert workers_of(process)
     driver = psutil.Process(process.pid)
@@ -567,7 +562,7 @@ def test_ray_listens_to_this_machine_alone_and_no_secret_is_written_down(
         if connection.status == psutil.CONN_LISTEN
     }
     process.terminate()
-    written = dict(zip(("stdout", "stderr"), process.communicate(timeout=60), strict=True))
+    written = dict(zip(("stdout", "stderr"), map(str.encode, process.communicate(60)), strict=True))
     assert process.returncode == 128 + signal.SIGTERM, written
 
     assert any("gcs_server" in name for name, *_ in listening), listening

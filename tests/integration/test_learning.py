@@ -20,6 +20,7 @@ from resfeat.errors import ResfeatError
 from resfeat.sources import listing
 from resfeat.spec import FeatureSpec, SourceOptions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL, CLASSES, EACH = "cifar_resnet20", (1, 3, 5, 8, 9), 20
 # Of the table of degradation.py: network, parameters, training error, test error.
 ROW = r"^\| (\S+) \| ([\d,]+) \| (\S+)% \| (\S+)% \|"
@@ -28,15 +29,6 @@ TRANSFER = ["--model", MODEL, "--weights", "random:0"]
 
 def run(pipeline, *arguments):
     return CliRunner().invoke(pipeline.main, [*map(str, arguments)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Of torch: two that wait for each other take longer than one, where other tests take cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from integration.test_faults import last_report
 from integration.test_resume import title
 from machines import machines, why_none
 from seams import after_import
-from small import QUICK, write_pictures
+from small import QUICK
 from tables import rows
 
 import resfeat
@@ -163,18 +163,6 @@ def elsewhere(tmp_path, monkeypatch):
 def fresh_notes(three):
     for note in three.notes.iterdir():
         note.unlink()
-
-
-@pytest.fixture(scope="module")
-def some(once):
-    """A few small pictures: nine shards."""
-    return once("some", lambda folder: write_pictures(folder, 72))
-
-
-@pytest.fixture(scope="module")
-def serial(some, extracted):
-    """The same, extracted in one undisturbed process."""
-    return extracted("some-extracted", some, *QUICK, "--workers", 0)
 
 
 def test_one_that_joins_late_gets_work_and_one_that_is_cut_off_costs_time(

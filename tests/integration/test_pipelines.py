@@ -12,7 +12,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import demo
 import pytest
 import torch
 from broken import write_broken
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_page import told_by
 
+demo = Later("demo")  # which takes timm and torchvision along
 edits = Later("benchmarks.edits")
 packaged = Later("packaged")
 timm = Later("timm")

@@ -19,7 +19,7 @@ from command import end_ray, error_of
 from forked import start
 from integration.test_resume import title, wait_for_parts
 from seams import after_import
-from small import QUICK, write_pictures
+from small import QUICK
 from tables import rows
 
 import resfeat
@@ -84,13 +84,8 @@ def process_shard(worker, task):
 
 
 @pytest.mark.more
-def test_a_slow_worker_is_left_with_the_shards_that_it_began_with(
-    once, extracted, command, tmp_path
-):
-    """However slow: all others are done before its first. The same folder as that of other tests,
-    nine shards."""
-    some = once("some", lambda folder: write_pictures(folder, 72))
-    serial = extracted("some-extracted", some, *QUICK, "--workers", 0)
+def test_a_slow_worker_is_left_with_the_shards_that_it_began_with(some, serial, command, tmp_path):
+    """However slow: all others are done before its first."""
     output, notes = tmp_path / "out", tmp_path / "notes"
     notes.mkdir()
     about = {"NOTES": str(notes), "PARTS": str(output / "embeddings"), "SHARDS": "9"}

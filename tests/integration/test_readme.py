@@ -93,9 +93,10 @@ def run(words, folder):
 # Of what takes five minutes otherwise.
 FEW = ["--depths", "20", "--epochs", "1", "--images", "20"]
 
-# Some have one extract after another, all of which other tests try, too. test_learning.py tries the
-# pipelines in less time, test_doctor.py the doctor, and who made .venv the installation.
-ELSEWHERE = ("degradation", "resfeat doctor", "pip install")
+# Some have one extract after another, all of which other tests try, too. test_learning.py and
+# test_nightly.py try the pipelines in less time, test_doctor.py the doctor, and who made .venv the
+# installation.
+ELSEWHERE = ("degradation", "nightly.py", "resfeat doctor", "pip install")
 LATER = [
     n for n, lines in enumerate(SESSIONS)
     if (FIRST not in lines and sum("resfeat extract" in line for line in lines) > 1)
