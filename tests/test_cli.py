@@ -130,21 +130,19 @@ def test_the_time_that_is_left_is_that_of_what_is_left(monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
-def test_an_output_without_permission(one_photo, tmp_path):
+def test_an_output_without_permission(one_photo, tmp_path, command):
     """As user nobody, in a process that has read its libraries while it was still root."""
     (tmp_path / "locked").mkdir(mode=0o755)
     for folder in (tmp_path, *tmp_path.parents):
         folder.chmod(folder.stat().st_mode | 0o055)
-    program = (
-        "import os, sys; from resfeat import extraction; from resfeat.backbones import weights\n"
+    script = tmp_path / "as_nobody.py"
+    script.write_text(
+        "import os; from resfeat import extraction; from resfeat.backbones import weights\n"
         "import resfeat.engines.inline, resfeat.backbones.ours, resfeat.runtimes.openvino\n"
         "import torch._dynamo; from resfeat.cli import main\n"
-        "os.setgid(65534); os.setuid(65534); main(sys.argv[1:])"
+        "os.setgid(65534); os.setuid(65534); main()\n"
     )
-    command = ["extract", one_photo, "-o", tmp_path / "locked" / "out", *HERE]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True
-    )
+    done = command("extract", one_photo, "-o", tmp_path / "locked" / "out", *HERE, script=script)
     line = one_line(done, 1)
     assert f"cannot write to {tmp_path}/locked/out: Permission denied" in line
     assert os.listdir(tmp_path / "locked") == []
