@@ -33,22 +33,16 @@ def hostile(hostile_files, photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(hostile, choices, resfeat, tmp_path_factory):
-    """The dataset by so many workers, and what the command told."""
-
-    def extract(workers):
+def runs(hostile, choices, resfeat, tmp_path_factory):
+    """Two runs: on Ray, and in one process."""
+    outputs = []
+    for workers in (1, 0):
         output = tmp_path_factory.mktemp("hostile-out") / "out"
         done = resfeat("extract", hostile[0], "-o", output, "--workers", workers, *choices,
                        "--shard-size", 64, "--max-error-rate", 1, "--log-json")  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return output, done
-
-    return extract
-
-
-@pytest.fixture(scope="module")
-def by_ray(run):
-    return run(1)
+        outputs.append((output, done))
+    return outputs
 
 
 def outcomes(output):
@@ -59,38 +53,33 @@ def outcomes(output):
     return reasons | dict.fromkeys(embedded["id"].to_pylist())
 
 
-def test_every_file_is_one_row_with_the_outcome_that_it_must_have(hostile, by_ray):
+def test_every_file_is_one_row_with_the_outcome_that_it_must_have(hostile, runs):
     _, expected = hostile
-    given = outcomes(by_ray[0])
+    given = outcomes(runs[0][0])
     assert given.keys() == expected.keys()
     assert {name: reason for name, reason in given.items() if reason not in expected[name]} == {}
     assert {reason for reason in given.values() if reason} <= set(REASONS)
 
 
-def test_no_worker_is_lost(by_ray):
-    report = json.loads(by_ray[1].stdout.splitlines()[-1])
+def test_no_worker_is_lost(runs):
+    report = json.loads(runs[0][1].stdout.splitlines()[-1])
     assert report["engine"]["worker_deaths"] == 0
 
 
-@pytest.mark.more  # test_hostile.py has each file decoded twice and compares the bits
-def test_two_runs_agree(by_ray, run):
-    (first, _), (second, done) = by_ray, run(0)
+def test_two_runs_agree(runs):
+    (first, _), (second, _) = runs
     assert rows(first).equals(rows(second))
     assert rows(first, "failures").equals(rows(second, "failures"))
-    assert_harmless(done)
 
 
-def test_what_is_printed_cannot_control_a_terminal(by_ray):
-    assert_harmless(by_ray[1])
-
-
-def assert_harmless(done):
-    told = done.stdout + done.stderr
-    assert not [c for c in told if ord(c) < 32 and c not in "\n\r\t"]
+def test_what_is_printed_cannot_control_a_terminal(runs):
+    for _, done in runs:
+        told = done.stdout + done.stderr
+        assert not [c for c in told if ord(c) < 32 and c not in "\n\r\t"]
 
 
 def test_a_neighbour_of_hostile_images_has_the_embedding_that_it_has_alone(
-    hostile, by_ray, choices, resfeat, tmp_path
+    hostile, runs, choices, resfeat, tmp_path
 ):
     folder = tmp_path / "alone"
     folder.mkdir()
@@ -101,13 +90,13 @@ def test_a_neighbour_of_hostile_images_has_the_embedding_that_it_has_alone(
     done = resfeat("extract", folder, "-o", tmp_path / "out", "--workers", 0, *choices)
     assert done.returncode == 0, done.stderr
     alone = rows(tmp_path / "out").select(["id", "embedding"])
-    among = rows(by_ray[0]).select(["id", "embedding"])
+    among = rows(runs[0][0]).select(["id", "embedding"])
     assert among.filter(pc.is_in(among["id"], alone["id"])).equals(alone)
 
 
-def test_ids_lead_back_to_the_files(hostile, by_ray):
+def test_ids_lead_back_to_the_files(hostile, runs):
     folder, _ = hostile
-    plan = ds.dataset(by_ray[0] / "_resfeat" / "plan").to_table()
+    plan = ds.dataset(runs[0][0] / "_resfeat" / "plan").to_table()
     from resfeat.sources.directory import path_of
 
     for uri in plan["uri"].to_pylist():
