@@ -27,7 +27,7 @@ def killers(photos, once):
     def write(folder):
         for subject in ("chelsea", "rocket", "coffee"):
             (folder / subject).mkdir()
-            for photo in sorted((photos / subject).iterdir())[:10]:
+            for photo in sorted((photos / subject).iterdir())[:14]:
                 shutil.copy2(photo, folder / subject)
         jpeg = min((folder / "coffee").glob("*.jpg")).read_bytes()
         (folder / CRASH).write_bytes(jpeg + b"crash")
