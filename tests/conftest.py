@@ -28,8 +28,8 @@ PHOTOS = 500
 # Ray's workers give way to whatever else runs here, and would starve beside the other tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-# Nobody cuts the power here, and thousands of files would wait for the disk, 12 ms each. What is
-# synced, and when, test_store.py shows; processes that tests start do sync.
+# Nobody cuts the power here, and thousands of files would wait for the disk, some 10 ms each. What
+# is synced, and when, test_store.py shows; processes that tests start do sync.
 os.fsync = lambda descriptor: None
 
 # How long an example takes depends on what runs beside it.

@@ -154,14 +154,14 @@ def test_the_driver_killed_at_every_step_of_a_commit(
     assert last_report(output)["shards"] == 3 - (step == "embeddings")
 
 
-# A head, where the driver is, and another machine, with a CPU each. Ends with its input.
-TWO_NODES = """
+# A head without a CPU, for the driver, and two machines with one each. Ends with its input.
+THREE_NODES = """
 import json, sys
 from ray.cluster_utils import Cluster
 
 here = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **here})
-nodes = [cluster.head_node, cluster.add_node(num_cpus=1, **here)]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
+nodes = [cluster.add_node(num_cpus=1, **here) for _ in range(2)]
 raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
 print(json.dumps(raylets), flush=True)
 sys.stdin.read()
@@ -169,9 +169,9 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def two_nodes(short_folder, unhurried):
-    """A Ray cluster: the raylets of its machines, and the environment that leads to it, with its
-    token."""
+def three_nodes(short_folder, unhurried):
+    """A Ray cluster: the raylets of the two machines that have room, and the environment that leads
+    to it, with its token."""
     environment = {
         **unhurried,
         "RAY_AUTH_MODE": "token",
@@ -181,7 +181,7 @@ def two_nodes(short_folder, unhurried):
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", TWO_NODES],
+        [sys.executable, "-c", THREE_NODES],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=environment,
     )  # fmt: skip
@@ -204,14 +204,14 @@ def short_folder():
 
 
 @pytest.mark.ray
-def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_path, two_nodes):
-    raylets, environment = two_nodes
+def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_path, three_nodes):
+    raylets, environment = three_nodes
     output = tmp_path / "out"
     command = extract(collection, output, choices, "--address", "auto", workers=2)
     process = start(*command, env=environment)
     wait_for_parts(process, output, 3)
     assert all(map(shard_workers, raylets))  # one each
-    lost = raylets[1]
+    lost = raylets[0]
     workers = shard_workers(lost)
     lost.kill()
     for worker in workers:
