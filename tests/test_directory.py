@@ -1,6 +1,7 @@
 """Listing and reading directories."""
 
 import os
+import shutil
 import socket
 import subprocess
 
@@ -10,6 +11,7 @@ from resfeat.errors import Failure, ResfeatError, UsageError
 from resfeat.sources import directory, gone, item_of, listing, read
 from resfeat.sources.directory import path_of
 from resfeat.sources.item import schema_of
+from resfeat.sources.rules import may_be_passed_over, printable
 from resfeat.spec import SourceOptions
 
 
@@ -105,6 +107,67 @@ def test_files_that_vanish_during_the_listing_are_counted(tmp_path, monkeypatch)
         (tmp_path / "2.jpg").unlink(missing_ok=True)
     assert given == ["1.jpg", "3.jpg"]
     assert there.skipped == {"vanished while listing": 1}
+
+
+def test_the_files_of_a_folder_that_vanishes_are_counted_too(tmp_path, monkeypatch):
+    make(tmp_path, "a/1.jpg", "a/2.jpg", "a/3.jpg", "b/4.jpg")
+    monkeypatch.setattr(directory, "TOGETHER", 1)
+    monkeypatch.setattr(directory, "TABLE", 1)
+    there = listing([str(tmp_path)])
+    given = []
+    for item in there:
+        given.append(item.id)
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+    assert given == ["a/1.jpg", "b/4.jpg"]
+    assert there.skipped == {"vanished while listing": 2}
+
+
+def test_each_folder_is_read_once_and_each_file_is_looked_at_once(tmp_path, monkeypatch):
+    """By the folder's descriptor: a path from the root on takes the system longer."""
+    make(tmp_path, "1.jpg", "a/2.jpg", "a/b/3.jpg", "c/4.txt")
+    folders, files = [], []
+    scandir, status_of = os.scandir, os.stat
+
+    def scan(path):
+        folders.append(os.path.relpath(path, tmp_path))
+        return scandir(path)
+
+    def look(path, *, dir_fd=None, follow_symlinks=True):
+        if str(path).endswith(("jpg", "txt")):
+            files.append((path, dir_fd is not None))
+        return status_of(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(directory.os, "scandir", scan)
+    monkeypatch.setattr(directory.os, "stat", look)
+    assert ids(tmp_path) == ["1.jpg", "a/2.jpg", "a/b/3.jpg"]
+    assert folders == [".", "a", "a/b", "c"]
+    assert files == [("1.jpg", True), ("2.jpg", True), ("3.jpg", True)]
+
+
+def test_rows_of_many_folders_are_each_a_files_own(tmp_path):
+    """In one table: plain names, those that are quoted or escaped, and folders of no image."""
+    names = ["a/1.jpg", "b/2.txt", "b b/3 3.jpg", "c\u00e9/4.jpg", "d/\u00e9.jpg", "d/f.jpg",
+             "e\\x/5.jpg", "f/\\x6.jpg", "g/.7.jpg", "h/8%.jpg", "h\udcff/9.jpg"]  # fmt: skip
+    make(tmp_path, *names)
+    found = list(listing([str(tmp_path)], SourceOptions(label_from="parent")))
+    paths = sorted((tmp_path / name for name in names), key=os.fsencode)
+    paths = [path for path in paths if path.suffix == ".jpg" and path.name[0] != "."]
+    alone = [item_of(str(path)) for path in paths]
+    assert [item[1:4] for item in found] == [item[1:4] for item in alone]
+    assert [item.id for item in found] == [
+        printable(str(path.relative_to(tmp_path))) for path in paths
+    ]
+    assert [item.label for item in found] == [printable(path.parent.name) for path in paths]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "JPG", "jpeg", "webp", "tiff", "heif", "avif"])
+def test_names_of_images_need_no_second_look(ending):
+    """And all others do, wherever in them the ending of an image is."""
+    plain = ["no dot", f"1.{ending}", "2.png", f"3.{ending}"]
+    assert not may_be_passed_over(plain)
+    for other in (f".{ending}", f"4.{ending}.txt", "5.json", "6.json.", ".hidden"):
+        assert may_be_passed_over([*plain, other]), other
+        assert may_be_passed_over([other, *plain]), other
 
 
 def test_a_dataset_is_no_source(tmp_path):

@@ -19,8 +19,8 @@ SIDECARS = frozenset(
     " .cbor .class .cls .cls2 .count .id .index .inx .jsn .mp .msg .msgpack .pickle .pt .pth .pyd"
     " .tb .ten .text .transcript".split()
 )
-# A dot, but that of an image's extension. Patterns that begin with one letter are looked for fast.
-_DOUBTFUL = re.compile(r"\.(?!(?:jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])/)", re.IGNORECASE)
+# How names of images end, the usual ones first.
+_IMAGES = [f".{each}/" for each in "jpg jpeg png webp gif bmp tif tiff avif heic heif".split()]
 
 # Of a column of paths, for Arrow: all others may be images.
 LIKELY_PASSED_OVER = rf"(?i)(?:(?:^|/)\.[^/]*|{'|'.join(map(re.escape, sorted(SIDECARS)))})$"
@@ -36,8 +36,15 @@ def passed_over(name: str) -> str | None:
 
 def may_be_passed_over(names: Sequence[str]) -> bool:
     """False only if `passed_over` gives None for each of these names; faster than asking it."""
-    text = f"/{'/'.join(names)}/"
-    return "/." in text or bool(_DOUBTFUL.search(text))
+    text = f"/{'/'.join(names)}/".lower()
+    if "/." in text:
+        return True
+    dots = text.count(".")  # which no extension of an image explains
+    for ending in _IMAGES:
+        if not dots:
+            return False
+        dots -= text.count(ending)
+    return dots > 0
 
 
 def check_apart(roots: Sequence[str]) -> None:
