@@ -1,6 +1,7 @@
 """Who gets which shard, and what becomes of it when a worker dies: plain objects, no worker."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -164,17 +165,17 @@ def test_what_a_death_costs_is_counted_from_the_last_shard_that_was_finished(mon
     given(pool)
     now = 110.0
     pool.died(a, "killed")
-    assert pool.losses() == {"worker_deaths": 1, "lost_seconds": 3.0}
+    assert (pool.deaths, pool.losses()["lost_seconds"]) == (1, 3.0)
     for shard in list(b.in_hand):
         pool.done(b, shard)
     now = 150.0
     pool.died(b, "idle, it loses nothing")
-    assert pool.losses() == {"worker_deaths": 2, "lost_seconds": 3.0}
+    assert (pool.deaths, pool.losses()["lost_seconds"]) == (2, 3.0)
     a.live, now = True, 160.0
     given(pool)
     now = 161.5
     pool.died(a, "killed")
-    assert pool.losses() == {"worker_deaths": 3, "lost_seconds": 4.5}
+    assert (pool.deaths, pool.losses()["lost_seconds"]) == (3, 4.5)
 
 
 def test_a_worker_that_dies_idle_costs_no_shard():
@@ -275,3 +276,93 @@ def test_what_a_dead_worker_had_done_is_not_counted_twice():
     assert pool.counts() == (6, 2, 1)
     pool.done(b, SHARDS[1])
     assert pool.counts() == (1, 0, 1)
+
+
+def finish(pool, member):
+    """It is done with its oldest shard."""
+    pool.done(member, next(iter(member.in_hand)))
+
+
+def quick_and_slow(clock, generation=0, *, retry=False):
+    """Of six shards of ten images one worker has done four, an image a second, and is idle; the
+    other has still the two that it began with."""
+    pool = Pool([Member("slow", live=True), Member("quick", live=True)])
+    shards = [replace(shard, generation=generation) for shard in SHARDS[:6]]
+    pool.take([Task(shard, retry=retry) for shard in shards])
+    slow, quick = pool.members
+    given(pool)
+    for clock[0] in (10, 20, 30, 40):
+        finish(pool, quick)
+        given(pool)
+    assert not quick.in_hand and numbers(slow) == [0, 2]
+    return pool, quick, slow
+
+
+def test_an_idle_worker_takes_over_what_a_slow_one_has_let_go_of(clock):
+    pool, quick, slow = quick_and_slow(clock)
+    pool.heard(slow, {SHARDS[0]: (2, 0)})
+    assert list(pool.too_slow(0)) == [(slow, SHARDS[2])]
+    assert list(pool.too_slow(0)) == [] and given(pool) == ([], [])  # until it has let go
+    pool.let_go(slow, SHARDS[2])
+    assert given(pool) == ([("quick", 2)], []) and pool.losses()["taken_over"] == 1
+    clock[0] = 50
+    finish(pool, quick)
+    # Of the one that it is at 8 images are left, for which it needs 200 s, or 12 if it has done 32
+    # more than it has told: that is not twice what the other needs.
+    assert list(pool.too_slow(32)) == []
+    assert list(pool.too_slow(0)) == [(slow, SHARDS[0])]
+    pool.let_go(slow, SHARDS[0])
+    assert given(pool) == ([("quick", 0)], [])
+    finish(pool, quick)
+    assert not pool.unfinished and pool.losses()["taken_over"] == 2
+
+
+def test_what_was_not_let_go_of_in_time_stays_where_it_is(clock):
+    """Its commit was under way, or it died of something else."""
+    pool, _, slow = quick_and_slow(clock)
+    pool.heard(slow, {SHARDS[0]: (2, 0)})
+    assert list(pool.too_slow(0)) == [(slow, SHARDS[2])]
+    finish(pool, slow)
+    pool.died(slow, "killed")
+    assert given(pool) == ([("quick", 2)], [2]) and pool.losses()["taken_over"] == 0
+
+
+def test_a_shard_changes_hands_once_and_comes_back_only_where_nobody_else_is_left(clock):
+    pool, quick, slow = quick_and_slow(clock)
+    pool.heard(slow, {SHARDS[0]: (2, 0)})
+    list(pool.too_slow(0))
+    pool.let_go(slow, SHARDS[2])
+    finish(pool, slow)
+    given(pool)
+    clock[0] = 1000  # and now the quick one is slow
+    assert numbers(quick) == [2] and not slow.in_hand
+    assert list(pool.too_slow(0)) == []
+    pool.died(quick, "killed")
+    assert given(pool) == ([("slow", 2)], [2])
+
+
+@pytest.mark.parametrize("why", ["waiting", "drained", "nobody is idle", "silent", "unknown"])
+def test_nothing_is_taken_from_a_slow_worker(why, clock):
+    pool, quick, slow = quick_and_slow(clock)
+    if why == "waiting":
+        take(pool, 6, 7)
+    elif why == "drained":
+        pool.drain()
+    elif why == "nobody is idle":
+        take(pool, 6, 7)
+        given(pool)
+    elif why == "silent":
+        slow.silent = "connection reset"
+    else:
+        quick.pace = None  # it has not done one yet
+    assert list(pool.too_slow(16)) == []
+
+
+@pytest.mark.parametrize("about", [{"retry": True}, {"generation": 1}])
+def test_nothing_is_taken_where_rows_may_stay(about, clock):
+    """How long such a shard has taken says nothing of how long it will."""
+    pool, quick, _ = quick_and_slow(clock, **about)
+    assert quick.pace is None
+    quick.pace = 1.0
+    clock[0] = 1000
+    assert list(pool.too_slow(16)) == []

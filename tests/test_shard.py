@@ -17,7 +17,7 @@ from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset, sources
 from resfeat.dataset import FailedItem
 from resfeat.dataset.reader import Kept
 from resfeat.engines import inline
-from resfeat.errors import Failure
+from resfeat.errors import Failure, Stopped
 from resfeat.sources import Item, reading
 from resfeat.worker import batches, shard
 from resfeat.worker.worker import Worker, forward
@@ -84,6 +84,42 @@ def test_progress_counts_failures_too(tmp_path, monkeypatch):
     )
     assert extract(spec).failed == 1
     assert told == [(4, 1)]
+
+
+def test_a_shard_that_waits_for_its_turn_is_dropped_at_once(tmp_path, monkeypatch):
+    """And leaves nothing: the one before it, which has the turn, decodes nothing until then."""
+    (tmp_path / "in").mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "in" / f"{number}.png")
+    do, decode, dropped = inline.process_shard, Worker.decode, threading.Event()
+
+    def drop_the_second(worker, task):
+        if task.shard.number == 1:
+            worker.dropped.add(task.shard)
+        try:
+            return do(worker, task)
+        except Stopped:
+            dropped.set()
+            raise
+
+    def wait_for_that(*what):
+        assert dropped.wait(50)
+        return decode(*what)
+
+    monkeypatch.setattr(inline, "process_shard", drop_the_second)
+    monkeypatch.setattr(Worker, "decode", wait_for_that)
+    monkeypatch.setattr(batches, "CHECK_SECONDS", 0.1)
+    spec = ExtractSpec(
+        sources=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        model="cifar_resnet20",
+        weights="random:0",
+        shard_size=4,
+        runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=4),
+    )
+    assert extract(spec).status == "interrupted" and dropped.is_set()
+    dataset = open_dataset(tmp_path / "out")
+    assert 1 not in dataset.layout.committed() and not list(dataset.layout.tmp.iterdir())
 
 
 class Container:

@@ -296,6 +296,8 @@ def _tell(report: Report, *, verbose: bool) -> None:
     if deaths := report.engine.get("worker_deaths"):
         lost = _duration(report.engine["lost_seconds"])
         click.echo(f"Workers that died and were replaced: {deaths}, with {lost} of their work")
+    if taken_over := report.engine.get("taken_over"):
+        click.echo(f"Shards that a quicker worker took over: {taken_over}")
     if report.changed:
         changed = f"{report.changed:,} images, taken as they are now"
         click.echo(f"Changed since they were listed: {changed}")

@@ -13,6 +13,8 @@ from resfeat.worker import SHARDS_IN_HAND, Task
 
 # A shard that costs so many workers is taken to be what kills them.
 ATTEMPTS = 3
+# What it takes until a worker has let go of a shard and another has begun with it, at most.
+HAND_OVER_SECONDS = 2.0
 
 
 @dataclass(eq=False)
@@ -23,6 +25,7 @@ class Member:
     live: bool = False  # whether it has built its model
     process: str = ""  # which one it was when it last said so: another is one that died and is new
     since: float = 0.0  # when it last finished a shard, or was given one while it had none
+    pace: float | None = None  # seconds that an image of the last shard took which it finished
     silent: str = ""  # why, while it does not answer and nobody knows whether it has died
     # Images done and failed so far, as last heard, of each of its shards; the oldest comes first.
     in_hand: dict[Shard, tuple[int, int]] = field(default_factory=dict)
@@ -44,6 +47,14 @@ class Member:
         left = next(iter(self.in_hand)).rows - done
         return last + left * (last - first) / (done - before + at_once)
 
+    def seconds_left(self, shard: Shard, at_once: int) -> float:
+        """How long it will need until this one of its shards is done, at least, if it goes on as it
+        has since it began with its oldest. at_once: as of `earliest_end`."""
+        done = next(iter(self.in_hand.values()))[0]
+        until = list(self.in_hand)[: list(self.in_hand).index(shard) + 1]
+        left = sum(each.rows for each in until) - done
+        return left * (time.monotonic() - self.since) / (done + at_once)
+
 
 class Pool:
     """Hands shards to workers, and takes them back from workers that died."""
@@ -55,6 +66,8 @@ class Pool:
         self._waiting: deque[Shard] = deque()
         self._tasks: dict[Shard, Task] = {}
         self._blamed: Counter[Shard] = Counter()
+        self._slow: dict[Shard, Member] = {}  # shards that this worker was to let go of
+        self.taken_over = 0  # those of which it did
         self._give_up: float | None = None
 
     def take(self, tasks: Sequence[Task]) -> None:
@@ -95,21 +108,62 @@ class Pool:
 
     def _has_room(self, member: Member, others: int) -> bool:
         """Whether a worker may have the next shard beside at most `others`."""
+        live = len(self.live)
+        if self._slow.get(self._waiting[0]) is member and live > 1:
+            return False
         every = [*member.in_hand, self._waiting[0]]
         # A shard whose next death ends the run is done alone, so that the right one is blamed.
         if any(self._blamed[shard] == ATTEMPTS - 1 for shard in every):
             return not member.in_hand
         # The last shards wait for whoever is free first: no slow worker sits on one.
-        live = len(self.live)
         if member.in_hand and 1 < live >= len(self._waiting):
             return False
         return len(member.in_hand) <= others
 
     def done(self, member: Member, shard: Shard) -> None:
+        now = time.monotonic()
+        if self._is_even(shard):
+            member.pace = (now - member.since) / shard.rows
         del member.in_hand[shard]
         del self._tasks[shard]
-        member.since = time.monotonic()
+        member.since = now
         member.news.clear()
+
+    def too_slow(self, at_once: int) -> Iterator[tuple[Member, Shard]]:
+        """Shards that workers are to let go of, once nothing waits: idle ones will do them in half
+        of the time that is left. Each is named once a run, so that none goes to and fro."""
+        if self._waiting or self._give_up:
+            return
+        idle = [each.pace for each in self.live if each.pace is not None and not each.in_hand]
+        coming = sum(shard in member.in_hand for shard, member in self._slow.items())
+        for pace in sorted(idle)[coming:]:
+            last = [
+                (member, stays[-1])
+                for member in self.live
+                if (stays := [each for each in member.in_hand if each not in self._slow])
+                and self._is_even(stays[-1])
+            ]
+            if not last:
+                return
+            member, shard = max(last, key=lambda each: each[0].seconds_left(each[1], at_once))
+            other = pace * shard.rows + HAND_OVER_SECONDS
+            if member.seconds_left(shard, at_once) > 2 * other:
+                self._slow[shard] = member
+                yield member, shard
+
+    def let_go(self, member: Member, shard: Shard) -> None:
+        """A worker has left a shard as it was: the next is anybody else's."""
+        if shard == next(iter(member.in_hand)):
+            member.since = time.monotonic()
+            member.news.clear()
+        del member.in_hand[shard]
+        self._waiting.appendleft(shard)
+        self.taken_over += 1
+
+    def _is_even(self, shard: Shard) -> bool:
+        """Whether its images take their time: rows that stay pass at once, and nobody knows which
+        those are."""
+        return not (self._tasks[shard].retry or shard.generation)
 
     def heard(self, member: Member, told: Mapping[Shard, tuple[int, int]]) -> None:
         """A worker has told how many images of its shards it has done, and how many failed."""
@@ -125,16 +179,16 @@ class Pool:
         """Seconds until the first of the shards in hand is done, at the earliest; None while that
         is not known of a live worker. at_once: images that one may tell of at a time."""
         busy = [member for member in self.live if member.in_hand]
-        oldest = [self._tasks[next(iter(member.in_hand))] for member in busy]
-        if any(task.retry or task.shard.generation for task in oldest):
-            return None  # rows that stay pass at once, and nobody knows which those are
+        if not all(self._is_even(next(iter(member.in_hand))) for member in busy):
+            return None
         ends = [member.earliest_end(at_once) for member in busy]
         known = [end for end in ends if end is not None]
         return min(known) - time.monotonic() if known and len(known) == len(ends) else None
 
     def losses(self) -> dict[str, float]:
-        """What the deaths of workers have cost so far, for the report."""
-        return {"worker_deaths": self.deaths, "lost_seconds": round(self.lost_seconds, 1)}
+        """What was begun and done again by others so far, for the report."""
+        lost = round(self.lost_seconds, 1)
+        return {"worker_deaths": self.deaths, "lost_seconds": lost, "taken_over": self.taken_over}
 
     def answers(self, member: Member, process: str) -> list[Task]:
         """A worker says that it is there, and which process it is. Gives what it still has in hand,

@@ -1,8 +1,10 @@
 """On Ray: a pool of actors, made once a run.
 
 Each actor builds its model from the network that the driver put into Ray's object store, and has a
-few shards in hand. When one dies, its shards go to the others, and Ray starts it again. Actors that
-find no room stay pending, which makes Ray's autoscaler add machines.
+few shards in hand. When one dies, its shards go to the others, and Ray starts it again. At the end
+an idle one takes over what a slow one has in hand: never before that has let go of it, so that no
+shard is in two hands. Actors that find no room stay pending, which makes Ray's autoscaler add
+machines.
 
 Ray says "unavailable" of an actor whose process died and of one whose connection broke. So that one
 is asked whether it is there: the same process goes on with what it has in hand.
@@ -77,14 +79,19 @@ class RayWorker:
         return __version__, self._process
 
     @ray.method(concurrency_group="shards")
-    def process(self, task: Task, network: list[ray.ObjectRef[Any]]) -> ShardResult:
-        """Do a shard, once however often it is asked for: an answer may be lost on the way."""
+    def process(self, task: Task, network: list[ray.ObjectRef[Any]]) -> ShardResult | None:
+        """Do a shard, once however often it is asked for: an answer may be lost on the way. None,
+        with nothing of it committed, where it was let go of."""
         worker = self._ready_worker(network)
         with self._lock:
             if task.shard not in self._results:
                 self._results[task.shard] = self._shards.submit(process_shard, worker, task)
         try:
             return self._results[task.shard].result()
+        except Stopped:
+            worker.dropped.discard(task.shard)
+            self._results.pop(task.shard, None)
+            return None
         except DecoderHungError:
             os._exit(1)  # a thread that hangs can be ended in no other way
         except DeviceLostError:
@@ -96,6 +103,12 @@ class RayWorker:
         self, pictures: list[NDArray[np.uint8]], network: list[ray.ObjectRef[Any]]
     ) -> NDArray[np.float32]:
         return self._ready_worker(network).embed(pictures)
+
+    @ray.method(concurrency_group="control")
+    def let_go(self, shard: Shard) -> None:
+        """Leave a shard that is in hand, unless it is about to be committed."""
+        if self._worker:
+            self._worker.dropped.add(shard)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> dict[Shard, tuple[int, int]]:
@@ -135,8 +148,9 @@ class RayEngine:
         with ExitStack() as stack:
             members = []
             for number in range(1, workers + 1):
-                # Ray titles a process by its class: this is what `ps` shows, behind "ray::".
-                named = type(f"resfeat worker {number}", (RayWorker,), {})
+                # Ray titles a process by its class: this is what `ps` shows, behind "ray::". It has
+                # no blank, as the title of the run has none.
+                named = type(f"resfeat-worker-{number}", (RayWorker,), {})
                 actor = as_actor(named).options(**how).remote(job, self.placement)
                 members.append(Member(actor))
                 stack.callback(ray.kill, members[-1].actor)
@@ -190,6 +204,8 @@ class RayEngine:
             self._watch()
             for member, task in pool.hand_out():
                 self._process(member, task)
+            for member, shard in pool.too_slow(self.placement.at_once):
+                member.actor.let_go.remote(shard)
             yield from self._collect()
             self._ask_progress()
             on_progress(*pool.counts(), pool.soonest(self.placement.at_once))
@@ -258,6 +274,9 @@ class RayEngine:
                 continue
             except RayError as error:  # of the actor, its node or its memory
                 self._died(member, error)
+                continue
+            if shard is not None and answer is None:
+                self._pool.let_go(member, shard)
                 continue
             if shard is not None:
                 self._pool.done(member, shard)

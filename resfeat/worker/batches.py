@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from resfeat.dataset import FailedItem, Row
 from resfeat.decoding import Decoder, loaded
-from resfeat.errors import Failure, Stopped, first_line
+from resfeat.errors import Failure, first_line
+from resfeat.plan import Shard
 from resfeat.sources import RUN_IMAGES, Content, Item, Run, runs
 from resfeat.worker.worker import Worker, forward
 
@@ -63,11 +64,12 @@ class Batches:
     """What becomes of items of one shard. seconds: busy seconds by stage, added up over threads.
     bytes_read: of images."""
 
-    def __init__(self, worker: Worker, decode: Decoder) -> None:
+    def __init__(self, worker: Worker, decode: Decoder, shard: Shard) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.bytes_read = 0
         self._worker = worker
         self._decode = decode
+        self._shard = shard
         self._size = worker.placement.batch_size
         self._together = -(-RUN_IMAGES // self._size) * self._size  # images in a group
         self._lock = Lock()
@@ -92,13 +94,13 @@ class Batches:
             self.seconds[stage] += seconds
 
     def of(self, items: Sequence[Item]) -> Iterator[Batch]:
-        """Finished batches in the order of the items. Raises Stopped soon after the worker is told
-        to stop, DecoderHungError where it cannot go on, and what loading and embedding raise."""
+        """Finished batches in the order of the items. Raises Stopped soon after the shard is not
+        wanted, DecoderHungError where it cannot go on, and what loading and embedding raise."""
         worker, size = self._worker, self._size
         most = worker.forward_threads + max(BATCHES_AHEAD, -(-IMAGES_AHEAD // size))
         coming = runs(items, range(len(items)), self._together)
         try:
-            with worker.feeding:  # the next shard is fed while this one drains, not before
+            with self._turn():  # the next shard is fed while this one drains, not before
                 run = self._following(coming)
                 for start in range(0, len(items), self._together):
                     end = min(start + self._together, len(items))
@@ -111,6 +113,16 @@ class Batches:
         finally:
             self._is_dropped = True
             coming.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """To be fed, of which one shard of a worker has it at a time."""
+        while not self._worker.feeding.acquire(timeout=CHECK_SECONDS):
+            self._worker.check_wanted(self._shard)
+        try:
+            yield
+        finally:
+            self._worker.feeding.release()
 
     def _following(self, coming: Iterator[Run]) -> Run | None:
         """The next run. Where images can only be read one after the other, they are read here."""
@@ -134,8 +146,7 @@ class Batches:
         except queue.Empty:
             self._worker.check_decoders()
             batch = None
-        if self._worker.stopping.is_set():
-            raise Stopped("left unfinished")
+        self._worker.check_wanted(self._shard)
         if isinstance(batch, Exception):
             raise batch
         return batch

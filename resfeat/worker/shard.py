@@ -23,9 +23,9 @@ UNREAD = ("not_found", "io_error")
 def process_shard(worker: Worker, task: Task) -> ShardResult:
     """Embed one shard and commit it; what stays of an earlier commit is not done again.
 
-    Raises Stopped, with nothing committed, soon after the worker is told to stop, DecoderHungError
-    where the worker cannot go on, and ResfeatError where the dataset cannot be read or written, or
-    the source is gone.
+    Raises Stopped, with nothing committed, soon after the worker is told to stop or to drop it,
+    DecoderHungError where the worker cannot go on, and ResfeatError where the dataset cannot be
+    read or written, or the source is gone.
     """
     layout, shard = worker.layout, task.shard
     careful = CarefulDecoder(worker.placement.cpus) if task.careful else nullcontext(worker)
@@ -39,7 +39,7 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
         schema = worker.schema(task.parity)
         with Part(layout, shard.number, schema, shard.generation) as part, careful as decoder:
             weave = _Weave(part, kept, stays, wanted)
-            batches = Batches(worker, decoder.decode)
+            batches = Batches(worker, decoder.decode, shard)
             for batch in batches.of([items[place] for place in wanted]):
                 with batches.stage("write"):
                     weave.add(batch)

@@ -17,7 +17,7 @@ from torch import Tensor
 from resfeat import runtimes
 from resfeat.dataset import Layout, check_lease, embeddings_schema
 from resfeat.decoding import MAX_PIXELS, PIXEL_BYTES, Picture, Room, decode
-from resfeat.errors import DecoderHungError, Failure, ResfeatError, first_line
+from resfeat.errors import DecoderHungError, Failure, ResfeatError, Stopped, first_line
 from resfeat.plan import Shard
 from resfeat.runtimes import Network, keeps_to_the_cpu
 from resfeat.runtimes.cuda import why_no_gpu
@@ -79,6 +79,7 @@ class Worker:
             )
         self.progress: dict[Shard, tuple[int, int]] = {}  # images done and failed, by shard in hand
         self.stopping = Event()  # set it to have shards in hand raise Stopped soon
+        self.dropped: set[Shard] = set()  # of shards in hand, those that are to do so
         self.decoding_since: dict[int, float] = {}  # by thread
         self.idle_since: dict[int, float] = {}  # by forward thread
         self.loaders = _threads("load", placement.cpus + job.reads_ahead)
@@ -141,6 +142,11 @@ class Worker:
         with self._room.of(pixels):
             self.decoding_since[get_ident()] = time.monotonic()
             yield
+
+    def check_wanted(self, shard: Shard) -> None:
+        """Raise Stopped where this shard is not to be finished here."""
+        if self.stopping.is_set() or shard in self.dropped:
+            raise Stopped("left unfinished")
 
     def check_decoders(self) -> None:
         """Raise DecoderHungError where an image has been decoded for too long."""

@@ -225,7 +225,7 @@ def test_a_node_that_is_lost_with_its_worker(collection, choices, inline, tmp_pa
 
 def shard_workers(raylet):
     below = raylet.children(recursive=True)
-    return [child for child in below if title(child).startswith("ray::resfeat worker ")]
+    return [child for child in below if title(child).startswith("ray::resfeat-worker-")]
 
 
 @contextmanager

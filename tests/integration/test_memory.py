@@ -23,7 +23,7 @@ def watch():
         peak["driver"] = max(peak["driver"], me.memory_info().rss)
         for child in me.children(recursive=True):
             try:
-                if child.cmdline()[:1] == ["ray::resfeat worker 1"]:
+                if child.cmdline()[:1] == ["ray::resfeat-worker-1"]:
                     peak["worker"] = max(peak["worker"], child.memory_info().rss)
             except (psutil.NoSuchProcess, IndexError):
                 pass

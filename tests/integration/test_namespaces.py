@@ -89,7 +89,7 @@ class Three:
 
     def workers(self, name):
         return [
-            each for each in self.processes(name) if title(each).startswith("ray::resfeat worker ")
+            each for each in self.processes(name) if title(each).startswith("ray::resfeat-worker-")
         ]
 
     def hold(self, name):

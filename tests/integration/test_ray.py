@@ -42,7 +42,7 @@ IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
 def workers_of(process):
     """The processes of Ray workers below one."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in below if title(child).startswith("ray::resfeat worker ")]
+    return [child for child in below if title(child).startswith("ray::resfeat-worker-")]
 
 
 @pytest.mark.more
@@ -95,6 +95,70 @@ def test_a_slow_worker_is_left_with_the_shards_that_it_began_with(some, serial, 
     assert len(Layout(serial).committed()) == 9
     assert 1 <= len(list(notes.glob("shard-*"))) <= SHARDS_IN_HAND
     assert rows(output).equals(rows(serial))
+
+
+# Run after these modules: the worker that begins a shard first decodes nothing until all are there;
+# who commits is noted.
+STUCK = {
+    "resfeat.worker.shard": """
+import contextlib, os, pathlib
+
+begin = process_shard
+
+def process_shard(worker, task):
+    notes = pathlib.Path(os.environ["NOTES"])
+    with contextlib.suppress(FileExistsError):
+        os.symlink(str(os.getpid()), notes / "who")
+    if os.readlink(notes / "who") == str(os.getpid()):
+        (notes / f"shard-{task.shard}").touch()
+    return begin(worker, task)
+""",
+    "resfeat.decoding.decode": """
+import os, pathlib, time
+
+without = _decode
+
+def _decode(data, *rest):
+    notes, parts = pathlib.Path(os.environ["NOTES"]), pathlib.Path(os.environ["PARTS"])
+    if os.readlink(notes / "who") == str(os.getpid()):
+        while len([*parts.glob("part-*")]) < int(os.environ["SHARDS"]):
+            time.sleep(0.05)
+    return without(data, *rest)
+""",
+    "resfeat.dataset.commit": """
+import os, pathlib
+
+def on_step(step):
+    with open(pathlib.Path(os.environ["NOTES"]) / "commits", "a") as commits:
+        commits.write(f"{step} {os.getpid()}\\n")
+""",
+}
+
+
+@pytest.mark.more
+def test_what_a_slow_worker_has_begun_is_taken_over_by_one_that_has_nothing_left(
+    once, extracted, command, tmp_path
+):
+    """However slow: it does none of its shards, which another commits once. The same folder as that
+    of other tests, nine shards."""
+    some = once("some", lambda folder: write_pictures(folder, 72))
+    serial = extracted("some-extracted", some, *QUICK, "--workers", 0)
+    output, notes = tmp_path / "out", tmp_path / "notes"
+    notes.mkdir()
+    about = {"NOTES": str(notes), "PARTS": str(output / "embeddings"), "SHARDS": "9"}
+    hook = after_import(STUCK, tmp_path / "hook")
+    done = command("extract", some, "-o", output, *QUICK, "--workers", 2, env=hook | about)
+    assert done.returncode == 0, done.stderr
+    begun = len(list(notes.glob("shard-*")))
+    (report,) = (output / "_resfeat" / "runs").iterdir()
+    engine = json.loads(report.read_text())["engine"]
+    assert (engine["taken_over"], engine["worker_deaths"]) == (begun, 0) and begun
+    assert f"Shards that a quicker worker took over: {begun}" in done.stdout
+    steps = [line.split() for line in (notes / "commits").read_text().splitlines()]
+    by = [pid for step, pid in steps if step == "embeddings"]
+    assert len(by) == 9 and os.readlink(notes / "who") not in by
+    assert rows(output).equals(rows(serial))
+    assert not list(Layout(output).tmp.iterdir())
 
 
 def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, tmp_path):

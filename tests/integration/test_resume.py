@@ -51,7 +51,7 @@ def test_sigkill_half_way(workers, copied, choices, inline, unhurried, resfeat, 
     of_ray = ray_processes(process)
     titles = [title(child) for child in of_ray]
     # A worker's title goes on with the call that it is busy with.
-    ours = [f"ray::resfeat worker {number}" for number in range(1, workers + 1)]
+    ours = [f"ray::resfeat-worker-{number}" for number in range(1, workers + 1)]
     for wanted in [*ours, "raylet", "gcs_server"] if workers else ():
         assert any(title.startswith(wanted) for title in titles), titles
     assert workers or not titles

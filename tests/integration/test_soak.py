@@ -157,7 +157,7 @@ class Run:
 
     def _injected(self, fault: str) -> bool:
         if fault == "worker killed":
-            ours = "ray::resfeat worker "
+            ours = "ray::resfeat-worker-"
             workers = [each for each in self.below if title(each).startswith(ours)]
             if workers:
                 random.choice(workers).kill()
