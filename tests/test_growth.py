@@ -1,10 +1,14 @@
 """What is told of workers that wait for a machine: a cluster's own words, as messages of Ray's.
 `integration/test_autoscaling.py` asks a real one."""
 
+from types import SimpleNamespace
+
 import pytest
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 
 from resfeat.engines import growth
+from resfeat.engines.ray import VAIN_SECONDS, RayEngine
+from resfeat.errors import ResfeatError
 
 ASKED = {"num_cpus": 3.0, "num_gpus": 0.3333}
 OURS = {"CPU": 3.0, "GPU": 0.3333}
@@ -52,3 +56,28 @@ FREE = "each asks for 3 CPU and 0.3333 GPU; free are 6 of 12 CPU and 0.5 of 1 GP
 def test_what_there_is_and_what_is_wanted(told, text, is_vain, monkeypatch):
     monkeypatch.setattr(growth, "_status", lambda: told)
     assert growth.wait_of(ASKED) == growth.Wait(text, is_vain)
+
+
+@pytest.mark.parametrize("version", [0, 1, None])
+def test_an_autoscaler_is_there_if_one_reports(version, monkeypatch):
+    told = None if version is None else reply()
+    if told:
+        told.autoscaling_state.autoscaler_state_version = version
+    monkeypatch.setattr(growth, "_status", lambda: told)
+    assert growth.grows() is bool(version)
+
+
+def test_a_wait_ends_where_the_cluster_says_for_long_that_it_is_vain(monkeypatch):
+    """From when it began to say so, the last time."""
+    engine = SimpleNamespace(_resources=ASKED, _vain_since=None)
+
+    def why(waited, is_vain):
+        monkeypatch.setattr(growth, "wait_of", lambda asked: growth.Wait("none has it", is_vain))
+        return RayEngine._why(engine, waited)
+
+    assert why(0.0, is_vain=True) == ": none has it"
+    why(VAIN_SECONDS, is_vain=False)
+    for waited in (VAIN_SECONDS + 1, 2 * VAIN_SECONDS):
+        assert why(waited, is_vain=True) == ": none has it"
+    with pytest.raises(ResfeatError, match=r"no machine came for a worker within 602 s: none has"):
+        why(2 * VAIN_SECONDS + 2, is_vain=True)

@@ -88,6 +88,16 @@ def test_what_there_is_no_room_for(machines, options, says):
         place(machines, **options)
 
 
+def test_more_cores_than_any_machine_has_are_for_machines_to_come_where_some_may(monkeypatch):
+    from resfeat.engines import growth
+
+    monkeypatch.setattr(growth, "grows", lambda: True)
+    assert place([(2, 0)], **TO_COME) == (6, 0.0, 3.0, 3)
+    monkeypatch.setattr(growth, "grows", lambda: False)
+    with pytest.raises(ResfeatError, match=r"any machine has \(2\): give less"):
+        place([(2, 0)], **TO_COME)
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=4),
     st.integers(1, 200),

@@ -17,7 +17,7 @@ from resfeat.dataset.lock import run_lock
 from resfeat.dataset.notes import Note
 from resfeat.dataset.writer import Lock, Writer
 from resfeat.decoding import decode
-from resfeat.engines import pool
+from resfeat.engines import inline, pool
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.reporting import Watch
 from resfeat.run import Run
@@ -86,6 +86,33 @@ def test_a_run_whose_time_is_too_short_for_a_shard_says_so_early(source, tmp_pat
     assert "no shard will be done in the time of this job" in notes[0]
     assert "smaller --shard-size" in notes[0]
     assert 0 < shown[-1].done < 1000
+
+
+def test_failures_are_tried_once_more_each_however_often_that_is_stopped(
+    source, tmp_path, monkeypatch, resfeat
+):
+    """Three shards, with a failure each. Then, as nothing was stopped, all are tried anew."""
+    folder, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(source, folder)
+    for number in (0, 3, 10):
+        (folder / "ab"[number % 2] / f"{number:02}.png").write_bytes(b"no image")
+    assert run(folder, output).failed == 3
+    done, do = [], inline.process_shard
+    monkeypatch.setattr(inline, "process_shard", lambda *what: done.append(what) or do(*what))
+    monkeypatch.setattr(pool, "SHARDS_IN_HAND", 1)
+    for times in (1, 2):
+        before = len(done)
+        report = extract(spec(folder, output, retry_failed=True),
+                         stopping=lambda before=before: len(done) > before)  # fmt: skip
+        assert (report.status, report.shards, len(report.retried)) == ("interrupted", 1, times)
+        told = json.loads(resfeat("status", output, "--json").stdout)
+        assert (told["shards_committed"], told["retried"]) == (3, times)
+    report = run(folder, output, retry_failed=True)
+    assert (report.status, report.shards, report.retried) == ("finished", 1, [])
+    assert "the last run tried 2 shards with failures again, and was stopped" in report.notes[0]
+    assert len({task.shard for _, task in done}) == len(done) == 3
+    report = run(folder, output, retry_failed=True)
+    assert (report.shards, report.notes) == (3, [])
 
 
 def test_labels_are_those_of_the_folders_and_belong_to_the_dataset(source, finished):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,6 +43,7 @@ def status(output: str, as_json: bool) -> None:
         "embedded": commits.embedded,
         "failed": sum(commits.reasons.values()),
         "reasons": dict(commits.reasons),
+        "retried": _retried(dataset, shares),
         "runs": len(dataset.runs()),
         "writer": writers.get(ALL),
         "partitions": _partitions(dataset, commits, writers),
@@ -54,6 +55,15 @@ def status(output: str, as_json: bool) -> None:
     width = max(map(len, told))
     for name, value in told.items():
         click.echo(f"{name:<{width}}  {shown(_text(value))}")
+
+
+def _retried(dataset: Dataset, shares: Iterable[str]) -> int:
+    """Shards of which the failures were tried again by runs that did not come to their end."""
+    from resfeat.plan import Partition
+    from resfeat.reporting import retried
+
+    names = {str(each) if (each := Partition.of_share(share)) else None for share in shares}
+    return sum(len(retried(dataset.runs(), name)) for name in names)
 
 
 def _partitions(

@@ -2,7 +2,17 @@
 
 from resfeat.reporting.metrics import Metrics
 from resfeat.reporting.preview import Preview, last_rate
-from resfeat.reporting.report import Report, versions
+from resfeat.reporting.report import Report, retried, versions
 from resfeat.reporting.tally import Progress, Tally, Watch
 
-__all__ = ["Metrics", "Preview", "Progress", "Report", "Tally", "Watch", "last_rate", "versions"]
+__all__ = [
+    "Metrics",
+    "Preview",
+    "Progress",
+    "Report",
+    "Tally",
+    "Watch",
+    "last_rate",
+    "retried",
+    "versions",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from resfeat.runtimes.hardware import hardware
 if TYPE_CHECKING:
     from resfeat.fidelity import Parity
     from resfeat.plan import Changes
+    from resfeat.storage import Location
 
 LIBRARIES = "torch torchvision openvino nncf pillow pillow-heif simplejpeg pyarrow ray".split()
 
@@ -34,7 +36,9 @@ class Report:
     near a sample was to the reference; None for the reference itself. update: what an update found;
     `open_dataset(...).changes` has the ids. options: of the command, by name: each one's `value`,
     and whether it is `from` the command line, the environment, the file of --config, or the
-    default. A password or a signature in an address is left out.
+    default. A password or a signature in an address is left out. retried: of a run that tried
+    failures again and did not come to its end, the shards that it has done, and those that it went
+    on from.
     """
 
     run_id: str
@@ -60,6 +64,7 @@ class Report:
     notes: Sequence[str] = ()
     parity: Parity | None = None
     partition: str | None = None
+    retried: Sequence[int] = ()
     update: Changes | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     error: str | None = None
@@ -109,6 +114,20 @@ class Report:
             "hardware": hardware(),
             "versions": versions(),
         }
+
+
+def retried(runs: Sequence[Location], partition: str | None) -> frozenset[int]:
+    """Shards of which the last run has tried the failures again, if it did not come to its end.
+
+    runs: the reports of a dataset, the oldest first. partition: the runs of which count, as it is
+    called in them.
+    """
+    for place in reversed(runs):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # reports may be anything by now
+            report = json.loads(place.read_bytes())
+            if report["partition"] == partition:
+                return frozenset(map(int, report.get("retried", ())))
+    return frozenset()
 
 
 def versions() -> dict[str, str]:

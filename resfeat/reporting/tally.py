@@ -56,6 +56,7 @@ class Tally:
         self, shards: Sequence[Shard], todo: Sequence[Shard], watch: Watch, started: float
     ) -> None:
         self.todo = todo  # the shards that are to be done
+        self.done: set[int] = set()  # of these, those that are
         self._shards = shards
         self._items = sum(shard.rows for shard in shards)
         self._before = self._items - sum(shard.rows for shard in todo)
@@ -79,6 +80,7 @@ class Tally:
 
     def add(self, result: ShardResult) -> None:
         self._last_commit = time.monotonic()
+        self.done.add(result.shard)
         self._counts["shards"] += 1
         self._counts["images"] += result.embedded + result.failed
         self._counts["kept"] += result.kept

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from resfeat.dataset import Commits, Layout, Record
+from resfeat.dataset import Commits, Dataset, Layout, Record
 from resfeat.errors import ResfeatError, Stopped, UsageError
 from resfeat.plan import Changes, Difference, Partition, Shard, carried_columns
-from resfeat.reporting import Progress, Watch
+from resfeat.reporting import Progress, Watch, retried
 from resfeat.sources import Listing, printable
 from resfeat.spec import ExtractSpec
 from resfeat.storage import public
@@ -45,11 +45,17 @@ class Request:
         return [shard for shard in every if mine is None or mine.has(shard.number)]
 
     def todo(self, record: Record) -> list[Shard]:
-        """Shards that are not done, and, where that is asked for, those with failures."""
+        """Shards that are not done, and, where that is asked for, those with failures, unless a run
+        that was stopped has tried them again."""
         commits = Commits.of(self.layout, record.plan)
-        again = commits.failures if self.spec.retry_failed else frozenset()
+        again = commits.failures - self.retried(record) if self.spec.retry_failed else frozenset()
         done = commits.done.keys() - again
         return [shard for shard in self.shards(record) if shard.number not in done]
+
+    def retried(self, record: Record) -> frozenset[int]:
+        """Shards of which the run before this one tried the failures again until it was stopped."""
+        partition = str(self.partition) if self.partition else None
+        return retried(Dataset(self.layout, record).runs(), partition)
 
     def check_free(self) -> None:
         """Raise UsageError where the output is something else."""

@@ -40,6 +40,9 @@ class Run:
         if self.lock.killed:
             last = f"the last run ({self.lock.killed}) was killed"
             self.tally.note(f"{last}: going on from what it had committed")
+        if request.spec.retry_failed and (before := len(request.retried(self.record))):
+            text = f"the last run tried {before} shards with failures again, and was stopped"
+            self.tally.note(f"{text}: going on with the others")
         for note in self.weights.notes:
             self.tally.note(note)
 
@@ -93,8 +96,12 @@ class Run:
         if isinstance(error, StoreError) and not layout.is_on_disk:
             raise error  # the report would go to the store that just failed
         report = self.tally.report(Dataset(layout, self.record), error)
+        retried: set[int] = set()
+        if self.request.spec.retry_failed and report.status != "finished":
+            retried = {*self.tally.done, *self.request.retried(self.record)}
         report = replace(
             report,
+            retried=sorted(retried),
             skipped=dict(self.request.listing.skipped),
             update=self.changes,
             options=self.request.options,

@@ -176,6 +176,7 @@ def test_a_second_start_at_once_is_refused(at, folder, tmp_path, started):
     output = tmp_path / "out"
     first = started(at, "SIGSTOP", folder, output, *QUICK)
     wait_for_stop(first)
+    assert Path(f"/proc/{first.pid}/comm").read_text() == "resfeat-nightly\n"
     assert refused(folder, output) == (
         f"Busy: another night is at work on {output}: nothing was changed"
     )

@@ -160,6 +160,30 @@ def test_a_job_whose_time_is_nearly_over_is_drained_queued_again_and_goes_on(
 
 
 @pytest.mark.more
+def test_failures_are_tried_again_once_each_by_a_job_that_is_queued_again(
+    slurm, pictures, resfeat, gate, tmp_path
+):
+    broken, output = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(pictures, broken)
+    for path in sorted(broken.rglob("*.*"))[::3]:
+        path.write_bytes(b"no image")
+    options = [broken, *QUICK, "--max-error-rate", 1]
+    assert resfeat("extract", *options, "-o", output).returncode == 0
+    failed = len(list((output / "failures").iterdir()))
+    job = slurm.submit("one_node.sbatch", output, *options, "--retry-failed", folder=tmp_path,
+                       env=gate[1])  # fmt: skip
+    until(lambda: list(Layout(output).tmp.glob("*part-*")))
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: "stopping: finishing" in log_of(tmp_path, job))
+    gate[0].unlink()
+    assert outcome(*slurm.ended(job)) == ("COMPLETED", "0:0", "1"), log_of(tmp_path, job)
+    assert "with failures again, and was stopped: going on with the others" in log_of(tmp_path, job)
+    reports = [json.loads(each.read_text()) for each in (output / "_resfeat" / "runs").iterdir()]
+    again = [each["shards"] for each in sorted(reports, key=lambda each: each["run_id"])[1:]]
+    assert sum(again) == failed and 0 < again[0] < failed
+
+
+@pytest.mark.more
 def test_a_job_that_comes_to_its_time_limit(slurm, pictures, single, gate, tmp_path):
     """With Slurm's own clock, that has minutes and looks every half of one."""
     output = tmp_path / "out"
