@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 def status(output: str, as_json: bool) -> None:
     """Show what the dataset OUT is, and how much of it is done."""
     from resfeat.dataset import ALL, Layout, holder, open_dataset
+    from resfeat.reporting import ANY, retried
 
     dataset = open_dataset(output)
     record, plan = dataset.record, dataset.record.plan
-    commits = dataset.commits()
+    commits, runs = dataset.commits(), dataset.runs()
     shares = {ALL, *dataset.layout.shares()}
     writers = {share: holder(Layout(str(dataset.layout.root), share)) for share in shares}
     told = {
@@ -43,8 +44,8 @@ def status(output: str, as_json: bool) -> None:
         "embedded": commits.embedded,
         "failed": sum(commits.reasons.values()),
         "reasons": dict(commits.reasons),
-        "retried": _retried(dataset, shares),
-        "runs": len(dataset.runs()),
+        "retried": len(retried(runs[-1:], ANY)),
+        "runs": len(runs),
         "writer": writers.get(ALL),
         "partitions": _partitions(dataset, commits, writers),
         "complete": len(commits.done) == len(plan.shards),
@@ -55,15 +56,6 @@ def status(output: str, as_json: bool) -> None:
     width = max(map(len, told))
     for name, value in told.items():
         click.echo(f"{name:<{width}}  {shown(_text(value))}")
-
-
-def _retried(dataset: Dataset, shares: Iterable[str]) -> int:
-    """Shards of which the failures were tried again by runs that did not come to their end."""
-    from resfeat.plan import Partition
-    from resfeat.reporting import retried
-
-    names = {str(each) if (each := Partition.of_share(share)) else None for share in shares}
-    return sum(len(retried(dataset.runs(), name)) for name in names)
 
 
 def _partitions(

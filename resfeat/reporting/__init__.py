@@ -2,10 +2,11 @@
 
 from resfeat.reporting.metrics import Metrics
 from resfeat.reporting.preview import Preview, last_rate
-from resfeat.reporting.report import Report, retried, versions
+from resfeat.reporting.report import ANY, Report, retried, versions
 from resfeat.reporting.tally import Progress, Tally, Watch
 
 __all__ = [
+    "ANY",
     "Metrics",
     "Preview",
     "Progress",

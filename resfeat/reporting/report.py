@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resfeat.plan import Changes
     from resfeat.storage import Location
 
+ANY = "any"  # partition, or none
 LIBRARIES = "torch torchvision openvino nncf pillow pillow-heif simplejpeg pyarrow ray".split()
 
 
@@ -120,12 +121,12 @@ def retried(runs: Sequence[Location], partition: str | None) -> frozenset[int]:
     """Shards of which the last run has tried the failures again, if it did not come to its end.
 
     runs: the reports of a dataset, the oldest first. partition: the runs of which count, as it is
-    called in them.
+    called in them, or ANY.
     """
     for place in reversed(runs):
         with suppress(OSError, ValueError, KeyError, TypeError):  # reports may be anything by now
             report = json.loads(place.read_bytes())
-            if report["partition"] == partition:
+            if partition in (ANY, report["partition"]):
                 return frozenset(map(int, report.get("retried", ())))
     return frozenset()
 
