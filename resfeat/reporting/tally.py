@@ -139,8 +139,8 @@ class Tally:
         if status == "interrupted" and not self._counts["shards"]:
             self.note(NOTHING_DONE)  # who starts it again for as long as before gains nothing
         return Report(
-            # Sorts by time, and differs between two runs of the same second.
-            run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
+            # Sorts by time, and differs between partitions that end together.
+            run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%SZ-%f}-{secrets.token_hex(2)}",
             status=status,
             output=str(dataset.layout.root),
             precision=dataset.record.identity.precision,

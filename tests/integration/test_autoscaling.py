@@ -29,7 +29,7 @@ FAKE = {
     "RAY_FAKE_CLUSTER": "1",
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
     "RAY_CLOUD_INSTANCE_ID": HEAD,
-    "RAY_enable_autoscaler_v2": "1",  # as KubeRay has it
+    "RAY_enable_autoscaler_v2": "1",  # as KubeRay with autoscalerOptions.version: v2
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
 }
 # What the autoscaler looks up, and has no default for.
