@@ -341,6 +341,14 @@ def test_a_shard_changes_hands_once_and_comes_back_only_where_nobody_else_is_lef
     assert given(pool) == ([("slow", 2)], [2])
 
 
+def test_how_long_the_next_will_take_is_told_from_when_the_one_before_it_was_let_go_of(clock):
+    pool, _, slow = quick_and_slow(clock)
+    pool.let_go(slow, SHARDS[0])
+    clock[0] = 42
+    pool.heard(slow, {SHARDS[2]: (1, 0)})
+    assert slow.seconds_left(SHARDS[2], 0) == 9 * 2
+
+
 @pytest.mark.parametrize("why", ["waiting", "drained", "nobody is idle", "silent", "unknown"])
 def test_nothing_is_taken_from_a_slow_worker(why, clock):
     pool, quick, slow = quick_and_slow(clock)

@@ -109,13 +109,14 @@ def test_a_shard_that_waits_for_its_turn_is_dropped_at_once(tmp_path, monkeypatc
     monkeypatch.setattr(inline, "process_shard", drop_the_second)
     monkeypatch.setattr(Worker, "decode", wait_for_that)
     monkeypatch.setattr(batches, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(batches, "IMAGES_AHEAD", 1)
     spec = ExtractSpec(
         sources=(str(tmp_path / "in"),),
         output=str(tmp_path / "out"),
         model="cifar_resnet20",
         weights="random:0",
         shard_size=4,
-        runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=4),
+        runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=1, cpus_per_worker=1),
     )
     assert extract(spec).status == "interrupted" and dropped.is_set()
     dataset = open_dataset(tmp_path / "out")
