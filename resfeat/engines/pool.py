@@ -147,9 +147,10 @@ class Pool:
                 return
             member, shard = max(last, key=lambda each: each[0].seconds_left(each[1], at_once))
             other = pace * shard.rows + HAND_OVER_SECONDS
-            if member.seconds_left(shard, at_once) > 2 * other:
-                self._slow[shard] = member
-                yield member, shard
+            if member.seconds_left(shard, at_once) <= 2 * other:
+                return
+            self._slow[shard] = member
+            yield member, shard
 
     def let_go(self, member: Member, shard: Shard) -> None:
         """A worker has left a shard as it was: the next is anybody else's."""
