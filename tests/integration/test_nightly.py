@@ -1,5 +1,6 @@
 """A night's work, as nightly.py does it: over a folder that changes, twice at once, killed."""
 
+import ast
 import json
 import os
 import re
@@ -176,7 +177,6 @@ def test_a_second_start_at_once_is_refused(at, folder, tmp_path, started):
     output = tmp_path / "out"
     first = started(at, "SIGSTOP", folder, output, *QUICK)
     wait_for_stop(first)
-    assert Path(f"/proc/{first.pid}/comm").read_text() == "resfeat-nightly\n"
     assert refused(folder, output) == (
         f"Busy: another night is at work on {output}: nothing was changed"
     )
@@ -186,6 +186,26 @@ def test_a_second_start_at_once_is_refused(at, folder, tmp_path, started):
     assert not (output / "page.html").exists()
     assert night(folder, output, *QUICK).returncode == DONE
     check(output, COUNT)
+
+
+def test_a_night_is_titled_by_its_dataset(tmp_path):
+    """And by no other argument, which may hold secrets."""
+    program = (
+        "import pathlib, nightly\n"
+        "def night(*asked):\n"
+        "    files = 'cmdline', 'comm'\n"
+        "    told = [pathlib.Path('/proc/self', file).read_text() for file in files]\n"
+        "    raise SystemExit(repr(told))\n"
+        "nightly.night = night\n"
+        "nightly.main()"
+    )
+    path = filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])
+    words = [sys.executable, "-c", program, "s3://me:planted@bucket/photos", str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    line, name = ast.literal_eval(done.stderr)
+    assert line.rstrip("\0") == f"resfeat-nightly {tmp_path / 'out'}"
+    assert name.rstrip() == "resfeat-nightly"
 
 
 def test_a_start_while_any_run_writes_is_refused(folder, tmp_path):
