@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,6 @@ from resfeat.worker import Job
 
 if TYPE_CHECKING:
     from resfeat.engines import Engine
-    from resfeat.fidelity import Reference
 
 
 class Watching(TypedDict, total=False):
@@ -63,7 +63,8 @@ def extract(what: Any, /, output: Address | None = None, **options: Any) -> Repo
     The keywords of the first are the fields of `ExtractSpec` and of `RuntimeOptions`. Both ways
     take four more. `on_note` is told, a line each, what a user should know of how the run was set
     up; the report has the same. `on_step` is told what is being done before it takes long.
-    `on_progress` is called about twice a second. Once `stopping` gives true, shards in hand are
+    `on_progress` is called about twice a second. Another thread may call these three, but never two
+    at a time. Once `stopping` gives true, shards in hand are
     finished if that takes no longer than `engines.DRAIN_SECONDS`, and the report's status is
     "interrupted".
 
@@ -76,7 +77,7 @@ def extract(what: Any, /, output: Address | None = None, **options: Any) -> Repo
     check_names("extract(spec)" if is_spec else "extract()", options, known)
     given = options.pop("options", {})
     asked = Watching.__annotations__.keys() & options
-    watch = Watch(**{name.removeprefix("on_"): options[name] for name in asked})
+    watch = Watch(**{name.removeprefix("on_"): options[name] for name in asked}).in_turn()
     if is_spec == (output is not None):
         raise UsageError("extract takes sources and an output, or an ExtractSpec alone")
     spec = what if output is None else extract_spec(what, output, options)
@@ -107,14 +108,17 @@ def _extracted(spec: ExtractSpec, watch: Watch, options: Mapping[str, Mapping[st
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """While torch is imported: it makes objects by the hundred thousand, and Python would go over
-    all of them several times to find no garbage, for a seventh of the import's time."""
-    was_enabled = gc.isenabled()
+    all of them several times to find no garbage, for a seventh of the import's time. Nor does it
+    look at them later: they stay."""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.freeze()
+        gc.enable()
 
 
 def preview(
@@ -149,8 +153,9 @@ def _request(spec: ExtractSpec, watch: Watch, started: float) -> Request:
 
 
 def _embed(run: Run, cluster: Cluster | None) -> None:
-    """Do the shards that are to be done, by workers that were first held against the reference."""
-    from resfeat.fidelity import calibrate, may_differ, reference
+    """Do the shards that are to be done, by workers that are held against the reference before the
+    first is committed."""
+    from resfeat.fidelity import calibrate
 
     spec, layout, tally, watch = run.request.spec, run.layout, run.tally, run.request.watch
     if run.record.identity.precision == "int8":
@@ -159,27 +164,25 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
             run.record = calibrate(
                 everybodys, run.record, run.weights, tally.note, partial(_calibrating, watch)
             )
-    with ThreadPoolExecutor(1, "reference") as aside:
-        expecting = None
-        if may_differ(run.record.identity, spec.runtime):  # and meanwhile the workers start
-            expecting = aside.submit(reference, layout, run.record, run.weights.tensors)
-        if cluster:
-            cluster.ready(watch.stopping)
-        if watch.stopping():
-            raise Stopped("stopped before the first worker was started")
-        watch.step("starting the workers")
-        job = Job.of(layout, run.record, run.weights.dims, run.lock.token)
-        with engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine:
-            tally.engine = engine.description
-            if expecting:
-                _prove(run, engine, expecting)
+    if cluster:
+        cluster.ready(watch.stopping)
+    if watch.stopping():
+        raise Stopped("stopped before the first worker was started")
+    watch.step("starting the workers")
+    job = Job.of(layout, run.record, run.weights.dims, run.lock.token)
+    with (
+        ThreadPoolExecutor(1, "parity") as aside,
+        engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine,
+    ):
+        tally.engine = engine.description
+        parity = aside.submit(_proven, run, engine)  # before that is known, nothing is committed
 
-            def show(done: int, failed: int, workers: int, soonest: float | None) -> None:
-                run.lock.check()
-                tally.show(done, failed, workers, soonest)
+        def show(done: int, failed: int, workers: int, soonest: float | None) -> None:
+            run.lock.check()
+            tally.show(done, failed, workers, soonest)
 
-            for result in engine.run(run.tasks(), show, watch.stopping):
-                tally.add(result)
+        for result in engine.run(run.tasks(parity), show, watch.stopping):
+            tally.add(result)
 
 
 def _calibrating(watch: Watch, used: int, wanted: int) -> None:
@@ -188,15 +191,23 @@ def _calibrating(watch: Watch, used: int, wanted: int) -> None:
     watch.progress(Progress(wanted, used, doing="calibrating"))
 
 
-def _prove(run: Run, engine: Engine, expecting: Future[Reference | None]) -> None:
+def _proven(run: Run, engine: Engine) -> Mapping[str, float] | None:
+    """What rows are to say of how near they are to the reference, once the workers are known to be
+    near enough."""
+    from resfeat.fidelity import differs
+
+    if differs(run.record.identity, engine.placement):
+        _prove(run, engine)
+    return run.record.parity
+
+
+def _prove(run: Run, engine: Engine) -> None:
     """Check that the workers are near enough to the reference, and write down how near."""
-    from resfeat.fidelity import check, compare, differs
+    from resfeat.fidelity import check, compare, reference
 
     identity, watch = run.record.identity, run.request.watch
-    if not differs(identity, engine.placement):
-        return
     watch.step("comparing a sample with fp32")
-    if (expected := expecting.result()) is None:
+    if (expected := reference(run.layout, run.record, run.weights.tensors)) is None:
         return
     given = engine.embed(expected.pictures, watch.stopping)
     run.tally.parity = parity = compare(given, expected, identity, run.weights.dims)

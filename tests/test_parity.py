@@ -1,8 +1,12 @@
 """Parity with fp32 on torch: what is measured, and what it stops."""
 
+import json
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -12,7 +16,7 @@ from resfeat import ExtractSpec, RuntimeOptions, extract, fidelity, sources
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ResfeatError
-from resfeat.fidelity import Parity, check, compare, differs, may_differ
+from resfeat.fidelity import Parity, check, compare, differs
 from resfeat.fidelity.parity import SAMPLE_OF_REFERENCE, Reference, cosine
 from resfeat.fidelity.sample import (
     CALIBRATION,
@@ -26,6 +30,7 @@ from resfeat.plan import write_plan
 from resfeat.sources import Item
 from resfeat.spec import FeatureSpec, Identity, Preprocessing, SourceOptions
 from resfeat.worker import Placement
+from resfeat.worker.batches import Batches
 
 PREPROCESSING = Preprocessing(
     resize=232, crop=224, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
@@ -130,27 +135,6 @@ def test_int8_is_calibrated_and_measured_on_pictures_of_its_own(photos, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("precision", "options", "gpu", "may"),
-    [
-        ("fp32", {"workers": 0, "runtime": "torch"}, False, False),
-        ("fp32", {"workers": 2, "runtime": "torch"}, False, False),
-        ("fp32", {"workers": 0, "runtime": "torch"}, True, True),
-        ("fp32", {"workers": 0, "runtime": "torch", "gpus_per_worker": 0}, True, False),
-        ("fp32", {"address": "auto", "runtime": "torch"}, False, True),
-        ("fp32", {"address": "auto", "runtime": "torch", "gpus_per_worker": 0}, False, False),
-        ("fp32", {"workers": 0, "runtime": "openvino"}, False, True),
-        ("fp32", {"workers": 0}, False, True),
-        ("bf16", {"workers": 0, "runtime": "torch"}, False, True),
-    ],
-)
-def test_the_reference_is_only_computed_where_workers_may_differ_from_it(
-    precision, options, gpu, may, monkeypatch
-):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    assert may_differ(identity(precision), RuntimeOptions(**options)) == may
-
-
-@pytest.mark.parametrize(
     ("precision", "runtime", "device", "given"),
     [
         ("fp32", "torch", "cpu", False),
@@ -177,6 +161,36 @@ def test_a_run_of_the_reference_does_not_compute_it_twice(photos, tmp_path, monk
         runtime=RuntimeOptions(workers=0, runtime="torch"),
     )
     assert extract(spec).parity is None
+
+
+def test_images_are_embedded_while_parity_is_measured_and_none_is_committed_before(
+    photos, tmp_path, monkeypatch
+):
+    """The reference of this run takes until the first batches are embedded, and then some time."""
+    embedded, seen = threading.Event(), []
+    embed, measure = Batches._embedded, fidelity.reference
+
+    def noted(*given):
+        batch = embed(*given)
+        embedded.set()
+        return batch
+
+    def late(layout, *given):
+        assert embedded.wait(60)
+        time.sleep(0.5)
+        seen.extend(layout.committed())
+        return measure(layout, *given)
+
+    monkeypatch.setattr(Batches, "_embedded", noted)
+    monkeypatch.setattr(fidelity, "reference", late)
+    report = extract(
+        photos / "rocket", tmp_path / "out", model="cifar_resnet20", weights="random:0",
+        precision="bf16", runtime="torch", workers=0, shard_size=4,
+    )  # fmt: skip
+    assert report.status == "finished" and not seen
+    told = {json.loads(pq.read_schema(part).metadata[b"resfeat"])["parity"]["minimum"]
+            for part in (tmp_path / "out" / "embeddings").iterdir()}  # fmt: skip
+    assert told == {report.parity.minimum}
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,8 +1,9 @@
 """Who runs `process_shard`, and where: in the calling process, or on Ray.
 
 Both engines have `placement` (where each worker runs), `description` (for the report), `embed` (one
-worker embeds pictures uint8 [H, W, 3], to [N, D]) and `run` (the workers do tasks, in any order;
-Stopped after a drain).
+worker embeds pictures uint8 [H, W, 3], to [N, D]; for another thread than that of `run`) and `run`
+(the workers do tasks, in any order; Stopped after a drain). Where a task's parity is still to come,
+`inline.py` has the first images embedded meanwhile, and `ray.py` waits for it.
 
 When a worker dies, or an image hangs its decoder, its shards are done again by others, in careful
 mode (`decoding/careful.py`). A shard that costs `pool.ATTEMPTS` workers ends the run; one whose

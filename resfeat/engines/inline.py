@@ -45,11 +45,7 @@ class InlineEngine:
     def embed(
         self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]
     ) -> NDArray[np.float32]:
-        given = self._threads.submit(self._worker.embed, pictures)
-        while not wait([given], timeout=POLL_SECONDS).done:
-            if stopping():
-                raise Stopped("stopped while comparing with fp32")
-        return given.result()
+        return self._worker.embed(pictures)  # beside the shards, which take longer to stop
 
     def run(
         self, tasks: Sequence[Task], on_progress: OnProgress, stopping: Callable[[], bool]

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -197,7 +198,7 @@ class RayEngine:
         self, tasks: Sequence[Task], on_progress: OnProgress, stopping: Callable[[], bool]
     ) -> Iterator[ShardResult]:
         pool = self._pool
-        pool.take(tasks)
+        pool.take([replace(task, parity=task.measured()) for task in tasks])
         while pool.busy:
             if stopping() and pool.drain():
                 break

@@ -8,9 +8,8 @@ from resfeat.fidelity.parity import (
     check,
     compare,
     differs,
-    may_differ,
     reference,
 )
 
 __all__ = ["Parity", "Reference", "calibrate", "check", "compare", "differs", "is_intact",
-           "may_differ", "reference"]  # fmt: skip
+           "reference"]  # fmt: skip

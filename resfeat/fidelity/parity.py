@@ -1,6 +1,7 @@
 """Parity: how near the embeddings of a run are to the reference, torch in fp32 on a CPU.
 
-If a run uses anything else, it first embeds a sample of its images both ways.
+If a run uses anything else, it embeds a sample of its images both ways, and commits nothing before
+it knows how near they are.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ChoiceError
 from resfeat.fidelity.sample import SAMPLE, for_parity, pictures
-from resfeat.runtimes import REFERENCE, choose, keeps_to_the_cpu
-from resfeat.spec import Decode, Identity, RuntimeOptions
+from resfeat.runtimes import REFERENCE
+from resfeat.spec import Decode, Identity
 from resfeat.worker import Placement
 
 if TYPE_CHECKING:
@@ -38,18 +39,6 @@ class Parity:
     images: int
     minimum: float
     median: float
-
-
-def may_differ(identity: Identity, options: RuntimeOptions) -> bool:
-    """Whether the workers may make anything but the reference's embeddings, for all that is known
-    before they are placed: the machines of a cluster may have GPUs."""
-    import torch
-
-    may_find_a_gpu = options.address is not None or torch.cuda.is_available()
-    if may_find_a_gpu and not keeps_to_the_cpu(options, identity.precision):
-        return True
-    runtime = choose(options.runtime, identity.model, identity.precision, "cpu")
-    return (runtime, identity.precision) != ("torch", REFERENCE)
 
 
 def differs(identity: Identity, placement: Placement) -> bool:

@@ -6,9 +6,10 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
@@ -46,6 +47,21 @@ class Watch:
     step: Callable[[str], None] = lambda text: None
     progress: Callable[[Progress], None] = lambda progress: None
     stopping: Callable[[], bool] = lambda: False
+
+    def in_turn(self) -> Self:
+        """The same, for threads that tell of a run at the same time: one waits for the other."""
+        lock = RLock()
+
+        def alone(tell: Callable[[Any], None]) -> Callable[[Any], None]:
+            def told(what: Any) -> None:
+                with lock:
+                    tell(what)
+
+            return told
+
+        return replace(
+            self, note=alone(self.note), step=alone(self.step), progress=alone(self.progress)
+        )
 
 
 class Tally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass
 class Run:
     """A run that holds its output. is_new: whether it made the plan. record: gets the int8 network
-    and the parity once they are known; `tasks` takes both from it. changes: of an update."""
+    and the parity once they are known. changes: of an update."""
 
     request: Request
     lock: Lock
@@ -50,9 +51,10 @@ class Run:
     def layout(self) -> Layout:
         return self.request.layout
 
-    def tasks(self) -> list[Task]:
-        """What the workers are to do. With care: shards that are known to hold what kills a
-        decoder, and those that the last run may have had in hand when it was killed."""
+    def tasks(self, parity: Future[Mapping[str, float] | None]) -> list[Task]:
+        """What the workers are to do. parity: how near the reference they are. With care: shards
+        that are known to hold what kills a decoder, and those that the last run may have had in
+        hand when it was killed."""
         todo, commits = self.tally.todo, Commits.of(self.layout, self.record.plan)
         killers = {"decoder_crash", "timeout"}
         notes = {**commits.done, **commits.behind}
@@ -65,7 +67,7 @@ class Run:
             # Of shards whose failures are tried again it cannot be told which that run had come to.
             careful |= {shard for shard in todo if shard.number in commits.done}
             careful |= set(todo[:SHARDS_IN_HAND])
-        retry, parity = self.request.spec.retry_failed, self.record.parity
+        retry = self.request.spec.retry_failed
         return [Task(shard, shard in careful, retry, parity) for shard in todo]
 
     @contextmanager

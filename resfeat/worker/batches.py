@@ -10,7 +10,7 @@ up. What is under way is bounded: memory grows with neither the shard nor the da
 import queue
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock, get_ident
@@ -93,7 +93,7 @@ class Batches:
         with self._lock:
             self.seconds[stage] += seconds
 
-    def of(self, items: Sequence[Item]) -> Iterator[Batch]:
+    def of(self, items: Sequence[Item]) -> Generator[Batch]:
         """Finished batches in the order of the items. Raises Stopped soon after the shard is not
         wanted, DecoderHungError where it cannot go on, and what loading and embedding raise."""
         worker, size = self._worker, self._size

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self
 
@@ -99,12 +100,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to do."""
+    """One shard to do. parity: how near the reference, if measured; rows say so. As a future it is
+    still to come: such a task does not travel."""
 
     shard: Shard
     careful: bool = False  # in child processes: what crashes or hangs a decoder is a failure row
     retry: bool = False  # images that failed are tried again, though nothing changed in them
-    parity: Mapping[str, float] | None = None  # how near the reference, if measured; rows say so
+    parity: Future[Mapping[str, float] | None] | Mapping[str, float] | None = None
+
+    def measured(self) -> Mapping[str, float] | None:
+        """The parity, once it is known. Raises what the measuring raises."""
+        return self.parity.result() if isinstance(self.parity, Future) else self.parity
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import pyarrow as pa
 
@@ -36,11 +37,15 @@ def process_shard(worker: Worker, task: Task) -> ShardResult:
         stays = [kept.of(item, retry=task.retry) for item in items]
         wanted = [place for place, each in enumerate(stays) if each is None]
         unread: list[str] = []
-        schema = worker.schema(task.parity)
-        with Part(layout, shard.number, schema, shard.generation) as part, careful as decoder:
-            weave = _Weave(part, kept, stays, wanted)
+        with careful as decoder, ExitStack() as stack:
             batches = Batches(worker, decoder.decode, shard)
-            for batch in batches.of([items[place] for place in wanted]):
+            finished = batches.of([items[place] for place in wanted])
+            stack.enter_context(closing(finished))
+            begun = list(islice(finished, 1))  # the first images need not wait for the parity
+            schema = worker.schema(task.measured())
+            part = stack.enter_context(Part(layout, shard.number, schema, shard.generation))
+            weave = _Weave(part, kept, stays, wanted)
+            for batch in chain(begun, finished):
                 with batches.stage("write"):
                     weave.add(batch)
                 failed = [each for each in batch.images if isinstance(each, FailedItem)]
