@@ -193,6 +193,23 @@ def test_images_are_embedded_while_parity_is_measured_and_none_is_committed_befo
     assert told == {report.parity.minimum}
 
 
+def test_two_threads_never_tell_of_a_run_at_the_same_time(photos, tmp_path):
+    """One takes its time to tell of the comparison, and the other would tell of progress."""
+    telling, told = threading.Lock(), []
+
+    def tell(what):
+        assert telling.acquire(blocking=False)
+        told.append(str(what))
+        time.sleep(0.7 if "comparing" in told[-1] else 0)
+        telling.release()
+
+    extract(
+        photos / "rocket", tmp_path / "out", model="cifar_resnet20", weights="random:0",
+        precision="bf16", runtime="torch", workers=0, on_note=tell, on_step=tell, on_progress=tell,
+    )  # fmt: skip
+    assert any("comparing" in each for each in told)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 60))
 def test_the_sample_is_spread_over_the_plan(tmp_path_factory, items, shard_size):

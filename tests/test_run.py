@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -249,7 +250,7 @@ def tasks(output, todo, killed=None):
         todo=lambda record: shards,
     )
     weights = SimpleNamespace(notes=())
-    made = Run(request, Lock(str(output), killed), weights, record, False).tasks()
+    made = Run(request, Lock(str(output), killed), weights, record, False).tasks(Future())
     assert [task.shard.number for task in made] == todo
     return [task.shard.number for task in made if task.careful]
 

@@ -80,6 +80,6 @@ class InlineEngine:
     def _replace_worker(self, calls: Collection[Future[ShardResult]]) -> None:
         """Put another worker in the place of one that hangs: its threads cannot be ended."""
         self._worker.stopping.set()
+        wait(calls)  # until they have let their shards go, and what embeds for parity has done so
         self._worker.close()
-        wait(calls)  # until they have let their shards go
         self._worker = Worker(self._job, self.placement, self._network)
