@@ -137,12 +137,9 @@ def on_step(step):
 
 @pytest.mark.more
 def test_what_a_slow_worker_has_begun_is_taken_over_by_one_that_has_nothing_left(
-    once, extracted, command, tmp_path
+    some, serial, command, tmp_path
 ):
-    """However slow: it does none of its shards, which another commits once. The same folder as that
-    of other tests, nine shards."""
-    some = once("some", lambda folder: write_pictures(folder, 72))
-    serial = extracted("some-extracted", some, *QUICK, "--workers", 0)
+    """However slow: it does none of its shards, which another commits once."""
     output, notes = tmp_path / "out", tmp_path / "notes"
     notes.mkdir()
     about = {"NOTES": str(notes), "PARTS": str(output / "embeddings"), "SHARDS": "9"}
