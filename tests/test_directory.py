@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from resfeat.errors import Failure, ResfeatError, UsageError
-from resfeat.sources import directory, gone, item_of, listing, read
+from resfeat.sources import directory, gone, item_of, items_of, listing, read
 from resfeat.sources.directory import path_of
 from resfeat.sources.item import schema_of
 from resfeat.sources.rules import may_be_passed_over, printable
@@ -139,7 +139,10 @@ def test_each_folder_is_read_once_and_each_file_is_looked_at_once(tmp_path, monk
 
     monkeypatch.setattr(directory.os, "scandir", scan)
     monkeypatch.setattr(directory.os, "stat", look)
-    assert ids(tmp_path) == ["1.jpg", "a/2.jpg", "a/b/3.jpg"]
+    there = directory.Directories([str(tmp_path)], f"{tmp_path}/", SourceOptions())
+    assert [item.id for table in there.tables() for item in items_of(table)] == [
+        "1.jpg", "a/2.jpg", "a/b/3.jpg",
+    ]  # fmt: skip
     assert folders == [".", "a", "a/b", "c"]
     assert files == [("1.jpg", True), ("2.jpg", True), ("3.jpg", True)]
 
@@ -152,8 +155,11 @@ def test_rows_of_many_folders_are_each_a_files_own(tmp_path):
     found = list(listing([str(tmp_path)], SourceOptions(label_from="parent")))
     paths = sorted((tmp_path / name for name in names), key=os.fsencode)
     paths = [path for path in paths if path.suffix == ".jpg" and path.name[0] != "."]
-    alone = [item_of(str(path)) for path in paths]
-    assert [item[1:4] for item in found] == [item[1:4] for item in alone]
+    assert [item.uri for item in found] == [item_of(str(path)).uri for path in paths]
+    statuses = [path.stat() for path in paths]
+    assert [(item.size, item.mtime) for item in found] == [
+        (status.st_size, status.st_mtime_ns // 1000) for status in statuses
+    ]
     assert [item.id for item in found] == [
         printable(str(path.relative_to(tmp_path))) for path in paths
     ]
