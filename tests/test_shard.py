@@ -268,6 +268,35 @@ def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp
     assert most > 2 if slow else most == 2
 
 
+def test_runs_are_loaded_in_the_order_of_the_plan(tmp_path, monkeypatch):
+    """Four more threads than may load wait their turn; none of them keeps a run waiting with it."""
+    (tmp_path / "in").mkdir()
+    for number in range(20 * reading.RUN_IMAGES):
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / f"{number:03}.png")
+    begun, read = [], reading.read
+
+    def noted(item):
+        run, number = divmod(int(item.id.removesuffix(".png")), reading.RUN_IMAGES)
+        if number == 0:
+            begun.append(run)
+        time.sleep(0.001)
+        return read(item)
+
+    monkeypatch.setattr(reading, "read", noted)
+    monkeypatch.setattr(batches, "SLOW_SECONDS", 60)
+    spec = ExtractSpec(
+        sources=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        model="cifar_resnet20",
+        weights="random:0",
+        shard_size=20 * reading.RUN_IMAGES,
+        runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=16, cpus_per_worker=2),
+    )
+    assert extract(spec).embedded == 20 * reading.RUN_IMAGES
+    # Two threads that begin at the same time may change places.
+    assert all(abs(run - place) <= 1 for place, run in enumerate(begun)), begun
+
+
 def test_a_run_is_of_so_many_images_and_bytes():
     def lengths(place, *sizes):
         items = [Item(str(n), f"{place}/{n}.jpg", size, 0) for n, size in enumerate(sizes)]

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock, get_ident
 
 import numpy as np
@@ -106,7 +107,7 @@ class Batches:
                     end = min(start + self._together, len(items))
                     group = self._begun(start, items[start:end])
                     while run and run.places[0] < end:
-                        worker.loaders.submit(self._load, group, run)
+                        worker.load(partial(self._load, group, run))
                         run = self._following(coming)
                     yield from self._finished(most)
             yield from self._finished(1)
@@ -171,8 +172,7 @@ class Batches:
         if self._is_dropped:
             return
         try:
-            with self._worker.loading:
-                self._read_and_decode(group, run)
+            self._read_and_decode(group, run)
         except Exception as error:  # for the thread that has the shard
             self._done.put(error)
             return

@@ -1,7 +1,7 @@
 """A worker: one model on one device, and the threads that its shards share."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -84,10 +84,11 @@ class Worker:
         self.idle_since: dict[int, float] = {}  # by forward thread
         self.loaders = _threads("load", placement.cpus + job.reads_ahead)
         self.forwards = _threads("forward", self.forward_threads)
+        self._loads: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()  # free ones, of one shape
         # Threads beyond the cores only take the interpreter's lock from each other, unless files
         # come slowly: then some read while others decode.
-        self.loading = Semaphore(placement.cpus)
+        self._loading = Semaphore(placement.cpus)
         self._readers = job.reads_ahead  # that may still join them
         self.decoding = BoundedSemaphore(placement.cpus)
         self.feeding = Lock()
@@ -118,12 +119,23 @@ class Worker:
         with _memory_told(self.placement):
             return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
 
+    def load(self, task: Callable[[], None]) -> None:
+        """Have a loader do this, after what it was given before."""
+        self._loads.put(task)
+        self.loaders.submit(self._load_next)
+
+    def _load_next(self) -> None:
+        # A thread takes a task once it may begin. One that waits is overtaken time and again, and a
+        # task in its hands would hold up a whole shard.
+        with self._loading:
+            self._loads.get()()
+
     def add_reader(self) -> None:
         """Let one more thread load images, if there is one."""
         with self._lock:
             if self._readers:
                 self._readers -= 1
-                self.loading.release()
+                self._loading.release()
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         """As `decode.decode`, watched by `check_decoders`."""

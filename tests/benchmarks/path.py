@@ -4,7 +4,9 @@
 
 First a job of four shards, from the plan to the commits, with a network that gives zeros, in turns
 with decoding the same JPEGs of 500 x 375 from memory. As in a run two shards are in hand, so that
-one is decoded while the other drains and commits; a shard of all images shows what that is worth.
+one is decoded while the other drains and commits. Each shard lists all JPEGs, by links, so that it
+is of about half the usual 4,096 images; a job of one such shard shows what its ends cost, while
+decoders have nothing or not all to do.
 Then the job with decoders and a resize that return at once: the processor time of what is left is
 what Python costs for an image, and more than it holds the interpreter's lock. On a machine that
 others use the ratio of processor times is the steadier one: it is what is left of the cores for
@@ -17,6 +19,8 @@ between N / (Z + N D) and min(N / (Z + D), 1 / D). Prints the middle of the roun
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -67,18 +71,18 @@ class Nothing:
 
 @contextmanager
 def started(
-    folder: Path, threads: int, batch: int, shards: int
+    folders: Sequence[Path], threads: int, batch: int
 ) -> Iterator[tuple[Worker, Sequence[Shard]]]:
-    """A worker without a model, and all images below the folder in so many shards."""
+    """A worker without a model, and the images of these folders, alike many, as a shard each."""
     weights = resolve(FeatureSpec(model="resnet18", weights="random:0"))
-    there = listing([str(folder)])
+    there = listing([str(folder) for folder in folders])
     items = list(there)
     options = RuntimeOptions(
         workers=0, runtime="torch", cpus_per_worker=threads, batch_size=batch, gpus_per_worker=0
     )
     nothing = mock.patch.object(runtimes, "start", lambda *_, **__: Nothing())
     with (
-        mock.patch.object(reporting, "SHARD", -(-len(items) // shards)),
+        mock.patch.object(reporting, "SHARD", len(items) // len(folders)),
         reporting._dataset(there, items, SourceOptions(), weights, print) as (layout, record),
     ):
         job = Job.of(layout, record, weights.dims)
@@ -139,9 +143,12 @@ def main(count: int, rounds: int, batch: int) -> None:
         prepare(Path(name), count, USUAL, "resnet18")
         folder = Path(name, "in")
         contents = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
+        folders = [Path(name, "listed", str(n)) for n in range(SHARDS)]
+        for each in folders:
+            shutil.copytree(folder, each, copy_function=os.link)
         with (
-            started(folder, cores, batch, 1) as single,
-            started(folder, cores, batch, SHARDS) as several,
+            started(folders[:1], cores, batch) as single,
+            started(folders, cores, batch) as several,
         ):
             jobs = {"a shard": single, f"{SHARDS} shards": several}
             for job in jobs.values():
