@@ -34,6 +34,7 @@ from resfeat.storage import (
     locate,
     open_binary,
     open_parquet,
+    pages,
     remote,
     stat,
     write_whole,
@@ -184,6 +185,7 @@ def test_trap_4_what_breaks_off_after_a_refusal_is_asked_again(faults, cloud, mo
         (folder / "none").version: None,
         folder.is_dir: True,
         lambda: len(list(folder.iterdir())): 3,
+        lambda: sum(len(page.keys) for page in pages(folder)): 3,
         (folder / "old").unlink: None,
         lambda: put(folder / "new", b"y" * 3_000_000): None,
         lambda: bool((folder / "lock").create(b"mine")): True,
@@ -198,17 +200,17 @@ def test_trap_4_what_breaks_off_after_a_refusal_is_asked_again(faults, cloud, mo
 
 
 @pytest.mark.parametrize("cloud", ["amazon"], indirect=True)
-@pytest.mark.parametrize(("fault", "times"), [("reset", 3), ("stall", 2)])
-def test_trap_4_what_obstore_has_given_up_is_not_asked_again(fault, times, cloud, monkeypatch):
+@pytest.mark.parametrize(("fault", "most"), [("reset", 6), ("stall", 3)])
+def test_trap_4_what_obstore_has_given_up_is_not_asked_again(fault, most, cloud, monkeypatch):
     """After as many resets as it may meet, or as many seconds as it may wait."""
     proxy, folder = cloud
-    for name, value in {"ATTEMPTS": 2, "REQUEST_SECONDS": 1, "RETRY_SECONDS": 2}.items():
+    for name, value in {"ATTEMPTS": 5, "REQUEST_SECONDS": 1, "RETRY_SECONDS": 3}.items():
         monkeypatch.setattr(remote, name, value)
     remote.store.cache_clear()
     proxy.faults = lambda *_: fault
     with pytest.raises(StoreError):
         (folder / "key").read_bytes()
-    assert len(proxy.requests) == times
+    assert 1 < len(proxy.requests) <= most  # else they would be six times as many
 
 
 @pytest.mark.parametrize("key", ["a//1.jpg", "a/./1.jpg", "a/../1.jpg"])

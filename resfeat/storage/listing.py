@@ -145,7 +145,8 @@ def _stretch(prefix: StorePath, after: str | None, until: str | None) -> Generat
             return
         except BrokenError:  # in the middle of an answer, which obstore does not ask for again
             broken += 1
-            if broken > remote.ATTEMPTS or not _is_ordered(prefix):
+            # What is in no order is listed again from its start, or not at all.
+            if broken > remote.ATTEMPTS or (after and not _is_ordered(prefix)):
                 raise
             time.sleep(remote.PAUSE_SECONDS)
         except BadKeyError:
