@@ -269,9 +269,10 @@ def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp
 
 
 def test_runs_are_loaded_in_the_order_of_the_plan(tmp_path, monkeypatch):
-    """Four more threads than may load wait their turn; none of them keeps a run waiting with it."""
+    """Of shards in a row: no thread that waits for its turn keeps the end of one with it."""
+    shards, shard_size = 4, 6 * reading.RUN_IMAGES
     (tmp_path / "in").mkdir()
-    for number in range(20 * reading.RUN_IMAGES):
+    for number in range(shards * shard_size):
         Image.new("RGB", (8, 8)).save(tmp_path / "in" / f"{number:03}.png")
     begun, read = [], reading.read
 
@@ -289,10 +290,10 @@ def test_runs_are_loaded_in_the_order_of_the_plan(tmp_path, monkeypatch):
         output=str(tmp_path / "out"),
         model="cifar_resnet20",
         weights="random:0",
-        shard_size=20 * reading.RUN_IMAGES,
+        shard_size=shard_size,
         runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=16, cpus_per_worker=2),
     )
-    assert extract(spec).embedded == 20 * reading.RUN_IMAGES
+    assert extract(spec).embedded == shards * shard_size
     # Two threads that begin at the same time may change places.
     assert all(abs(run - place) <= 1 for place, run in enumerate(begun)), begun
 

@@ -150,7 +150,7 @@ def main(count: int, rounds: int, batch: int) -> None:
             started(folders[:1], cores, batch) as single,
             started(folders, cores, batch) as several,
         ):
-            jobs = {"a shard": single, f"{SHARDS} shards": several}
+            jobs = {"a shard": single, f"{SHARDS} such shards": several}
             for job in jobs.values():
                 whole(*job)  # the first time is another
             every = [
