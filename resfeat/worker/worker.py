@@ -1,12 +1,13 @@
 """A worker: one model on one device, and the threads that its shards share."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from queue import SimpleQueue
-from threading import BoundedSemaphore, Event, Lock, Semaphore, get_ident
+from threading import BoundedSemaphore, Event, Lock, get_ident
 
 import numpy as np
 import pyarrow as pa
@@ -82,14 +83,14 @@ class Worker:
         self.dropped: set[Shard] = set()  # of shards in hand, those that are to do so
         self.decoding_since: dict[int, float] = {}  # by thread
         self.idle_since: dict[int, float] = {}  # by forward thread
-        self.loaders = _threads("load", placement.cpus + job.reads_ahead)
+        self._threads_loading = placement.cpus + job.reads_ahead
+        self.loaders = _threads("load", self._threads_loading)
         self.forwards = _threads("forward", self.forward_threads)
-        self._loads: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()  # free ones, of one shape
         # Threads beyond the cores only take the interpreter's lock from each other, unless files
         # come slowly: then some read while others decode.
-        self._loading = Semaphore(placement.cpus)
-        self._readers = job.reads_ahead  # that may still join them
+        self._loading, self._most_loading = 0, placement.cpus
+        self._loads: deque[Callable[[], None]] = deque()  # that wait for a thread
         self.decoding = BoundedSemaphore(placement.cpus)
         self.feeding = Lock()
         self._lock = Lock()
@@ -120,22 +121,29 @@ class Worker:
             return np.concatenate([batch.result() for batch in batches])[: len(pictures)]
 
     def load(self, task: Callable[[], None]) -> None:
-        """Have a loader do this, after what it was given before."""
-        self._loads.put(task)
-        self.loaders.submit(self._load_next)
+        """Have a loader do this, which raises nothing, after what was given before."""
+        with self._lock:
+            self._loads.append(task)
+            if self._loading == self._most_loading:
+                return
+            self._loading += 1
+        self.loaders.submit(self._load)
 
-    def _load_next(self) -> None:
-        # A thread takes a task once it may begin. One that waits is overtaken time and again, and a
-        # task in its hands would hold up a whole shard.
-        with self._loading:
-            self._loads.get()()
+    def _load(self) -> None:
+        # A task is taken when it can begin. Where threads waited for their turn with one in hand,
+        # others came before them time and again, and the end of a shard waited in their hands.
+        while True:
+            with self._lock:
+                if not self._loads:
+                    self._loading -= 1
+                    return
+                task = self._loads.popleft()
+            task()
 
     def add_reader(self) -> None:
         """Let one more thread load images, if there is one."""
         with self._lock:
-            if self._readers:
-                self._readers -= 1
-                self._loading.release()
+            self._most_loading = min(self._most_loading + 1, self._threads_loading)
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         """As `decode.decode`, watched by `check_decoders`."""
