@@ -84,6 +84,7 @@ def _report(layout: Layout, count: int) -> None:
             "run_id": f"{at:%Y%m%dT%H%M%SZ}-{day:04x}", "status": "finished",
             "images": count // 30, "images_failed": 3, "seconds": count / 30 / rate,
             "images_per_second": rate, "engine": {"workers": workers, "device": "cpu"},
+            "course": {str(n): [rate / workers * (1 + n / 50)] * 40 for n in range(1, 1 + workers)},
             "stages": {"read": 10.0, "decode": 80.5, "embed": 300.0, "write": 2.0, "wait": 12.0},
             "verdict": "limited by: embed (the model waited 4% of its time); faster with a GPU",
             "notes": [], "update": {"added": 1} if day else None, "error": None,

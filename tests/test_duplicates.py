@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invented import clustered, commit, write_dataset
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from small import embed, write_pictures
 
 from resfeat.dataset import open_dataset
 from resfeat.downstream import Wanted, build_index, find_duplicates, open_index
-from resfeat.downstream.duplicates import Links, pairs
+from resfeat.downstream.duplicates import Links, copies, pairs
+from resfeat.errors import StoreError
+from resfeat.sources import Item, item_of, read_ahead
 
 
 def grouped(cosines, threshold):
@@ -192,7 +195,7 @@ def test_the_command_with_real_pictures(tmp_path, resfeat):
     first, *_ = write_pictures(tmp_path / "in", 6)
     evil = "<script>alert(1)<&.png"
     with Image.open(first) as picture:
-        picture.save(tmp_path / "in" / evil)
+        picture.save(tmp_path / "in" / evil, compress_level=0)  # other bytes, equal pixels
         picture.resize((48, 40)).save(tmp_path / "in" / "small.png")
     embed(tmp_path / "out", tmp_path / "in")
     table, page = tmp_path / "d.parquet", tmp_path / "d.html"
@@ -206,7 +209,7 @@ def test_the_command_with_real_pictures(tmp_path, resfeat):
     lines = done.stdout.splitlines()
     assert lines[1].split() == ["2", "1.0000", *kept.split()]
     assert lines[2].split() == ["equal", *other.split()]
-    assert lines[3] == "1 groups; 1 images beside those to keep"
+    assert lines[3] == ("1 groups; 1 images beside those to keep, 0 of them exact copies of a file")
     rows = pq.read_table(table).to_pylist()
     assert [(row["group"], row["id"], row["keep"], row["equal"]) for row in rows] == [
         (0, kept, True, True), (0, other, False, True),
@@ -223,10 +226,88 @@ def test_the_command_with_real_pictures(tmp_path, resfeat):
     assert "http" not in page.read_text().replace("http-equiv", "")
 
 
+def test_exact_is_what_has_the_same_bytes(tmp_path, resfeat):
+    """Equal pixels are not enough, nor the same size beside them. Of two copies neither of which is
+    kept it is told, too. A file that is gone is no copy of anything."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)
+    for name, text in ("a.png", "one"), ("b.png", "one"), ("c.png", "two"), ("d.png", "more"):
+        about = PngInfo()
+        about.add_text("text", text)
+        Image.fromarray(pixels).save(source / name, pnginfo=about)
+    for name in ("e.png", "f.png"):
+        Image.fromarray(pixels).resize((40, 32)).save(source / name)
+    assert (source / "a.png").stat().st_size == (source / "c.png").stat().st_size
+    embed(out, source)
+    command = ["duplicates", out, "--threshold", "0.5"]
+
+    def told():
+        done = resfeat(*command, "--json", "--out", tmp_path / "d.parquet")
+        (group,) = json.loads(done.stdout)["groups"]
+        rows = pq.read_table(tmp_path / "d.parquet").to_pylist()
+        found = {each["id"]: (each["is_equal"], each["copy_of"]) for each in group["members"]}
+        assert found == {row["id"]: (row["equal"], row["copy_of"]) for row in rows}
+        unread = {row["id"]: row["unread"] for row in rows if row["unread"]}
+        assert unread == {m["id"]: m["unread"] for m in group["members"] if m["unread"]}
+        return found, unread, done.stderr
+
+    equal = {"a.png": (True, None), "c.png": (True, None), "d.png": (True, None)}
+    small = {"e.png": (False, None), "f.png": (False, "e.png")}
+    found, unread, notes = told()
+    assert found == equal | {"b.png": (True, "a.png")} | small
+    assert unread == {} and "Note" not in notes
+    lines = resfeat(*command, "--html", tmp_path / "d.html").stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["exact", "equal", "equal"]
+    assert lines[-2] == (
+        "1 groups; 5 images beside those to keep, 2 of them exact copies of a file"
+    )
+    headings = [each for each in Tags((tmp_path / "d.html").read_text()).texts if "bytes" in each]
+    assert [each.partition(",")[0] for each in headings[:4]] == ["keep", "exact", "equal", "equal"]
+    assert headings[5].endswith("a copy of e.png")
+
+    (source / "b.png").unlink()
+    found, unread, notes = told()
+    assert found == equal | {"b.png": (True, None)} | small
+    assert list(unread) == ["b.png"] and unread["b.png"].startswith("not_found")
+    (note,) = (line for line in notes.splitlines() if line.startswith("Note:"))
+    assert "1 images cannot be read any more" in note and "b.png: not_found" in note
+
+
+def test_copies_are_read_some_at_a_time_and_a_store_out_of_reach_costs_no_disk(
+    tmp_path, monkeypatch
+):
+    """Through what reads sources: members of a tar, too."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"same" if name != "b" else b"else")
+    items = {name: item_of(str(tmp_path / name))._replace(id=name) for name in ("a", "b", "c")}
+    items |= {name: Item(name, f"s3://bucket/{name}", 4, 0) for name in ("s", "t")}
+    monkeypatch.setattr(copies, "READ_IMAGES", 2)
+
+    class Listed:
+        def items(self, ids):
+            return {each: items[each] for each in ids if each in items}
+
+    def refused(some, count):
+        if some[0].uri.startswith("s3"):
+            raise StoreError("bucket is out of reach")
+        assert len(some) <= 2
+        return read_ahead(some, count)
+
+    monkeypatch.setattr(copies, "read_ahead", refused)
+    found = copies.copies(Listed(), [["a", "b", "c"], ["s", "t", "gone"]])
+    assert found.original == {"c": "a"}
+    assert found.unread == {
+        "s": "bucket is out of reach",
+        "t": "bucket is out of reach",
+        "gone": "it is not listed any more",
+    }
+
+
 def test_what_was_found_is_not_lost_where_the_page_cannot_be_written(dataset, tmp_path, resfeat):
     out, table = dataset.layout.root, tmp_path / "d.parquet"
     done = resfeat("duplicates", out, "--out", table, "--html", "/dev/full")
-    assert done.returncode == 1 and "No space left" in error_of(done.stderr)
+    assert done.returncode == 1 and "No space left" in done.stderr.splitlines()[-1]
     assert " groups; " in done.stdout and pq.read_metadata(table).num_rows > 10
     none = tmp_path / "none.parquet"
     assert resfeat("duplicates", out, "--threshold", 1, "--out", none).returncode == 0
@@ -240,7 +321,7 @@ def test_an_index_that_cannot_be_used_is_told_and_changes_nothing(vectors, tmp_p
     def noted(*options):
         done = resfeat("duplicates", tmp_path / "out", "--json", *options)
         told = json.loads(done.stdout)
-        notes = [line for line in done.stderr.splitlines() if line.startswith("Note:")]
+        notes = [line for line in done.stderr.splitlines() if "all pairs" in line]
         assert told["groups"] == expected
         return told["index"], notes
 

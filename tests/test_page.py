@@ -94,6 +94,27 @@ def test_it_tells_of_runs_what_their_reports_say_and_no_more(small, tmp_path):
     assert set(old.values()) == {None}
     assert new["rate"] == known["images_per_second"] == new["per_worker"]
     assert new["stages"] == known["stages"] and new["verdict"] == known["verdict"]
+    assert new["verdict"].startswith("too short to tell")
+    (worker, rates), *others = new["course"]["workers"]
+    assert worker == "1" and others == [] and rates == known["course"]["1"]
+    assert sum(rates) / len(rates) == pytest.approx(known["images_per_second"], rel=0.05)
+
+
+def test_speed_over_time_is_told_of_the_last_run_and_of_its_slowest_workers(small, tmp_path):
+    shutil.copytree(small, tmp_path / "out")
+    (report,) = (tmp_path / "out" / "_resfeat" / "runs").iterdir()
+    told = json.loads(report.read_text())
+    course = {str(n): [float(20 - n), 0.0, 1.0] for n in range(1, 21)}
+    for day, more in (2, {"course": course}), (3, {"course": {"1": [1], "2": [1, 2]}}):
+        name = f"209901{day:02}T000000Z-0000"
+        report.with_name(f"{name}.json").write_text(json.dumps(told | {"run_id": name, **more}))
+    shown = told_by(page(open_dataset(tmp_path / "out")))
+    assert shown["unread"] == 1  # the last is no course of anything
+    first, last = (run["course"] for run in shown["runs"])
+    assert first is None and last["count"] == 20
+    assert last["all"] == [sum(range(20)), 0, 20]
+    assert [name for name, _ in last["workers"]] == [str(n) for n in range(9, 21)]
+    assert last["workers"][0][1] == course["9"]
 
 
 def test_neighbours_are_the_exact_ones(small, told):
@@ -332,8 +353,8 @@ def test_in_a_browser(size, dark, small, chromium, tmp_path):
     assert chromium.run("document.title") == "out - resfeat"
     assert chromium.run("document.scripts.length") == 2
     seen = chromium.run("document.body.innerText")
-    for text in ("cifar_resnet20", "unidentified", "limited by:", "cannot be read any more",
-                 "Seconds by stage", "linked by cosines of at least 0.99"):  # fmt: skip
+    for text in ("cifar_resnet20", "unidentified", "too short to tell", "cannot be read any more",
+                 "Seconds by stage", "worker 1", "linked by cosines of at least 0.99"):  # fmt: skip
         assert text in seen
     assert f"{INJECTED}/script><b>x.jpg"[-31:] in seen
     paper = chromium.run("getComputedStyle(document.body).backgroundColor")
@@ -415,10 +436,12 @@ def test_many_rows_in_a_browser(size, large_page, chromium):
     count, file, *_ = large_page
     look(chromium, file, size, dark=False)
     seen = chromium.run("document.body.innerText")
+    assert "limited by:" in seen and "worker 2" in seen and "worker 3" not in seen
     assert (
         f"4,096 of {count - count // FAILED_EVERY:,} images" in seen and "23 earlier runs" in seen
     )
-    assert chromium.run("document.querySelectorAll('.columns div').length") == 30
+    assert chromium.run("document.querySelectorAll('.columns:not(.thin) div').length") == 30
+    assert chromium.run("document.querySelectorAll('.columns.thin div').length") == 3 * 40
 
 
 def test_the_template_is_in_the_wheel(tmp_path):

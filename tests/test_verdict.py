@@ -3,9 +3,12 @@
 import re
 import time
 
+import numpy as np
 import pytest
+from invented import write_dataset
 
 from resfeat.reporting import Report, Tally, Watch, limits
+from resfeat.reporting.course import Course
 from resfeat.worker import ShardResult
 
 
@@ -51,6 +54,41 @@ def test_the_sentence_names_the_limit_and_what_helps():
     assert "int8" not in verdict(busy, "cpu", "int8")
     assert "bf16" in verdict(busy, "cuda", "fp32")
     assert verdict({}, "cpu", "fp32") is None
+
+
+def test_of_a_run_of_a_moment_it_is_said_that_it_was_too_short():
+    busy = {"embed": 0.1, "wait": 0.0}
+    assert verdict(busy, "cpu", "fp32", seconds=0.9).startswith("too short to tell")
+    assert verdict(busy, "cpu", "fp32", seconds=1.0).startswith("limited by: embed")
+
+
+def test_the_speed_of_each_worker_over_time():
+    course = Course()
+    course.add(2, 110.0, 100)  # alone, in a half of the time
+    course.add(1, 105.0, 40)
+    course.add(1, 120.0, 60)
+    rates = course.rates(100.0, 120.0)
+    assert list(rates) == ["1", "2"]
+    assert rates["1"] == [8.0] * 10 + [4.0] * 30
+    assert rates["2"] == [10.0] * 20 + [0.0] * 20
+    assert course.rates(120.0, 120.0) == {}
+    course = Course()
+    for _ in range(2):  # at once, within a span
+        course.add(1, 10.01, 5)
+    assert sum(course.rates(10.0, 14.0)["1"]) * 0.1 == pytest.approx(10, abs=0.01)
+
+
+def test_the_report_has_the_course_of_the_run(tmp_path):
+    dataset = write_dataset(tmp_path / "out", np.ones((4, 2), np.float32))
+    tally = Tally(dataset.record.plan.shards, dataset.record.plan.shards, Watch(), 0.0)
+    tally.engine = {"device": "cpu", "batch_size": 16, "cpus": 1, "reads_ahead": 4}
+    tally.show(0, 0, 1, None)
+    time.sleep(0.05)
+    tally.add(ShardResult(0, 3, 1, 0, 0, 16, {}, worker=7))
+    report = tally.report(dataset, None)
+    (rates,) = report.course.values()
+    assert list(report.course) == ["7"] and len(set(rates)) == 1
+    assert rates[0] == pytest.approx(report.images_per_second, rel=0.05)
 
 
 def test_a_gpu_that_one_process_does_not_feed_wants_more_workers_and_not_more_cores():

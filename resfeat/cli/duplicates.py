@@ -53,8 +53,10 @@ def duplicates(
     """Find groups of images in the dataset OUT that are the same, or nearly so.
 
     A group is what a cosine of --threshold links, directly or by way of others. Of each one is to
-    be kept: the largest picture. Nothing is removed. A fresh index (`resfeat index`) is used where
-    there is one; it may miss a few.
+    be kept: the largest picture. Nothing is removed. An image is "exact" if its file has the same
+    bytes as the kept one, read again to know it, and "equal" if the embedding is the same, and the
+    file is another or cannot be read any more. A fresh index (`resfeat index`) is used where there
+    is one; it may miss a few.
     """
     from resfeat import downstream
     from resfeat.dataset import open_dataset
@@ -65,6 +67,11 @@ def duplicates(
     with Lines() as lines:
         index = None if exact else _index(dataset, layer, lines)
         groups = downstream.find_duplicates(dataset, threshold, layer, index, lines.step)
+        if unread := [each for group in groups for each in group.members if each.unread]:
+            lines.note(
+                f"{len(unread):,} images cannot be read any more to say whether they are exact "
+                f"copies; they count as equal at most ({unread[0].id}: {unread[0].unread})"
+            )
     # What may have taken hours is told before anything is written that may fail.
     if as_json:
         told = {
@@ -119,11 +126,15 @@ def _tell(groups: Sequence[Group]) -> None:
         first, *others = group.members
         click.echo(f"{len(group.members):>6,}  {least:>12}  {shown(first.id)}")
         for each in others[:MEMBERS]:
-            near = "equal" if each.is_equal else f"{each.cosine:.4f}"
-            click.echo(f"{'':>6}  {near:>12}    {shown(each.id)}")
+            copy = f", a copy of {each.copy_of}" if each.copy_of not in (None, first.id) else ""
+            click.echo(f"{'':>6}  {each.near(first):>12}    {shown(each.id + copy)}")
         if len(others) > MEMBERS:
             click.echo(f"{'':>22}and {len(others) - MEMBERS:,} more")
     if len(groups) > SHOWN:
         click.echo(f"and {len(groups) - SHOWN:,} more groups: --out, --html or --json have them")
     extra = sum(len(group.members) - 1 for group in groups)
-    click.echo(f"{len(groups):,} groups; {extra:,} images beside those to keep")
+    exact = sum(each.copy_of is not None for group in groups for each in group.members)
+    click.echo(
+        f"{len(groups):,} groups; {extra:,} images beside those to keep, {exact:,} of them exact "
+        "copies of a file"
+    )

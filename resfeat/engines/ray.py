@@ -281,7 +281,7 @@ class RayEngine:
                 continue
             if shard is not None:
                 self._pool.done(member, shard)
-                yield answer
+                yield replace(answer, worker=1 + self._pool.members.index(member))
                 continue
             version, process = answer
             if version != __version__:

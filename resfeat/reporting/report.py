@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from resfeat.storage import Location
 
 ANY = "any"  # partition, or none
+# A shorter run is hardly more than its first batches, which nothing was ready for.
+LEAST_SECONDS = 1.0
 LIBRARIES = "torch torchvision openvino nncf pillow pillow-heif simplejpeg pyarrow ray".split()
 
 
@@ -34,7 +36,8 @@ class Report:
     start_seconds: until the first worker is live. seconds: from then to the last commit. stages:
     busy seconds by stage, added up over threads and workers; `wait` is the time that the model
     waited for pixels. skipped: files that were passed over in listing, by extension. parity: how
-    near a sample was to the reference; None for the reference itself. update: what an update found;
+    near a sample was to the reference; None for the reference itself. course: images per second by
+    worker, in spans of equal length that make up `seconds`. update: what an update found;
     `open_dataset(...).changes` has the ids. options: of the command, by name: each one's `value`,
     and whether it is `from` the command line, the environment, the file of --config, or the
     default. A password or a signature in an address is left out. retried: of a run that tried
@@ -60,6 +63,7 @@ class Report:
     start_seconds: float = 0.0
     seconds: float = 0.0
     stages: Mapping[str, float] = field(default_factory=dict)
+    course: Mapping[str, Sequence[float]] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -94,9 +98,12 @@ class Report:
 
     @property
     def verdict(self) -> str | None:
-        """A sentence on what limited the run. None if nothing ran."""
+        """A sentence on what limited the run, or that it was too short to tell. None if nothing
+        ran."""
         if (stage := self.bottleneck) is None:
             return None
+        if self.seconds < LEAST_SECONDS:
+            return f"too short to tell what limited it: less than {LEAST_SECONDS:g} s"
         engine = self.engine
         more = limits.helps(stage, engine["device"], self.precision, engine["cpus"])
         waited = f"the model waited {self.waited:.0%} of its time"

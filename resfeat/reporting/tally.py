@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from resfeat.dataset import Dataset
 from resfeat.errors import ResfeatError, Stopped
 from resfeat.plan import Shard
+from resfeat.reporting.course import Course
 from resfeat.reporting.deadline import shortage
 from resfeat.reporting.report import Report
 from resfeat.worker import ShardResult
@@ -82,6 +83,7 @@ class Tally:
         self._last_commit: float | None = None
         self._counts: Counter[str] = Counter()
         self._stages: Counter[str] = Counter()
+        self._course = Course()
         self._notes: list[str] = []
         self._fits: int | None = None
         self._steady = True
@@ -97,6 +99,7 @@ class Tally:
     def add(self, result: ShardResult) -> None:
         self._last_commit = time.monotonic()
         self.done.add(result.shard)
+        self._course.add(result.worker, self._last_commit, result.embedded + result.failed)
         self._counts["shards"] += 1
         self._counts["images"] += result.embedded + result.failed
         self._counts["kept"] += result.kept
@@ -168,6 +171,7 @@ class Tally:
             start_seconds=round(begun - self._started, 3),
             seconds=round(ended - begun, 3),
             stages={stage: round(busy, 3) for stage, busy in self._stages.items()},
+            course=self._course.rates(begun, ended),
             engine=self.engine,
             notes=self._notes,
             parity=self.parity,

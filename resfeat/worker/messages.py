@@ -116,7 +116,7 @@ class Task:
 @dataclass(frozen=True)
 class ShardResult:
     """What a committed shard gave. embedded, failed: images that were done; kept: those of which
-    the rows stayed."""
+    the rows stayed. worker: the number of the one that did it, by the engine."""
 
     shard: int
     embedded: int
@@ -127,3 +127,4 @@ class ShardResult:
     seconds: Mapping[str, float]  # busy seconds by stage, added up over threads
     steady: bool = True  # as of a runtime
     bytes_read: int = 0
+    worker: int = 1

@@ -1,9 +1,11 @@
-"""Groups of images that are (nearly) the same, by the cosine of their embeddings."""
+"""Groups of images that are (nearly) the same, by the cosine of their embeddings; which of them are
+the same file is told by its bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +14,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import Parts
+from resfeat.downstream.duplicates.copies import Copies, copies
 from resfeat.downstream.duplicates.links import Places
 from resfeat.downstream.duplicates.pairs import linked
 from resfeat.downstream.index import prepared
 from resfeat.downstream.pictures import Tile, write_document
-from resfeat.errors import UsageError
+from resfeat.errors import UsageError, public
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
@@ -36,7 +39,11 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True)
 class Member:
     """An image of a group. cosine: to the one that is kept; is_equal: whether its embedding is that
-    of the one that is kept, bit for bit, as that of the same picture is. size: bytes."""
+    of the one that is kept, bit for bit, as that of the same picture is. size: bytes.
+
+    copy_of: the id of the one before it whose file has the same bytes, if there is one. unread: why
+    that could not be found out, as its file cannot be read any more; then copy_of is None.
+    """
 
     id: str
     width: int
@@ -44,6 +51,14 @@ class Member:
     size: int
     cosine: float
     is_equal: bool
+    copy_of: str | None = None
+    unread: str | None = None
+
+    def near(self, kept: Member) -> str:
+        """How near it is to the one that is kept, in a word or as a cosine."""
+        if self.copy_of == kept.id:
+            return "exact"
+        return "equal" if self.is_equal else f"{self.cosine:.4f}"
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,9 @@ def find_duplicates(
     """Groups of images with a cosine of at least `threshold` to another one, the largest first.
 
     layer: which embedding of several; the last by default. index: a fresh one for the cosine, for
-    datasets of which all pairs are too many: what it does not find is not linked. Raises UsageError
-    for a threshold that is no cosine above 0.
+    datasets of which all pairs are too many: what it does not find is not linked. Images of the
+    same embedding and size are read once more, to know which are copies of a file. Raises
+    UsageError for a threshold that is no cosine above 0.
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"--threshold {threshold:.15g}: give a cosine above 0, and at most 1")
@@ -82,12 +98,27 @@ def find_duplicates(
     places, hashes = linked(parts, threshold, index, tell)
     if places:
         tell(f"comparing the members of {len(places):,} groups")
-    groups = list(_groups(parts, places, hashes))
+    found = list(_groups(parts, places, hashes))
     parts.check()
+    if alike := [ids for _, some in found for ids in some]:
+        tell(f"reading {sum(map(len, alike)):,} images that may be copies of a file")
+    known = copies(dataset, alike)
+    groups = [_with_copies(group, known) for group, _ in found]
     return sorted(groups, key=lambda group: -len(group.members))
 
 
-def _groups(parts: Parts, places: Sequence[Places], hashes: NDArray[np.uint64]) -> Iterator[Group]:
+def _with_copies(group: Group, known: Copies) -> Group:
+    members = (
+        replace(each, copy_of=known.original.get(each.id), unread=known.unread.get(each.id))
+        for each in group.members
+    )
+    return replace(group, members=tuple(members))
+
+
+def _groups(
+    parts: Parts, places: Sequence[Places], hashes: NDArray[np.uint64]
+) -> Iterator[tuple[Group, list[list[str]]]]:
+    """Each with the ids of those in it that may be the same file, by embedding and size."""
     most = max(LARGE, HELD_BYTES // (4 * parts.dim))
     for some in _packed(places, most):
         every = np.sort(np.concatenate(some))
@@ -111,7 +142,11 @@ def _groups(parts: Parts, places: Sequence[Places], hashes: NDArray[np.uint64]) 
             cosines = np.where(is_equal, 1, np.clip(cosines, -1, 1))
             order[1:] = sorted(order[1:], key=lambda n: (-cosines[n], rows[n][0]))
             members = (Member(*rows[n], float(cosines[n]), bool(is_equal[n])) for n in order)
-            yield Group(tuple(members), min(1.0, least), is_bound)
+            alike: dict[tuple[int, int], list[str]] = {}
+            for n in order:
+                alike.setdefault((int(hashes[group[n]]), rows[n][3]), []).append(rows[n][0])
+            several = [ids for ids in alike.values() if len(ids) > 1]
+            yield Group(tuple(members), min(1.0, least), is_bound), several
 
 
 def _packed(places: Sequence[Places], most: int) -> Iterator[list[Places]]:
@@ -148,7 +183,8 @@ def duplicate_tiles(
     there = items([each.id for _, members in some for each in members]) if some else {}
     rows, headings = [], []
     for group, members in some:
-        rows.append([Tile(_caption(each), each.id, there.get(each.id)) for each in members])
+        kept = group.members[0]
+        rows.append([Tile(_caption(each, kept), each.id, there.get(each.id)) for each in members])
         least = f"{'at least ' if group.is_bound else ''}{group.least_cosine:.4f}"
         heading = f"{len(group.members):,} images, least cosine {least}"
         more = len(group.members) - len(members)
@@ -158,9 +194,11 @@ def duplicate_tiles(
     return rows, headings
 
 
-def _caption(member: Member) -> str:
-    near = "equal" if member.is_equal else f"{member.cosine:.4f}"
-    return f"{near}, {member.width} x {member.height}, {member.size:,} bytes"
+def _caption(member: Member, kept: Member) -> str:
+    told = [member.near(kept), f"{member.width} x {member.height}", f"{member.size:,} bytes"]
+    if member.copy_of not in (None, kept.id):
+        told.append(f"a copy of {public(str(member.copy_of))}")
+    return ", ".join(told)
 
 
 def write_groups(groups: Sequence[Group], path: str) -> None:
@@ -173,6 +211,8 @@ def write_groups(groups: Sequence[Group], path: str) -> None:
             "id": pa.array([each.id for each in members], pa.string()),
             "keep": pa.array([each is group.members[0] for _, group, each in rows], pa.bool_()),
             "equal": pa.array([each.is_equal for each in members], pa.bool_()),
+            "copy_of": pa.array([each.copy_of for each in members], pa.string()),
+            "unread": pa.array([each.unread for each in members], pa.string()),
             "cosine": pa.array([each.cosine for each in members], pa.float32()),
             "least_cosine": pa.array([group.least_cosine for _, group, _ in rows], pa.float32()),
             "least_is_bound": pa.array([group.is_bound for _, group, _ in rows], pa.bool_()),

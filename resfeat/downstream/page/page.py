@@ -13,7 +13,7 @@ import html
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # What bounds the page, however large the dataset is.
 PICTURES, QUERIES, NEIGHBOURS, GROUPS, MEMBERS = 400, 6, 6, 12, 8
-EXAMPLES, RUNS, LABELS = 3, 100, 8
+EXAMPLES, RUNS, LABELS, WORKERS = 3, 100, 8, 12
 LETTERS = 300  # of an id or a message
 
 
@@ -171,6 +171,10 @@ def _runs(dataset: Dataset) -> dict[str, Any]:
     reports = dataset.runs()
     read = [told for report in reports[-RUNS:] if (told := _report(report))]
     unread = len(reports[-RUNS:]) - len(read)
+    last = next((told for told in reversed(read) if told["verdict"]), None)
+    for told in read:
+        if told is not last:  # of which alone it is shown, like the stages
+            told["course"] = None
     return {"runs": read, "earlier": len(reports) - len(reports[-RUNS:]), "unread": unread}
 
 
@@ -191,11 +195,25 @@ def _report(report: Any) -> dict[str, Any] | None:
             "per_worker": round(rate / workers, 2) if rate and workers else None,
             "device": engine.get("device"),
             "deaths": engine.get("worker_deaths"),
+            "course": _course(told.get("course") or {}),
             "updated": bool(told.get("update")),
             "hardware": (told.get("hardware") or {}).get("cpu"),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _course(by_worker: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
+    """Images/s in each span of a run: of all workers, and of the slowest ones by themselves."""
+    if not by_worker:
+        return None
+    names, rates = list(by_worker), np.array([*by_worker.values()], np.float64)
+    slowest = np.sort(np.argsort(rates.sum(axis=1), kind="stable")[:WORKERS])
+    return {
+        "all": rates.sum(axis=0).round(2).tolist(),
+        "workers": [(names[n], rates[n].tolist()) for n in slowest.tolist()],
+        "count": len(names),
+    }
 
 
 def _neighbours(
