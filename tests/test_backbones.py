@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from resfeat.backbones import find, outline, shapes
 from resfeat.backbones.ours import IMAGENET
 from resfeat.backbones.weights import resolve
+from resfeat.cli import models
 from resfeat.decoding.decode import decode
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.torch import TorchRuntime
@@ -258,6 +260,17 @@ def test_a_misspelt_name_is_told_before_anything_heavy_is_imported(model):
     with pytest.raises(UsageError) as raised:
         find(model)
     assert (told, imported) == (str(raised.value), "[]")
+
+
+def test_a_model_that_takes_a_while_is_announced(resfeat, monkeypatch):
+    """timm takes seconds to import."""
+    row = models._row
+    monkeypatch.setattr(models, "_row", lambda name: time.sleep(0.8) or row(name))
+    for more in [], ["--json"]:
+        done = resfeat("models", "resnet18", *more)
+        assert done.stderr == "looking up resnet18 ...\n" and "resnet18" in done.stdout
+    monkeypatch.undo()
+    assert resfeat("models", "resnet18").stderr == ""
 
 
 @pytest.mark.parametrize("arguments", [[], ["resnet50"], ["cifar*", "--json"]])

@@ -11,7 +11,7 @@ from command import error_of
 from labelled import invent
 from later import Later
 from PIL import Image
-from small import embed
+from small import embed, write_pictures
 
 from resfeat.downstream.learning import Classifier, gather, in_order, labels_of, open_views
 from resfeat.downstream.learning.confusion import FULL, PAPER, confusion_picture
@@ -370,6 +370,29 @@ def test_what_cannot_be_probed_is_one_line(overlapping, halves, resfeat, tmp_pat
     assert "something else is there" in probing(overlapping, "--save", overlapping)
     assert "give a folder on a disk" in probing(overlapping, "--save", "s3://bucket/p")
     assert "cannot write" in probing(overlapping, "--picture", tmp_path / "no" / "c.png", code=1)
+
+
+def test_broken_files_are_passed_over_and_told(resfeat, tmp_path):
+    """By a probe of two datasets, too. One alone is an error, as are all."""
+    good = write_pictures(tmp_path / "in", 19)
+    for pool in ("avg", "max"):
+        embed(tmp_path / pool, tmp_path / "in", label_from="parent", pool=pool)
+    probe.learn(data_of(tmp_path / "avg", tmp_path / "max")).save(str(tmp_path / "both"), {})
+    bad = [tmp_path / "bad.png", tmp_path / "empty.png"]
+    bad[0].write_bytes(b"bad")
+    bad[1].write_bytes(b"")
+    predicted = resfeat("predict", tmp_path / "both", *good, "--json")
+    assert predicted.returncode == 0 and predicted.stderr == ""
+    done = resfeat("predict", tmp_path / "both", bad[0], *good, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout) == json.loads(predicted.stdout)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Skipped, 1 so far: {bad[0]}: unidentified, ")
+    done = resfeat("predict", tmp_path / "both", bad[0], *good, bad[1], "--json")
+    assert done.returncode == 3 and json.loads(done.stdout) == json.loads(predicted.stdout)
+    _, second, error = done.stderr.splitlines()
+    assert second.startswith(f"Skipped, 2 so far: {bad[1]}: empty, ")
+    assert error == "Error: 2 of 21 images gave no embedding, more than 5%: see above"
+    assert "cannot embed" in refused(resfeat("predict", tmp_path / "both", *bad), 2)
 
 
 def test_a_probe_that_does_not_fit_or_is_damaged_is_one_line(

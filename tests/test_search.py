@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -251,8 +252,8 @@ def test_a_caption_keeps_the_end_of_a_long_name(monkeypatch):
     assert captions == ["query\nphotos/cat.jpg", f"0.5000\n…{long[-23:]}"]
 
 
-def told(done):
-    assert done.returncode == 0, done.stderr
+def told(done, code=0):
+    assert done.returncode == code, done.stderr
     return {
         each["query"]: [tuple(near.values()) for near in each["neighbours"]]
         for each in json.loads(done.stdout)
@@ -311,6 +312,26 @@ def test_more_than_there_are_gives_what_there_is_and_says_so(dataset, resfeat):
     assert len(told(done)[ids[0]]) == len(ids)
     (line,) = done.stderr.splitlines()
     assert f"has {len(ids)} images, fewer than -k 5000" in line
+
+
+def test_a_broken_file_of_a_folder_is_passed_over_and_told(dataset, photos, resfeat, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for n, photo in enumerate(sorted((photos / "chelsea").iterdir())[:2]):
+        shutil.copy(photo, folder / f"{n}{photo.suffix}")
+    expected = told(resfeat("search", dataset, folder, "-k", 2, "--json"))
+    (folder / "0bad.jpg").write_bytes(b"bad")
+    done = resfeat("search", dataset, folder, "-k", 2, "--json")
+    assert done.returncode == 3 and told(done, code=3) == expected
+    skipped, error = done.stderr.splitlines()
+    assert skipped.startswith(f"Skipped, 1 so far: {folder / '0bad.jpg'}: unidentified, ")
+    assert error == "Error: 1 of 3 images gave no embedding, more than 5%: see above"
+    vectors = np.zeros((17, open_dataset(dataset).dim()), np.float32)
+    np.save(tmp_path / "v.npy", vectors)  # of 20 queries one is no more than 5 %
+    done = resfeat("search", dataset, folder, tmp_path / "v.npy", "-k", 2, "--json")
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
+    done = resfeat("search", dataset, folder, folder / "0bad.jpg")  # which is asked for by itself
+    assert done.returncode == 2 and done.stdout == ""
 
 
 def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path):

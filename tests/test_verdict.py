@@ -80,7 +80,8 @@ def test_the_speed_of_each_worker_over_time():
 
 def test_the_report_has_the_course_of_the_run(tmp_path):
     dataset = write_dataset(tmp_path / "out", np.ones((4, 2), np.float32))
-    tally = Tally(dataset.record.plan.shards, dataset.record.plan.shards, Watch(), 0.0)
+    shards = list(dataset.record.plan.shards.values())
+    tally = Tally(shards, shards, Watch(), 0.0)
     tally.engine = {"device": "cpu", "batch_size": 16, "cpus": 1, "reads_ahead": 4}
     tally.show(0, 0, 1, None)
     time.sleep(0.05)

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from setproctitle import setproctitle
 
 from resfeat.cli import GOES_ON, OWN_PROCESS, config, leave, options
+from resfeat.cli.failed import TOO_MANY_FAILED
 from resfeat.cli.options import option, switch
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet, tell
 from resfeat.cli.signals import StopSignals
@@ -21,8 +22,6 @@ from resfeat.spec import ExtractSpec, RuntimeOptions
 if TYPE_CHECKING:
     from resfeat.plan import Changes
     from resfeat.reporting import Metrics, Preview, Progress, Report
-
-TOO_MANY_FAILED = 3
 
 EXAMPLES = """\b
 Examples:

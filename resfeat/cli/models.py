@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from resfeat.backbones import FAMILIES, family_of, find, numbers, shapes
+from resfeat.cli.progress import Lines
 from resfeat.errors import UsageError
 
 EXAMPLES = """\b
@@ -26,11 +27,14 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def models(pattern: str, as_json: bool) -> None:
     """List models, what they give and the names of their published weights; or show one."""
-    names = _matching(pattern)
+    with Lines() as lines:  # libraries of others take seconds to import
+        lines.step(f"looking up {pattern}")
+        names = _matching(pattern)
+        rows = [_row(name) for name in names] if as_json or names == [pattern] else []
     if as_json:
-        click.echo(json.dumps([_row(name) for name in names]))
-    elif names == [pattern]:
-        _show(_row(pattern))
+        click.echo(json.dumps(rows))
+    elif rows:
+        _show(*rows)
     else:
         _list(names)
         if pattern == "*":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from resfeat.cli import shown
+from resfeat.cli.failed import end, tell_failed
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,9 +33,16 @@ Examples:
     help="Write them to a Parquet file: id, label, probability.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object an image.")
-def predict(probe: str, targets: tuple[str, ...], output: str | None, as_json: bool) -> None:
+@click.pass_context
+def predict(
+    context: click.Context, probe: str, targets: tuple[str, ...], output: str | None, as_json: bool
+) -> None:
     """Say what class images are of, by a PROBE that `resfeat probe --save` made: all rows of the
-    dataset OUT, or image files."""
+    dataset OUT, or image files.
+
+    Of several files those that give no embedding are told and passed over. Exits with 3 if they are
+    more than 5 %, as extract does.
+    """
     from resfeat.downstream.learning import Classifier, Predictions, open_targets, write_predictions
 
     if output and as_json:
@@ -45,6 +53,7 @@ def predict(probe: str, targets: tuple[str, ...], output: str | None, as_json: b
         found = Predictions.of_datasets(classifier, datasets)
     else:
         found = Predictions.of_images(classifier, targets)
+        tell_failed(found.failed)
     if output:
         click.echo(f"Predictions: {write_predictions(output, found):,} in {output}")
     elif as_json:
@@ -53,6 +62,7 @@ def predict(probe: str, targets: tuple[str, ...], output: str | None, as_json: b
         _print(found)
     if found.left_out:
         click.echo(f"left out: {found.left_out:,} images not in every dataset", err=True)
+    end(context, len(found.failed), len(set(targets)))
 
 
 def _print_json(found: Predictions) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from resfeat.cli import options, shown
+from resfeat.cli.failed import end, tell_failed
 from resfeat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,15 +50,19 @@ Examples:
     "--html", metavar="F.html", type=click.Path(dir_okay=False),
     help="Write them as one page that needs nothing beside it.",
 )  # fmt: skip
+@click.pass_context
 def search(
-    output: str, queries: tuple[str, ...], ids: tuple[str, ...], k: int, metric: Metric,
-    layer: str | None, exact: bool, as_json: bool, sheet: str | None, html: str | None,
+    context: click.Context, output: str, queries: tuple[str, ...], ids: tuple[str, ...], k: int,
+    metric: Metric, layer: str | None, exact: bool, as_json: bool, sheet: str | None,
+    html: str | None,
 ) -> None:  # fmt: skip
     """Find the images of the dataset OUT that are nearest to each QUERY: an image file, a folder of
     them, or a .npy of vectors.
 
     Exact, over all rows, but where there is an index of the dataset as it stands (`resfeat
-    index`), which may miss a few. An image is embedded as the dataset's own were.
+    index`), which may miss a few. An image is embedded as the dataset's own were; those of a folder
+    that give no embedding are told and passed over. Exits with 3 if they are more than 5 %, as
+    extract does.
     """
     if not queries and not ids:
         raise UsageError("nothing to look for: name an image, a folder or a .npy, or give --id ID")
@@ -72,6 +77,7 @@ def search(
     if not (rows := dataset.rows()):
         raise dataset.empty()
     asked = downstream.queries_of(dataset, queries, ids, layer)
+    tell_failed(asked.failed)
     index, why = (None, "") if exact else downstream.usable_index(dataset, layer, metric)
     if why:
         click.echo(f"Note: {shown(why)}; this search is exact", err=True)
@@ -105,6 +111,7 @@ def search(
     for what, place in (("Picture", sheet), ("Page", html)):
         if place and not as_json:
             click.echo(f"{what}: {place}")
+    end(context, len(asked.failed), len(asked.failed) + len(asked.names))
 
 
 def _draw(

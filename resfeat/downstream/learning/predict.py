@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from resfeat.dataset import Layout, Record, open_dataset
 from resfeat.downstream.learning.classifier import Classifier
 from resfeat.downstream.learning.views import View
-from resfeat.errors import ResfeatError, UsageError, first_line
+from resfeat.errors import Failure, ResfeatError, UsageError, first_line
 from resfeat.storage import draft, is_remote
 
 if TYPE_CHECKING:
@@ -36,12 +36,18 @@ Block = tuple[list[str], NDArray[np.float32]]  # ids, and vectors or what they a
 
 class Predictions:
     """Iterates over batches of `SCHEMA`. left_out: afterwards, how many images are not in all
-    datasets and so were not decided."""
+    datasets and so were not decided. failed: of image files, those that gave no embedding."""
 
-    def __init__(self, classifier: Classifier, streams: Sequence[Iterable[Block]]) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        streams: Sequence[Iterable[Block]],
+        failed: Mapping[str, Failure] | None = None,
+    ) -> None:
         self._classifier = classifier
         self._streams = streams
         self.left_out = 0
+        self.failed = failed or {}
 
     @classmethod
     def of_datasets(cls, classifier: Classifier, datasets: Sequence[Dataset]) -> Predictions:
@@ -54,9 +60,21 @@ class Predictions:
 
     @classmethod
     def of_images(cls, classifier: Classifier, paths: Sequence[str]) -> Predictions:
-        """Image files, embedded as the datasets that it learned from were."""
+        """Image files, embedded as the datasets that it learned from were. Raises UsageError where
+        none of them can be."""
         unique = list(dict.fromkeys(paths))
-        return cls(classifier, [[(unique, _embed(view, unique))] for view in classifier.views])
+        failed: dict[str, Failure] = {}
+        made = []
+        for view in classifier.views:
+            vectors, failures = _embed(view, unique)
+            made.append(vectors)
+            failed |= {name: why for name, why in zip(unique, failures, strict=True) if why}
+        if len(failed) == len(unique):
+            name, why = next(iter(failed.items()))
+            raise UsageError(f"cannot embed {name}: {why.reason}, {why.message}")
+        whole = [n for n, name in enumerate(unique) if name not in failed]
+        names = [unique[n] for n in whole]
+        return cls(classifier, [[(names, vectors[whole])] for vectors in made], failed)
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
         """An image of several datasets waits until all have come to it; at once where they list the
@@ -125,7 +143,7 @@ def _rows(dataset: Dataset, view: View) -> Iterator[Block]:
         yield ids.to_pylist(), vectors
 
 
-def _embed(view: View, paths: Sequence[str]) -> NDArray[np.float32]:
+def _embed(view: View, paths: Sequence[str]) -> tuple[NDArray[np.float32], list[Failure | None]]:
     try:
         dataset = open_dataset(view.path)
     except UsageError as error:
@@ -137,8 +155,7 @@ def _embed(view: View, paths: Sequence[str]) -> NDArray[np.float32]:
     from resfeat.downstream.embedder import Embedder  # it takes torch with it
 
     with closing(Embedder.of(dataset, view.layer)) as embedder:
-        vectors: NDArray[np.float32] = embedder(paths)
-    return vectors
+        return embedder.attempt(paths)
 
 
 def _by_view(views: Sequence[View], datasets: Sequence[Dataset]) -> list[Dataset]:

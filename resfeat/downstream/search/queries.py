@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.downstream.search.search import check_vectors
-from resfeat.errors import UsageError, first_line
+from resfeat.errors import Failure, UsageError, first_line
 from resfeat.sources import Item, item_of, listing, printable
 from resfeat.spec import SourceOptions
 
@@ -24,19 +24,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Queries:
     """names: as the user knows them. vectors: float32 [Q, D]. items: their images; None of a vector
-    that was given as such."""
+    that was given as such. failed: images of folders that gave no embedding, by name."""
 
     names: Sequence[str]
     vectors: NDArray[np.float32]
     items: Sequence[Item | None]
+    failed: Mapping[str, Failure] = field(default_factory=dict)
 
 
 def queries_of(
     dataset: Dataset, given: Sequence[str], ids: Sequence[str] = (), layer: str | None = None
 ) -> Queries:
     """Images, folders and .npy files that are given, in their order, then images of the dataset by
-    id. Images are embedded as the dataset's own were. Raises UsageError for whatever cannot be
-    used, and ResfeatError if no such embeddings can be made any more."""
+    id. Images are embedded as the dataset's own were; those of a folder that give no embedding are
+    left out. Raises UsageError for whatever else cannot be used, and where nothing is left, and
+    ResfeatError if no such embeddings can be made any more."""
     dataset.check_layer(layer)
     parts: list[Queries] = []
     images: list[tuple[str, Item]] = []
@@ -49,12 +51,20 @@ def queries_of(
         else:
             images.append((name, item_of(name)))
     parts += [_embedded(dataset, images, layer), _known(dataset, ids, layer)]
+    failed = {name: failure for part in parts for name, failure in part.failed.items()}
     parts = [part for part in parts if part.names]
+    if not parts:
+        raise _unusable(*next(iter(failed.items())))
     return Queries(
         [name for part in parts for name in part.names],
         np.concatenate([part.vectors for part in parts]),
         [item for part in parts for item in part.items],
+        failed,
     )
+
+
+def _unusable(name: str, failure: Failure) -> UsageError:
+    return UsageError(f"cannot use {name} as a query: {failure.reason}, {failure.message}")
 
 
 def _listed(folder: str) -> list[tuple[str, Item]]:
@@ -72,10 +82,12 @@ def _embedded(dataset: Dataset, images: Sequence[tuple[str, Item]], layer: str |
     names, items = zip(*images, strict=True)
     with closing(Embedder.of(dataset, layer)) as embedder:
         vectors, failures = embedder.attempt(items)
-    for name, failure in zip(names, failures, strict=True):
-        if failure:
-            raise UsageError(f"cannot use {name} as a query: {failure.reason}, {failure.message}")
-    return Queries(names, vectors, items)
+    failed = {name: failure for name, failure in zip(names, failures, strict=True) if failure}
+    for name, item in zip(names, items, strict=True):
+        if name in failed and item.id == name:  # it was given itself, not its folder
+            raise _unusable(name, failed[name])
+    whole = [n for n, failure in enumerate(failures) if not failure]
+    return Queries([names[n] for n in whole], vectors[whole], [items[n] for n in whole], failed)
 
 
 def _read(dataset: Dataset, name: str, layer: str | None) -> Queries:
