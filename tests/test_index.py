@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import error_of
@@ -19,8 +21,9 @@ from small import embed, write_pictures
 from resfeat import downstream
 from resfeat.dataset import Parts, open_dataset
 from resfeat.downstream import Neighbours, Wanted, build_index, open_index
-from resfeat.downstream.index import About
+from resfeat.downstream.index import About, indexing, ranking
 from resfeat.downstream.index import index as index_module
+from resfeat.downstream.index import recall as recall_module
 from resfeat.downstream.index.kinds import COARSE, KINDS, build_bytes, bytes_of, choose
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.storage.draft import DiskDraft
@@ -156,8 +159,8 @@ def test_what_codes_find_is_compared_in_small_pieces_too(dataset, vectors, monke
     assert recall(numbers(whole), expected) > 0.95
     far = np.linalg.norm(queries[:, None] - vectors[np.array(numbers(whole))], axis=2)
     assert np.allclose(whole.scores, far, rtol=1e-6)
-    monkeypatch.setattr("resfeat.downstream.index.index.RANKED_BYTES", 7 * 4 * DIM)
-    monkeypatch.setattr("resfeat.downstream.index.index.RANKED_PAIRS", 7 * 4 * 2)
+    monkeypatch.setattr(ranking, "RANKED_BYTES", 7 * 4 * DIM)
+    monkeypatch.setattr(ranking, "RANKED_PAIRS", 7 * 4 * 2)
     pieces = index.search(queries, 2)
     assert np.array_equal(pieces.ids, whole.ids) and np.array_equal(pieces.scores, whole.scores)
     commit(dataset.layout, 0, ["other.jpg"], vectors[:1])  # since the index was opened
@@ -168,8 +171,8 @@ def test_what_codes_find_is_compared_in_small_pieces_too(dataset, vectors, monke
 def test_where_codes_find_nearly_all_exact_search_is_quicker(whole, vectors, tmp_path, monkeypatch):
     shutil.copytree(whole.layout.root, tmp_path / "out")
     build_index(open_dataset(tmp_path / "out"), Wanted(kind="pq"))
-    index, ranked, rank = open_index(open_dataset(tmp_path / "out")), [], index_module.rank
-    monkeypatch.setattr(index_module, "rank", lambda *how: ranked.append(how) or rank(*how))
+    index, ranked, rank = open_index(open_dataset(tmp_path / "out")), [], ranking.rank
+    monkeypatch.setattr(ranking, "rank", lambda *how: ranked.append(how) or rank(*how))
     index.faiss.nprobe = index.faiss.nlist  # all lists
     # 16 times k are compared once more.
     for count, k, by_codes in [(1, 12, 1), (1, 13, 0), (10, 1, 1), (10, 2, 0), (2000, 10, 0)]:
@@ -190,6 +193,82 @@ def test_many_queries_read_each_part_once(dataset, vectors, monkeypatch):
     )  # fmt: skip
     index.search(clustered(40, DIM, seed=3), 2)
     assert read == sorted(set(read)) and len(read) > 4
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_flat_gives_what_exact_search_gives_in_its_order(metric, vectors, tmp_path):
+    """Also of equal ones, which are more than it was asked for, or of which one came late."""
+    vectors = vectors.copy()
+    vectors[[1500, 400, 1990]] = vectors[9]
+    vectors[[*range(600, 640), 30]] = vectors[3]
+    vectors[50] = 0
+    dataset = write_dataset(tmp_path / "out", vectors, shard_size=SHARD)
+    build_index(dataset, Wanted(kind="flat", metric=metric))
+    ids = [f"{n:06}.jpg" for n in range(SHARD)]
+    # The new one has the largest number, and stands before the others.
+    commit(dataset.layout, 0, ["new.jpg", *ids], np.stack([vectors[9], *vectors[:SHARD]]))
+    assert build_index(dataset).done.startswith("Updated: 1 rows added")
+    queries = np.concatenate([vectors[:60], clustered(20, DIM, seed=4)])
+    for k in (1, 3, 10):
+        found = open_index(dataset).search(queries, k)
+        exact = downstream.nearest(dataset, queries, k, metric=metric)
+        assert np.array_equal(found.ids, exact.ids)
+        assert np.allclose(found.scores, exact.scores, atol=1e-6)
+    assert found.ids[9, :4].tolist() == ["new.jpg", "000009.jpg", "000400.jpg", "001500.jpg"]
+    assert found.ids[3, :3].tolist() == ["000003.jpg", "000030.jpg", "000600.jpg"]
+
+
+def test_what_faiss_gives_is_put_in_order_and_within_bounds():
+    table = {"faiss_id": [3, 5, 7, 9], "id": list("abcd"), "shard": [2, 0, 0, 0], "hash": [0] * 4}
+    listed = ranking.Listed(pa.table(table | {"row": [0, 1, 0, 2]}))
+    over = np.nextafter(np.float32(1), np.float32(2))
+    cosines = np.array([[over, 1, 1, 0.5], [0.5, 0.5, -0.1, -over]], np.float32)
+    found = np.array([[3, 5, 7, 9], [9, 3, 7, 5]])
+    scores, ordered = listed.ordered(cosines, found, "cosine")
+    assert ordered.tolist() == [[7, 5, 3, 9], [9, 3, 7, 5]]
+    assert scores.tolist()[0] == [1, 1, 1, 0.5] and scores.min() == -1
+    squares = np.array([[-1e-9, 0, 4, 4]], np.float32)
+    scores, ordered = listed.ordered(squares, found[:1], "l2")
+    assert scores.tolist() == [[0, 0, 2, 2]] and ordered.tolist() == [[5, 3, 7, 9]]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "sq8"])
+def test_times_are_those_of_both_ways_to_search(kind, dataset, monkeypatch):
+    """What codes and flat find is compared as in a search, and exact search reads the dataset."""
+    build_index(dataset, Wanted(kind="hnsw"))  # so that it is made anew
+    clock = [0.0]
+
+    def takes(seconds, does):
+        def do(*how):
+            clock[0] += seconds
+            return does(*how)
+
+        return do
+
+    monkeypatch.setattr(recall_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(ranking, "rank", takes(5, ranking.rank))
+    monkeypatch.setattr(indexing, "nearest", takes(7, indexing.nearest))
+    measured = build_index(dataset, Wanted(kind=kind)).about.measured
+    assert measured.exact_seconds * measured.queries == pytest.approx(7)
+    assert measured.seconds * measured.queries == pytest.approx(0 if kind == "ivf" else 5)
+    assert measured.recall_at_10 > 0.9
+
+
+def test_an_index_of_an_older_resfeat_is_made_anew_as_it_was_asked_for(dataset, resfeat):
+    build_index(dataset, Wanted(kind="ivf", metric="l2"))
+    path = folder(dataset) / "about.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    out = dataset.layout.root
+    done = resfeat("search", out, "--id", "000007.jpg", "--metric", "l2", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)[0]["neighbours"][0]["id"] == "000007.jpg"
+    assert done.stderr == (
+        "Note: the index was made by an older resfeat: `resfeat index` brings it up to date; this "
+        "search is exact\n"
+    )
+    first, second, *_ = resfeat("index", out).stdout.splitlines()
+    assert first == "Made anew: the index was made by an older resfeat"
+    assert second.startswith("ivf, l2: ") and open_index(dataset).stale is None
 
 
 @pytest.mark.parametrize("k", [0, -1])

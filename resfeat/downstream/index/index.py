@@ -3,7 +3,7 @@
 It lies in `OUT/_resfeat/index/<layer>/`:
 
     index.faiss   FAISS opens it without us; it finds numbers of rows
-    ids.parquet   faiss_id, id, shard, and a hash of the vector, by ascending faiss_id
+    ids.parquet   faiss_id, id, shard, row in its part, and a hash of the vector, by faiss_id
     about.json    what it was made of, and the digests of both: the index is there if this is
 """
 
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,20 +26,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resfeat.dataset import digests_of
-from resfeat.downstream.index.kinds import COARSE, KINDS, Kind, faiss, prepared
-from resfeat.downstream.search import Metric, Neighbours, check_k, check_vectors, nearest, rank
+from resfeat.downstream.index.kinds import COARSE, KINDS, Kind, asked_of, faiss, prepared
+from resfeat.downstream.index.ranking import Listed, of_dataset, of_index, ranked
+from resfeat.downstream.search import Metric, Neighbours, check_k, check_vectors, nearest
 from resfeat.errors import ResfeatError, first_line
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
 
 FAISS, IDS, ABOUT = "index.faiss", "ids.parquet", "about.json"
-FORMAT = 1
+# Format 1 had no rows in `ids.parquet`, and of codes the recall of the codes alone.
+FORMAT, OLD_FORMATS = 2, (1,)
 # Of larger files only the beginning and the end are checked: reading them would take as long as an
 # exact search.
 CHECKED_BYTES = 512 << 20
-# What is compared once more at a time: vectors, and pairs of a query and a vector.
-RANKED_BYTES, RANKED_PAIRS = 64 << 20, 2 << 20
+# How far a cosine, or the square of a distance in shares of lengths, may be off in float32.
+ROUNDING = 1e-6
 # To read a row by itself and compare it takes as long as exact search takes to read so many, one
 # after another; and it reads one while it compares one with so many queries. Of 20,000 rows of 512
 # and 2,048 values these were 5 to 14, and 58 and 39.
@@ -50,7 +52,8 @@ ALONE, TOGETHER = 10, 50
 class Measured:
     """How a search by it did on rows that were held out, when it was made. recall_at_10: the share
     of their ten nearest, by exact search, that it found; None for fewer than five rows. seconds: a
-    query, as one of all that were asked together."""
+    query, as one of all that were asked together; exact_seconds: the same by exact search, which
+    reads the dataset."""
 
     rows: int
     queries: int
@@ -82,9 +85,10 @@ class About:
     next_id: int
     changed: int = 0
     files: Mapping[str, str]
+    format: int = FORMAT
 
     def as_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return asdict(self)
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
@@ -93,7 +97,7 @@ class About:
         path = folder / ABOUT
         try:
             content = json.loads(path.read_bytes())
-            if content.pop("format") != FORMAT or content["kind"] not in KINDS:
+            if content["format"] not in (FORMAT, *OLD_FORMATS) or content["kind"] not in KINDS:
                 raise ValueError("of another version of resfeat")
             content["parts"] = {int(shard): each for shard, each in content["parts"].items()}
             content["measured"] = Measured(**content["measured"])
@@ -154,6 +158,8 @@ class Index:
 
     def _stale(self) -> str | None:
         about, record = self.about, self._dataset.record
+        if about.format != FORMAT:
+            return "the index was made by an older resfeat"
         if about.fingerprint != record.identity.fingerprint:
             return (
                 f"the index is of embeddings with the fingerprint {about.fingerprint[:12]}, and "
@@ -174,10 +180,11 @@ class Index:
         """The k nearest images to each query, float32 [Q, D], or to one, [D], nearest first.
 
         What an index of codes (sq8, pq) finds is read in the dataset and compared once more, so
-        that scores are true ones. By exact search where the index is stale, with a warning, where
-        it finds less than k, or where that is quicker than to compare all that codes find. Raises
-        ResfeatError where it is damaged, and UsageError as `search.nearest` does, and where faiss
-        is not installed.
+        that scores are true ones. What flat finds is compared once more, too, so that it comes in
+        the order of exact search. By exact search where the index is stale, with a warning, where
+        it finds less than k, where more are equally near than flat was asked for, or where that is
+        quicker than to compare all that codes find. Raises ResfeatError where it is damaged, and
+        UsageError as `search.nearest` does, and where faiss is not installed.
         """
         check_k(k)
         about, asked = self.about, np.atleast_2d(queries)
@@ -186,7 +193,7 @@ class Index:
             return nearest(self._dataset, asked, k, self._layer, about.metric)
         check_vectors(self._dataset, asked, "the queries", self._layer)
         coarse = COARSE.get(about.kind)
-        wanted = coarse.times * k if coarse else k
+        wanted = asked_of(about.kind, k)
         if coarse and self._is_slow(len(asked), min(wanted, about.rows)):
             return nearest(self._dataset, asked, k, self._layer, about.metric)
         scores, found = self.nearest(prepared(asked, about.metric), wanted)
@@ -194,50 +201,40 @@ class Index:
             # As where the lists that it looks into hold less.
             return nearest(self._dataset, asked, k, self._layer, about.metric)
         if coarse:
-            return self._ranked(asked, found, k)
-        names = self.ids["id"].take(self.places_of(found.ravel())).to_pylist()
-        if about.metric == "l2":
-            scores = np.sqrt(scores)  # FAISS gives squares
-        return Neighbours(np.array(names, np.object_).reshape(found.shape), scores)
+            read = of_dataset(self._dataset, self._layer, self.listed, about.dim)
+            return ranked(self.listed, asked, found, k, about.metric, read)
+        if about.kind == "flat":
+            return self._as_exact(asked, scores, found, k)
+        scores, found = self.listed.ordered(scores, found, about.metric)
+        names = self.listed.names(self.places_of(found.ravel()))
+        return Neighbours(names.reshape(found.shape), scores)
+
+    def _as_exact(
+        self,
+        queries: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        found: NDArray[np.int64],
+        k: int,
+    ) -> Neighbours:
+        """The k nearest as exact search gives them, of more than k that FAISS found in flat."""
+        metric, read = self.about.metric, of_index(self.faiss, self.listed, self.about.dim)
+        best = ranked(self.listed, queries, found, k, metric, read)
+        if found.shape[1] == self.about.rows:
+            return best
+        # Where even the last is as near as the k-th, others that were not found may be.
+        doubt = np.full(len(queries), ROUNDING)
+        if metric == "l2":
+            lengths = np.linalg.norm(queries, axis=1)
+            doubt *= (2 * lengths + np.sqrt(np.maximum(scores[:, -1], 0))) ** 2
+        in_doubt = np.abs(scores[:, -1] - scores[:, k - 1]) <= doubt
+        if in_doubt.any():
+            exact = nearest(self._dataset, queries[in_doubt], k, self._layer, metric)
+            best.ids[in_doubt], best.scores[in_doubt] = exact.ids, exact.scores
+        return best
 
     def _is_slow(self, queries: int, found: int) -> bool:
         """Whether exact search is done before so many rows a query are compared once more."""
         return ALONE * queries * found >= self.about.rows * (1 + queries / TOGETHER)
-
-    def _ranked(self, queries: NDArray[np.float32], found: NDArray[np.int64], k: int) -> Neighbours:
-        """The k nearest of what was found, by the vectors themselves."""
-        ranked = []
-        some = max(1, RANKED_PAIRS // found.shape[1])
-        for start in range(0, len(queries), some):
-            of_some = found[start : start + some]
-            numbers = np.unique(of_some[of_some >= 0])
-            places = self.places_of(numbers)
-            by_part = np.argsort(self.shards[places], kind="stable")
-            own = np.argsort(by_part)[np.searchsorted(numbers, of_some)]
-            own[of_some < 0] = -1
-            rows = self._rows_at(places[by_part])
-            ranked.append(rank(queries[start : start + some], own, rows, k, self.about.metric))
-        return Neighbours(
-            np.concatenate([each.ids for each in ranked]),
-            np.concatenate([each.scores for each in ranked]),
-        )
-
-    def _rows_at(
-        self, places: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.object_], NDArray[np.float32]]]:
-        """Ids and vectors, by the dataset, of these rows of `ids`, which lie part by part."""
-        shards, most = self.shards[places], max(1, RANKED_BYTES // (4 * self.about.dim))
-        for of_part in np.split(places, np.flatnonzero(np.diff(shards)) + 1):
-            for start in range(0, len(of_part), most):
-                some = of_part[start : start + most]
-                names = self.ids["id"].take(some).to_pylist()
-                there = self._dataset.find(names, self._layer, [int(self.shards[some[0]])])
-                if len(there) < len(names):
-                    raise ResfeatError(
-                        f"{self._dataset.layout.root} changed while it was searched: is a run "
-                        "writing there? `resfeat index` brings the index up to date"
-                    )
-                yield np.array(names, np.object_), np.stack([there[name] for name in names])
 
     def nearest(
         self, queries: NDArray[np.float32], k: int
@@ -248,16 +245,15 @@ class Index:
 
     def places_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where these numbers stand in `ids`."""
-        return np.searchsorted(self._numbers, numbers)
+        return self.listed.places_of(numbers)
 
     @cached_property
-    def _numbers(self) -> NDArray[np.int64]:
-        numbers: NDArray[np.int64] = self.ids["faiss_id"].to_numpy()
-        return numbers
+    def listed(self) -> Listed:
+        return Listed(self.ids)
 
     @cached_property
     def ids(self) -> pa.Table:
-        """faiss_id, id, shard and hash of each row."""
+        """faiss_id, id, shard, row and hash of each row."""
         path = self._folder / IDS
         self._check(path)
         try:
@@ -308,11 +304,10 @@ class Index:
         """Its rows of one part."""
         return self.ids.filter(pc.equal(self.ids["shard"], shard))
 
-    @cached_property
+    @property
     def shards(self) -> NDArray[np.int32]:
         """The part of each row of `ids`."""
-        shards: NDArray[np.int32] = self.ids["shard"].to_numpy()
-        return shards
+        return self.listed.shards
 
 
 def digest_of(path: Path) -> str:

@@ -26,18 +26,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from resfeat.dataset import Block, Dataset, Parts, vector_hashes, writable
+from resfeat.dataset import Dataset, Parts, vector_hashes, writable
 from resfeat.downstream.index.index import (
     ABOUT,
     FAISS,
+    FORMAT,
     IDS,
-    RANKED_BYTES,
     About,
     Index,
     digest_of,
     open_index,
 )
 from resfeat.downstream.index.kinds import (
+    COARSE,
     CODES,
     Auto,
     Kind,
@@ -49,8 +50,9 @@ from resfeat.downstream.index.kinds import (
     sample_of,
     write_index,
 )
-from resfeat.downstream.index.recall import Exact, measure
-from resfeat.downstream.search import Metric, rank
+from resfeat.downstream.index.ranking import Listed, Rows, of_dataset, of_index, ranked
+from resfeat.downstream.index.recall import NEAREST, Exact, measure
+from resfeat.downstream.search import Metric, nearest
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.runtimes.hardware import memory_bytes
 from resfeat.storage.draft import DiskDraft
@@ -58,14 +60,6 @@ from resfeat.storage.draft import DiskDraft
 HELD_OUT = 200
 # Of the rows that it was trained on, as many may come and go before it is made anew.
 MOST_CHANGED = 0.2
-LISTED = pa.schema(
-    [
-        pa.field("faiss_id", pa.int64(), nullable=False),
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("hash", pa.uint64(), nullable=False),
-    ]
-)
 
 Tell = Callable[[str], None]
 
@@ -147,7 +141,8 @@ def _there(dataset: Dataset, layer: str, wanted: Wanted) -> tuple[Index | None, 
         if index is None:
             return None, ""
         about, identity = index.about, dataset.record.identity
-        if about.fingerprint != identity.fingerprint or about.layer != layer:
+        is_old = about.format != FORMAT
+        if is_old or about.fingerprint != identity.fingerprint or about.layer != layer:
             return index, str(index.stale)
         if wanted.kind == "auto" and about.asked:
             return index, f"it was {about.kind} as asked for, and auto is asked for"
@@ -174,7 +169,7 @@ def _follow(work: _Work, index: Index) -> Outcome | str:
     work.tell(
         f"bringing {about.kind} of {about.rows:,} rows to what changed in {len(touched)} parts"
     )
-    faiss_index, rows, listed = index.to_change(), _Rows(), index.ids
+    faiss_index, rows, listed = index.to_change(), Rows(), index.ids
     is_touched = np.isin(listed["shard"].to_numpy(), touched)
     kept = listed.filter(pa.array(~is_touched))
     removed: list[int] = []
@@ -195,7 +190,7 @@ def _follow(work: _Work, index: Index) -> Outcome | str:
             if is_new.any():
                 vectors = prepared(block.vectors[is_new], about.metric)
                 faiss_index.add_with_ids(vectors, numbers[is_new])
-            rows.add(block, numbers, hashes)
+            rows.add(block, work.parts.starts[block.shard], numbers, hashes)
         removed += before.values()
     added = next_id - about.next_id
     changed = about.changed + added + len(removed)
@@ -232,18 +227,20 @@ def _anew(work: _Work, wanted: Wanted, why: str) -> Outcome:
         index.train(prepared(parts.vectors_at(sample), metric))
     work.tell(f"adding {rows:,} rows")
     queries = prepared(parts.vectors_at(held_out), metric)
-    exact, listed = Exact(queries, metric), _Rows()
+    exact, listed = Exact(queries, metric), Rows()
     for block in parts.blocks():
         vectors, numbers = prepared(block.vectors, metric), block.places
-        listed.add(block, numbers, vector_hashes(block.vectors))
+        listed.add(block, parts.starts[block.shard], numbers, vector_hashes(block.vectors))
         is_in = ~np.isin(numbers, held_out)
         if is_in.any():
             index.add_with_ids(vectors[is_in], numbers[is_in])
             exact.add(vectors[is_in], numbers[is_in])
     work.tell("measuring it against exact search")
     generation = work.dataset.record.plan.generation
-    compare = partial(_compare, parts, metric)
-    measured, effort = measure(index, choice.kind, exact, compare, generation)
+    table = listed.table().combine_chunks()
+    finish = _finish(work, index, choice.kind, metric, Listed(table), queries)
+    by_all = partial(nearest, work.dataset, queries, NEAREST, work.layer, metric)
+    measured, effort = measure(index, choice.kind, exact, by_all, finish, generation)
     if len(held_out):
         index.add_with_ids(queries, held_out)
     about = About(
@@ -252,21 +249,32 @@ def _anew(work: _Work, wanted: Wanted, why: str) -> Outcome:
         generation=generation, fingerprint=work.dataset.record.identity.fingerprint,
         parts=dict(parts.digests), measured=measured, files={},
     )  # fmt: skip
-    about = _publish(work, index, listed.table(), about)
+    about = _publish(work, index, table, about)
     return Outcome(about, f"Made anew: {why}" if why else "Made")
 
 
-def _compare(
-    parts: Parts, metric: Metric, queries: NDArray[np.float32], found: NDArray[np.int64]
-) -> None:
-    """Compare queries with the vectors at the places that were found for each, as `Index.search`
-    does it. -1 is none; a query whose lists are empty has none."""
-    places, is_there = np.unique(found[found >= 0]), (found >= 0).any(axis=1)
-    own = np.where(found < 0, -1, np.searchsorted(places, found))
-    most = max(1, RANKED_BYTES // (4 * parts.dim))
-    pieces = (places[start : start + most] for start in range(0, len(places), most))
-    rows = ((some.astype(np.object_), parts.vectors_at(some)) for some in pieces)
-    rank(queries[is_there], own[is_there], rows, 1, metric)
+def _finish(
+    work: _Work,
+    index: Any,
+    kind: Kind,
+    metric: Metric,
+    listed: Listed,
+    queries: NDArray[np.float32],
+) -> Callable[[NDArray[np.float32], NDArray[np.int64]], object]:
+    """What `Index.search` does with what FAISS gave it for these queries."""
+    dim = queries.shape[1]
+    if kind in COARSE:
+        read = of_dataset(work.dataset, work.layer, listed, dim)
+    elif kind == "flat":
+        read = of_index(index, listed, dim)
+    else:
+        return lambda scores, found: listed.ordered(scores, found, metric)
+
+    def finish(scores: NDArray[np.float32], found: NDArray[np.int64]) -> None:
+        is_there = (found >= 0).any(axis=1)  # a query whose lists are empty has none
+        ranked(listed, queries[is_there], found[is_there], 1, metric, read)
+
+    return finish
 
 
 def _samples(kind: Kind, rows: int, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -275,20 +283,6 @@ def _samples(kind: Kind, rows: int, most: int) -> tuple[NDArray[np.int64], NDArr
     sample = min(sample_of(kind, rows), max(1, rows - queries), max(1, most))
     picked = np.random.default_rng(0).choice(rows, queries + sample, replace=False)
     return np.sort(picked[:queries]), np.sort(picked[queries:])
-
-
-class _Rows:
-    """The rows of `ids.parquet`, as they come."""
-
-    def __init__(self) -> None:
-        self._tables = [LISTED.empty_table()]
-
-    def add(self, block: Block, numbers: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
-        shards = np.full(len(numbers), block.shard, np.int32)
-        self._tables.append(pa.table([numbers, block.ids, shards, hashes], schema=LISTED))
-
-    def table(self) -> pa.Table:
-        return pa.concat_tables(self._tables)
 
 
 def _publish(work: _Work, index: Any, listed: pa.Table, about: About) -> About:

@@ -50,6 +50,17 @@ class Coarse:
 COARSE: dict[Kind, Coarse] = {"sq8": Coarse(4, 0.005), "pq": Coarse(16, 0.03)}
 
 
+# Of flat so many more than what is asked for, since others may be as near as the last.
+TIES = 8
+
+
+def asked_of(kind: Kind, k: int) -> int:
+    """How many FAISS is asked for, so that the k nearest are among them."""
+    if coarse := COARSE.get(kind):
+        return coarse.times * k
+    return k + TIES if kind == "flat" else k
+
+
 @dataclass(frozen=True)
 class Choice:
     """A kind, and why in one line."""

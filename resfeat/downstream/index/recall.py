@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.downstream.index.index import Measured
-from resfeat.downstream.index.kinds import COARSE, Kind, efforts_of, faiss, set_effort
+from resfeat.downstream.index.kinds import Kind, asked_of, efforts_of, faiss, set_effort
 from resfeat.downstream.search import Metric
 
 NEAREST = 10
@@ -22,7 +22,7 @@ class Exact:
     """The nearest to queries [Q, D] among rows that are added, by comparing them with all."""
 
     def __init__(self, queries: NDArray[np.float32], metric: Metric) -> None:
-        self.queries, self.rows, self.seconds = queries, 0, 0.0
+        self.queries, self.rows = queries, 0
         self._metric = faiss().METRIC_L2 if metric == "l2" else faiss().METRIC_INNER_PRODUCT
         self._nearer = -1 if metric == "l2" else 1
         self._scores = np.empty((len(queries), 0), np.float32)
@@ -32,7 +32,6 @@ class Exact:
         self.rows += len(vectors)
         if not len(self.queries):
             return
-        started = time.perf_counter()
         k = min(NEAREST, len(vectors))
         scores, at = faiss().knn(self.queries, vectors, k, self._metric)
         scores = np.hstack([self._scores, self._nearer * scores])
@@ -40,7 +39,6 @@ class Exact:
         order = np.argsort(-scores, axis=1, kind="stable")[:, :NEAREST]
         self._scores = np.take_along_axis(scores, order, axis=1)
         self.found = np.take_along_axis(found, order, axis=1)
-        self.seconds += time.perf_counter() - started
 
     def recall_of(self, found: NDArray[np.int64]) -> float:
         """The share of the nearest that is among what was found [Q, m]."""
@@ -52,24 +50,28 @@ def measure(
     index: Any,
     kind: Kind,
     exact: Exact,
-    compare: Callable[[NDArray[np.float32], NDArray[np.int64]], object],
+    search: Callable[[], object],
+    finish: Callable[[NDArray[np.float32], NDArray[np.int64]], object],
     generation: int,
 ) -> tuple[Measured, int]:
-    """How a search does with the least effort that finds enough, and that effort. compare: what a
-    search does with queries and the numbers [Q, m] that codes found for each; of these the nearest
-    are then the first, so it is enough that they are among them."""
+    """How a search does with the least effort that finds enough, and that effort. search: exact
+    search for the queries. finish: what a search by it does with what FAISS gave, scores and
+    numbers [Q, m]; of these the nearest are then the first, so it is enough that they are among
+    them."""
     efforts, queries = efforts_of(kind, exact.rows), exact.queries
     if not len(queries):
         set_effort(index, kind, efforts[-1])
         return Measured(exact.rows, 0, None, 0, 0, generation), efforts[-1]
-    wanted = COARSE[kind].times * NEAREST if kind in COARSE else NEAREST
+    wanted = asked_of(kind, NEAREST)
+    started = time.perf_counter()
+    search()
+    exact_seconds = time.perf_counter() - started
     tries: list[tuple[float, float, int]] = []
     for effort in efforts:
         set_effort(index, kind, effort)
         started = time.perf_counter()
-        _, found = index.search(queries, min(wanted, exact.rows))
-        if kind in COARSE:
-            compare(queries, found)
+        scores, found = index.search(queries, min(wanted, exact.rows))
+        finish(scores, found)
         seconds = time.perf_counter() - started
         tries.append((exact.recall_of(found), seconds, effort))
         if tries[-1][0] >= RECALL:
@@ -79,5 +81,5 @@ def measure(
     set_effort(index, kind, effort)
     count = len(queries)
     return Measured(
-        exact.rows, count, round(recall, 4), seconds / count, exact.seconds / count, generation
+        exact.rows, count, round(recall, 4), seconds / count, exact_seconds / count, generation
     ), effort
