@@ -218,6 +218,27 @@ def test_flat_gives_what_exact_search_gives_in_its_order(metric, vectors, tmp_pa
     assert found.ids[3, :3].tolist() == ["000003.jpg", "000030.jpg", "000600.jpg"]
 
 
+def test_flat_reads_the_dataset_for_ties_only_where_they_are_very_many(
+    vectors, tmp_path, monkeypatch
+):
+    """A dozen images without anything on them are usual."""
+    vectors = vectors.copy()
+    vectors[100:140] = vectors[3]
+    dataset = write_dataset(tmp_path / "out", vectors, shard_size=SHARD)
+    build_index(dataset, Wanted(kind="flat"))
+    read = []
+    monkeypatch.setattr(
+        index_module, "nearest", lambda *a: read.append(len(a[1])) or downstream.nearest(*a)
+    )
+    queries = vectors[[3, 7]]
+    found = open_index(dataset).search(queries, 5)
+    assert not read
+    assert found.ids[0].tolist() == [f"{n:06}.jpg" for n in (3, 100, 101, 102, 103)]
+    monkeypatch.setattr(index_module, "RANKED_PAIRS", 50)
+    assert np.array_equal(open_index(dataset).search(queries, 5).ids, found.ids)
+    assert read == [1]
+
+
 def test_what_faiss_gives_is_put_in_order_and_within_bounds():
     table = {"faiss_id": [3, 5, 7, 9], "id": list("abcd"), "shard": [2, 0, 0, 0], "hash": [0] * 4}
     listed = ranking.Listed(pa.table(table | {"row": [0, 1, 0, 2]}))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from resfeat.dataset import digests_of
 from resfeat.downstream.index.kinds import COARSE, KINDS, Kind, asked_of, faiss, prepared
-from resfeat.downstream.index.ranking import Listed, of_dataset, of_index, ranked
+from resfeat.downstream.index.ranking import RANKED_PAIRS, Listed, of_dataset, of_index, ranked
 from resfeat.downstream.search import Metric, Neighbours, check_k, check_vectors, nearest
 from resfeat.errors import ResfeatError, first_line
 
@@ -40,6 +40,8 @@ FORMAT, OLD_FORMATS = 2, (1,)
 # Of larger files only the beginning and the end are checked: reading them would take as long as an
 # exact search.
 CHECKED_BYTES = 512 << 20
+# How many times as many rows FAISS is asked for where more are equally near than it gave.
+MORE = 16
 # How far a cosine, or the square of a distance in shares of lengths, may be off in float32.
 ROUNDING = 1e-6
 # To read a row by itself and compare it takes as long as exact search takes to read so many, one
@@ -182,8 +184,8 @@ class Index:
         What an index of codes (sq8, pq) finds is read in the dataset and compared once more, so
         that scores are true ones. What flat finds is compared once more, too, so that it comes in
         the order of exact search. By exact search where the index is stale, with a warning, where
-        it finds less than k, where more are equally near than flat was asked for, or where that is
-        quicker than to compare all that codes find. Raises ResfeatError where it is damaged, and
+        it finds less than k, where too many are equally near, or where that is quicker than to
+        compare all that codes find. Raises ResfeatError where it is damaged, and
         UsageError as `search.nearest` does, and where faiss is not installed.
         """
         check_k(k)
@@ -228,8 +230,13 @@ class Index:
             doubt *= (2 * lengths + np.sqrt(np.maximum(scores[:, -1], 0))) ** 2
         in_doubt = np.abs(scores[:, -1] - scores[:, k - 1]) <= doubt
         if in_doubt.any():
-            exact = nearest(self._dataset, queries[in_doubt], k, self._layer, metric)
-            best.ids[in_doubt], best.scores[in_doubt] = exact.ids, exact.scores
+            doubtful, more = queries[in_doubt], min(MORE * found.shape[1], self.about.rows)
+            if len(doubtful) * more <= RANKED_PAIRS:
+                asked = self.nearest(prepared(doubtful, metric), more)
+                sure = self._as_exact(doubtful, *asked, k)
+            else:
+                sure = nearest(self._dataset, doubtful, k, self._layer, metric)
+            best.ids[in_doubt], best.scores[in_doubt] = sure.ids, sure.scores
         return best
 
     def _is_slow(self, queries: int, found: int) -> bool:
