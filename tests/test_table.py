@@ -402,7 +402,7 @@ def test_a_listing_that_nobody_began_on_stays_where_the_next_command_is_wrong(
     assert embed(output, table, normalize=True).images == len(pictures[0])
 
 
-def no_worker(run):
+def no_worker(run, parity):
     raise ResfeatError("could not start")
 
 
