@@ -4,6 +4,8 @@ import io
 import json
 import threading
 import time
+from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +16,15 @@ from PIL import Image
 from tables import listed
 
 from resfeat import ExtractSpec, RuntimeOptions, extract, open_dataset, sources
+from resfeat.backbones.weights import resolve
 from resfeat.dataset import FailedItem
 from resfeat.dataset.reader import Kept
 from resfeat.engines import inline
 from resfeat.errors import Failure, Stopped
 from resfeat.sources import Item, reading
-from resfeat.worker import batches, shard
-from resfeat.worker.worker import Worker, forward
+from resfeat.spec import FeatureSpec
+from resfeat.worker import Job, Placement, batches, shard
+from resfeat.worker.worker import Worker, forward, network_for
 
 
 class Shrinking:
@@ -268,37 +272,26 @@ def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp
     assert most > 2 if slow else most == 2
 
 
-def test_runs_are_loaded_in_the_order_of_the_plan(tmp_path, monkeypatch):
-    """Of shards in a row: no thread that waits for its turn keeps the end of one with it."""
-    shards, shard_size = 4, 6 * reading.RUN_IMAGES
-    (tmp_path / "in").mkdir()
-    for number in range(shards * shard_size):
-        Image.new("RGB", (8, 8)).save(tmp_path / "in" / f"{number:03}.png")
-    begun, read = [], reading.read
+def test_what_is_to_be_loaded_is_begun_in_its_order():
+    """With more threads than may load at a time: none waits with a run in hand, which others would
+    overtake time and again, so that the end of a shard waits for the next."""
+    weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
+    job = Job(output="", share="", sources=(), reads_ahead=4, identity=weights.identity,
+              dims=weights.dims, with_label=False)  # fmt: skip
+    placement = Placement(runtime="torch", device="cpu", cpus=1, batch_size=4)
+    begun, all_begun = [], threading.Event()
 
-    def noted(item):
-        run, number = divmod(int(item.id.removesuffix(".png")), reading.RUN_IMAGES)
-        if number == 0:
-            begun.append(run)
+    def load(number):
+        begun.append(number)
         time.sleep(0.001)
-        return read(item)
+        if number == 49:
+            all_begun.set()
 
-    monkeypatch.setattr(reading, "read", noted)
-    monkeypatch.setattr(batches, "SLOW_SECONDS", 60)
-    spec = ExtractSpec(
-        sources=(str(tmp_path / "in"),),
-        output=str(tmp_path / "out"),
-        model="cifar_resnet20",
-        weights="random:0",
-        shard_size=shard_size,
-        runtime=RuntimeOptions(workers=0, runtime="torch", batch_size=16, cpus_per_worker=2),
-    )
-    assert extract(spec).embedded == shards * shard_size
-    # Whichever shard of the two in hand came first; and two threads that begin at the same time may
-    # change places.
-    first = list(dict.fromkeys(run // 6 for run in begun))
-    places = [6 * first.index(run // 6) + run % 6 for run in begun]
-    assert all(abs(one - other) <= 1 for one, other in enumerate(places)), begun
+    with closing(Worker(job, placement, network_for(job, placement, weights.tensors))) as worker:
+        for number in range(50):
+            worker.load(partial(load, number))
+        assert all_begun.wait(60)
+    assert begun == list(range(50))
 
 
 def test_a_run_is_of_so_many_images_and_bytes():
