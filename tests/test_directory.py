@@ -1,5 +1,6 @@
 """Listing and reading directories."""
 
+import errno
 import os
 import shutil
 import socket
@@ -330,6 +331,25 @@ def test_no_permission(tmp_path):
     with pytest.raises(ResfeatError, match="cannot list"):
         ids(tmp_path)
     (tmp_path / "a").chmod(0o755)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_one_that_is_gone(
+    number, tmp_path, monkeypatch
+):
+    """As in a folder that may be read and not searched: an update would remove its rows."""
+    make(tmp_path, "1.jpg", "a/2.jpg")
+    status_of = os.stat
+
+    def look(path, **how):
+        if str(path).endswith("2.jpg"):
+            raise OSError(number, os.strerror(number))
+        return status_of(path, **how)
+
+    monkeypatch.setattr(directory.os, "stat", look)
+    monkeypatch.setattr(directory.os, "lstat", look)
+    with pytest.raises(ResfeatError, match="cannot look at .*/a/2.jpg: .*; have its folder"):
+        ids(tmp_path)
 
 
 def test_a_source_that_is_gone_is_told_from_a_file_that_is(tmp_path):

@@ -266,11 +266,19 @@ def _is_folder(entry: _Entry) -> bool:
 
 
 def _status(path: str) -> os.stat_result | None:
-    """Of a dangling link, its own, since reading it gives a failure row; None if it is gone."""
-    for is_followed in (True, False):
-        with suppress(OSError):
-            return os.stat(path, follow_symlinks=is_followed)
-    return None
+    """Of a link that leads nowhere, its own, since reading it gives a failure row; None if it is
+    gone. Raises ResfeatError where that cannot be told."""
+    with suppress(OSError):
+        return os.stat(path)
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ResfeatError(
+            f"cannot look at {printable(path)}: {error.strerror}; "
+            "have its folder searchable (chmod +x), or leave it out of the sources"
+        ) from error
 
 
 def _key(status: os.stat_result) -> int:
