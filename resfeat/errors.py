@@ -6,6 +6,7 @@ kinds tell, and whatever else is told of addresses, goes without secrets.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -55,6 +56,18 @@ class UsageError(ChoiceError):
     """The command cannot be carried out as it was given. Exit code 2."""
 
     exit_code = 2
+
+
+def no_embedding(failed: Mapping[str, Failure]) -> UsageError:
+    """What says of one or more images, by name, that none of them gives an embedding."""
+    name, why = next(iter(failed.items()))
+    told = f"{name}: {why.reason}, {why.message}"
+    if len(failed) == 1:
+        return UsageError(f"cannot embed {told}; give another image, or mend this one")
+    return UsageError(
+        f"none of the {len(failed):,} images gives an embedding, the first is {told}; give others, "
+        "or mend these"
+    )
 
 
 class StoreError(ResfeatError):

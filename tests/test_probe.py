@@ -1,6 +1,8 @@
 """Probing: what is measured is what scikit-learn measures, on images that were not learned from."""
 
 import json
+import os
+import shutil
 import sys
 from collections import Counter
 
@@ -392,7 +394,17 @@ def test_broken_files_are_passed_over_and_told(resfeat, tmp_path):
     _, second, error = done.stderr.splitlines()
     assert second.startswith(f"Skipped, 2 so far: {bad[1]}: empty, ")
     assert error == "Error: 2 of 21 images gave no embedding, more than 5%: see above"
-    assert "cannot embed" in refused(resfeat("predict", tmp_path / "both", *bad), 2)
+    none = refused(resfeat("predict", tmp_path / "both", *bad), 2)
+    assert f"none of the 2 images gives an embedding, the first is {bad[0]}: unidentified" in none
+    assert "; give others, or" in none
+    assert f"cannot embed {bad[1]}: empty" in refused(
+        resfeat("predict", tmp_path / "both", bad[1]), 2
+    )
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(good[0], odd)
+    done = resfeat("predict", tmp_path / "both", odd, "--json")
+    assert done.returncode == 0 and done.stderr == ""
+    assert [row["id"] for row in json.loads(done.stdout)] == [str(tmp_path / r"caf\xe9.png")]
 
 
 def test_a_probe_that_does_not_fit_or_is_damaged_is_one_line(

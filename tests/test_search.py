@@ -326,9 +326,13 @@ def test_a_broken_file_of_a_folder_is_passed_over_and_told(dataset, photos, resf
     skipped, error = done.stderr.splitlines()
     assert skipped.startswith(f"Skipped, 1 so far: {folder / '0bad.jpg'}: unidentified, ")
     assert error == "Error: 1 of 3 images gave no embedding, more than 5%: see above"
-    vectors = np.zeros((17, open_dataset(dataset).dim()), np.float32)
-    np.save(tmp_path / "v.npy", vectors)  # of 20 queries one is no more than 5 %
-    done = resfeat("search", dataset, folder, tmp_path / "v.npy", "-k", 2, "--json")
+    np.save(tmp_path / "v.npy", np.zeros((17, open_dataset(dataset).dim()), np.float32))
+    others = tmp_path / "v.npy", "--id", open_dataset(dataset).ids()[0]  # no images to embed
+    done = resfeat("search", dataset, folder, *others, "-k", 2, "--json")
+    assert done.returncode == 3 and "1 of 3 images" in done.stderr
+    for n in range(2, 19):  # of 20 images one is no more than 5 %
+        shutil.copy(photo, folder / f"{n}{photo.suffix}")
+    done = resfeat("search", dataset, folder, "-k", 2, "--json")
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
     done = resfeat("search", dataset, folder, folder / "0bad.jpg")  # which is asked for by itself
     assert done.returncode == 2 and done.stdout == ""
@@ -352,8 +356,13 @@ def test_what_cannot_be_searched_is_one_line(dataset, photos, resfeat, tmp_path)
     empty.mkdir()
     assert "no resfeat dataset" in refused(tmp_path, query)
     assert "not_found" in refused(dataset, tmp_path / "no.jpg")
-    assert f"cannot use {bad} as a query: unidentified" in refused(dataset, query, bad)
-    assert f"cannot use {bad} as a query: unidentified" in refused(dataset, bad.parent)
+    line = refused(dataset, query, bad)
+    assert f"cannot embed {bad}: unidentified" in line and "; give another image, or" in line
+    assert f"cannot embed {bad}: unidentified" in refused(dataset, bad.parent)
+    (bad.parent / "two.jpg").write_bytes(b"")
+    line = refused(dataset, bad.parent)
+    assert f"none of the 2 images gives an embedding, the first is {bad}: unidentified" in line
+    assert "; give others, or" in line
     assert "no images in" in refused(dataset, empty)
     assert "nothing to look for: name an image" in refused(dataset)
     assert "no embedding of the id 'no.jpg': ids stand in" in refused(dataset, "--id", "no.jpg")

@@ -41,7 +41,7 @@ def predict(
     dataset OUT, or image files.
 
     Of several files those that give no embedding are told and passed over. Exits with 3 if they are
-    more than 5 %, as extract does.
+    more than 5 %, as extract does, and with 2 if none gives one.
     """
     from resfeat.downstream.learning import Classifier, Predictions, open_targets, write_predictions
 

@@ -61,8 +61,8 @@ def search(
 
     Exact, over all rows, but where there is an index of the dataset as it stands (`resfeat
     index`), which may miss a few. An image is embedded as the dataset's own were; those of a folder
-    that give no embedding are told and passed over. Exits with 3 if they are more than 5 %, as
-    extract does.
+    that give no embedding are told and passed over. Exits with 3 if they are more than 5 % of the
+    images to embed, as extract does, and with 2 if no query is left.
     """
     if not queries and not ids:
         raise UsageError("nothing to look for: name an image, a folder or a .npy, or give --id ID")
@@ -111,7 +111,7 @@ def search(
     for what, place in (("Picture", sheet), ("Page", html)):
         if place and not as_json:
             click.echo(f"{what}: {place}")
-    end(context, len(asked.failed), len(asked.failed) + len(asked.names))
+    end(context, len(asked.failed), asked.images)
 
 
 def _draw(

@@ -16,7 +16,7 @@ from PIL import Image
 from resfeat.backbones.weights import Weights, resolve
 from resfeat.dataset import ALL, Dataset, open_dataset
 from resfeat.decoding import Loaded, Picture, decode_image, load, quiet
-from resfeat.errors import Failure, ResfeatError, UsageError
+from resfeat.errors import Failure, ResfeatError, UsageError, no_embedding
 from resfeat.fidelity import is_intact
 from resfeat.keywords import (
     Address,
@@ -131,8 +131,8 @@ class Embedder:
         every, failures = self._embed(several)
         for image, failure in zip(several, failures, strict=True):
             if failure:
-                name = image if isinstance(image, str | os.PathLike) else "an image"
-                raise UsageError(f"cannot embed {name}: {failure.reason}, {failure.message}")
+                name = str(image) if isinstance(image, str | os.PathLike) else "an image"
+                raise no_embedding({name: failure})
         return every[self._layer]
 
     def attempt(

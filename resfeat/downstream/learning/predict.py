@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from resfeat.dataset import Layout, Record, open_dataset
 from resfeat.downstream.learning.classifier import Classifier
 from resfeat.downstream.learning.views import View
-from resfeat.errors import Failure, ResfeatError, UsageError, first_line
+from resfeat.errors import Failure, ResfeatError, UsageError, first_line, no_embedding
+from resfeat.sources import printable
 from resfeat.storage import draft, is_remote
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ class Predictions:
 
     @classmethod
     def of_images(cls, classifier: Classifier, paths: Sequence[str]) -> Predictions:
-        """Image files, embedded as the datasets that it learned from were. Raises UsageError where
-        none of them can be."""
+        r"""Image files, embedded as the datasets that it learned from were. Ids are their names, of
+        which bytes that are no UTF-8 become `\xNN`. Raises UsageError where none can be
+        embedded."""
         unique = list(dict.fromkeys(paths))
         failed: dict[str, Failure] = {}
         made = []
@@ -70,10 +72,9 @@ class Predictions:
             made.append(vectors)
             failed |= {name: why for name, why in zip(unique, failures, strict=True) if why}
         if len(failed) == len(unique):
-            name, why = next(iter(failed.items()))
-            raise UsageError(f"cannot embed {name}: {why.reason}, {why.message}")
+            raise no_embedding(failed)
         whole = [n for n, name in enumerate(unique) if name not in failed]
-        names = [unique[n] for n in whole]
+        names = [printable(unique[n]) for n in whole]
         return cls(classifier, [[(names, vectors[whole])] for vectors in made], failed)
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resfeat.downstream.search.search import check_vectors
-from resfeat.errors import Failure, UsageError, first_line
+from resfeat.errors import Failure, UsageError, first_line, no_embedding
 from resfeat.sources import Item, item_of, listing, printable
 from resfeat.spec import SourceOptions
 
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Queries:
     """names: as the user knows them. vectors: float32 [Q, D]. items: their images; None of a vector
-    that was given as such. failed: images of folders that gave no embedding, by name."""
+    that was given as such. images: how many were to be embedded. failed: those of
+    folders of which there is no embedding, by name."""
 
     names: Sequence[str]
     vectors: NDArray[np.float32]
     items: Sequence[Item | None]
+    images: int = 0
     failed: Mapping[str, Failure] = field(default_factory=dict)
 
 
@@ -51,20 +53,18 @@ def queries_of(
         else:
             images.append((name, item_of(name)))
     parts += [_embedded(dataset, images, layer), _known(dataset, ids, layer)]
+    count = sum(part.images for part in parts)
     failed = {name: failure for part in parts for name, failure in part.failed.items()}
     parts = [part for part in parts if part.names]
     if not parts:
-        raise _unusable(*next(iter(failed.items())))
+        raise no_embedding(failed)
     return Queries(
         [name for part in parts for name in part.names],
         np.concatenate([part.vectors for part in parts]),
         [item for part in parts for item in part.items],
+        count,
         failed,
     )
-
-
-def _unusable(name: str, failure: Failure) -> UsageError:
-    return UsageError(f"cannot use {name} as a query: {failure.reason}, {failure.message}")
 
 
 def _listed(folder: str) -> list[tuple[str, Item]]:
@@ -85,9 +85,11 @@ def _embedded(dataset: Dataset, images: Sequence[tuple[str, Item]], layer: str |
     failed = {name: failure for name, failure in zip(names, failures, strict=True) if failure}
     for name, item in zip(names, items, strict=True):
         if name in failed and item.id == name:  # it was given itself, not its folder
-            raise _unusable(name, failed[name])
+            raise no_embedding({name: failed[name]})
     whole = [n for n, failure in enumerate(failures) if not failure]
-    return Queries([names[n] for n in whole], vectors[whole], [items[n] for n in whole], failed)
+    return Queries(
+        [names[n] for n in whole], vectors[whole], [items[n] for n in whole], len(items), failed
+    )
 
 
 def _read(dataset: Dataset, name: str, layer: str | None) -> Queries:
