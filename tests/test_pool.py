@@ -45,6 +45,18 @@ def test_the_emptiest_live_worker_is_given_the_next_shard():
     assert given(pool) == ([], [])
 
 
+def test_a_shard_takes_from_when_its_worker_had_it_or_was_done_with_the_one_before():
+    pool = pool_of("a", 4)
+    (a,) = pool.members
+    time.sleep(0.05)  # until it has one, a worker does nothing
+    begun = time.monotonic()
+    given(pool)
+    time.sleep(0.02)
+    between = time.monotonic()
+    assert 0.02 <= pool.done(a, SHARDS[0]) <= time.monotonic() - begun
+    assert 0 <= pool.done(a, SHARDS[1]) <= time.monotonic() - between
+
+
 def test_a_dead_workers_shards_go_to_the_idle_at_once_and_first():
     pool = pool_of("abc", 8)
     given(pool)

@@ -62,19 +62,25 @@ def test_of_a_run_of_a_moment_it_is_said_that_it_was_too_short():
     assert verdict(busy, "cpu", "fp32", seconds=1.0).startswith("limited by: embed")
 
 
+def committed(worker, images, took):
+    return ShardResult(0, images, 0, 0, 0, 16, {}, worker=worker, took=took)
+
+
 def test_the_speed_of_each_worker_over_time():
     course = Course()
-    course.add(2, 110.0, 100)  # alone, in a half of the time
-    course.add(1, 105.0, 40)
-    course.add(1, 120.0, 60)
+    course.add(committed(2, 100, 10.5), 110.0)  # alone, in a half of the time
+    course.add(committed(1, 40, 5.0), 105.0)
+    course.add(committed(1, 60, 15.0), 120.0)
+    course.add(committed(3, 50, 5.0), 120.0)  # came late, and is not slow
     rates = course.rates(100.0, 120.0)
-    assert list(rates) == ["1", "2"]
+    assert list(rates) == ["1", "2", "3"]
     assert rates["1"] == [8.0] * 10 + [4.0] * 30
     assert rates["2"] == [10.0] * 20 + [0.0] * 20
+    assert rates["3"] == [0.0] * 30 + [10.0] * 10
     assert course.rates(120.0, 120.0) == {}
     course = Course()
     for _ in range(2):  # at once, within a span
-        course.add(1, 10.01, 5)
+        course.add(committed(1, 5, 0.0), 10.01)
     assert sum(course.rates(10.0, 14.0)["1"]) * 0.1 == pytest.approx(10, abs=0.01)
 
 
@@ -85,7 +91,7 @@ def test_the_report_has_the_course_of_the_run(tmp_path):
     tally.engine = {"device": "cpu", "batch_size": 16, "cpus": 1, "reads_ahead": 4}
     tally.show(0, 0, 1, None)
     time.sleep(0.05)
-    tally.add(ShardResult(0, 3, 1, 0, 0, 16, {}, worker=7))
+    tally.add(ShardResult(0, 3, 1, 0, 0, 16, {}, worker=7, took=9.0))
     report = tally.report(dataset, None)
     (rates,) = report.course.values()
     assert list(report.course) == ["7"] and len(set(rates)) == 1

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,7 @@ class InlineEngine:
                     member.live = True
                     self.description.update(pool.losses())
                     break
-                pool.done(member, calls.pop(call))
-                yield result
+                yield replace(result, took=pool.done(member, calls.pop(call)))
             pool.heard(member, dict(self._worker.progress))
             on_progress(*pool.counts(), pool.soonest(self.placement.at_once))
         if pool.unfinished:

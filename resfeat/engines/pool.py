@@ -120,14 +120,17 @@ class Pool:
             return False
         return len(member.in_hand) <= others
 
-    def done(self, member: Member, shard: Shard) -> None:
+    def done(self, member: Member, shard: Shard) -> float:
+        """Gives the seconds that it took the worker, as of `ShardResult`."""
         now = time.monotonic()
+        took = now - member.since
         if self._is_even(shard):
-            member.pace = (now - member.since) / shard.rows
+            member.pace = took / shard.rows
         del member.in_hand[shard]
         del self._tasks[shard]
         member.since = now
         member.news.clear()
+        return took
 
     def too_slow(self, at_once: int) -> Iterator[tuple[Member, Shard]]:
         """Shards that workers are to let go of, once nothing waits: idle ones will do them in half

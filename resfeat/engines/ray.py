@@ -280,8 +280,8 @@ class RayEngine:
                 self._pool.let_go(member, shard)
                 continue
             if shard is not None:
-                self._pool.done(member, shard)
-                yield replace(answer, worker=1 + self._pool.members.index(member))
+                took = self._pool.done(member, shard)
+                yield replace(answer, worker=1 + self._pool.members.index(member), took=took)
                 continue
             version, process = answer
             if version != __version__:

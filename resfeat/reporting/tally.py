@@ -99,7 +99,7 @@ class Tally:
     def add(self, result: ShardResult) -> None:
         self._last_commit = time.monotonic()
         self.done.add(result.shard)
-        self._course.add(result.worker, self._last_commit, result.embedded + result.failed)
+        self._course.add(result, self._last_commit)
         self._counts["shards"] += 1
         self._counts["images"] += result.embedded + result.failed
         self._counts["kept"] += result.kept

@@ -116,7 +116,8 @@ class Task:
 @dataclass(frozen=True)
 class ShardResult:
     """What a committed shard gave. embedded, failed: images that were done; kept: those of which
-    the rows stayed. worker: the number of the one that did it, by the engine."""
+    the rows stayed. worker: the number of the one that did it, and took: the seconds since it
+    finished the shard before, or was given this one when it had none; both by the engine."""
 
     shard: int
     embedded: int
@@ -128,3 +129,4 @@ class ShardResult:
     steady: bool = True  # as of a runtime
     bytes_read: int = 0
     worker: int = 1
+    took: float = 0.0
