@@ -87,10 +87,15 @@ def test_it_tells_of_runs_what_their_reports_say_and_no_more(small, tmp_path):
     report.with_name("20200101T030405Z-0000.json").write_text('{"run_id": "20200101T030405Z-0000"}')
     report.with_name("20200102T000000Z-0000.json").write_text("[]")
     report.with_name("20200103T000000Z-0000.json").write_text("{")
+    endless = known | {"run_id": "20200104T000000Z-0000", "course": {"1": [1.0, float("nan")]}}
+    for n, damaged in enumerate((endless, endless | {"course": {}, "seconds": float("inf")},
+                                 endless | {"course": {}, "seconds": "long"})):  # fmt: skip
+        report.with_name(f"20200104T000000Z-000{n}.json").write_text(json.dumps(damaged))
     shown = told_by(page(open_dataset(tmp_path / "out")))
     old, new = shown["runs"]
-    assert shown["unread"] == 2 and shown["earlier"] == 0
+    assert shown["unread"] == 5 and shown["earlier"] == 0 and shown["shown"] == 1
     assert old.pop("when") == "2020-01-01 03:04" and old.pop("updated") is False
+    assert old.pop("is_long") is False
     assert set(old.values()) == {None}
     assert new["rate"] == known["images_per_second"] == new["per_worker"]
     assert new["stages"] == known["stages"] and new["verdict"] == known["verdict"]
@@ -116,6 +121,19 @@ def test_speed_over_time_is_told_of_the_last_run_and_of_its_slowest_workers(smal
     assert last["all"] == [sum(range(20)), 0, 20]
     assert [name for name, _ in last["workers"]] == [str(n) for n in range(9, 21)]
     assert last["workers"][0][1] == course["9"]
+
+
+def test_a_run_that_tells_nothing_hides_none_that_does(small, tmp_path):
+    shutil.copytree(small, tmp_path / "out")
+    (report,) = (tmp_path / "out" / "_resfeat" / "runs").iterdir()
+    told = json.loads(report.read_text())
+    for day, seconds in (2, 0.9), (3, 1.0), (4, 0.9):
+        name = f"209901{day:02}T000000Z-0000"
+        more = {"run_id": name, "seconds": seconds}
+        report.with_name(f"{name}.json").write_text(json.dumps(told | more))
+        shown = told_by(page(open_dataset(tmp_path / "out")))
+        assert shown["shown"] == [1, 2, 2][day - 2]
+        assert [n for n, run in enumerate(shown["runs"]) if run["course"]] == [shown["shown"]]
 
 
 def test_neighbours_are_the_exact_ones(small, told):

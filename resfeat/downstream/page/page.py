@@ -26,6 +26,7 @@ from resfeat.dataset.reader import SENT_BACK, readable
 from resfeat.downstream.page.map import NEAR, Kind, Sample, alike, draw, lay_out, spread
 from resfeat.downstream.pictures import thumbnails
 from resfeat.downstream.search import nearest
+from resfeat.reporting.report import LEAST_SECONDS
 from resfeat.storage import public
 
 if TYPE_CHECKING:
@@ -167,19 +168,23 @@ def _reasons(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def _runs(dataset: Dataset) -> dict[str, Any]:
-    """What the reports of the runs say, the last run's in full, and how many say nothing."""
+    """What the reports of the runs say, and how many say nothing. shown: which is told in full, the
+    last that was long enough to tell what limited it, or else the last of any."""
     reports = dataset.runs()
     read = [told for report in reports[-RUNS:] if (told := _report(report))]
     unread = len(reports[-RUNS:]) - len(read)
-    last = next((told for told in reversed(read) if told["verdict"]), None)
-    for told in read:
-        if told is not last:  # of which alone it is shown, like the stages
+    telling = [n for n, told in enumerate(read) if told["verdict"]]
+    shown = max(telling, key=lambda n: (read[n]["is_long"], n), default=None)
+    for n, told in enumerate(read):
+        if n != shown:
             told["course"] = None
-    return {"runs": read, "earlier": len(reports) - len(reports[-RUNS:]), "unread": unread}
+    earlier = len(reports) - len(reports[-RUNS:])
+    return {"runs": read, "shown": shown, "earlier": earlier, "unread": unread}
 
 
 def _report(report: Any) -> dict[str, Any] | None:
-    """What the page shows of a run; of an older version's or a damaged report what is there."""
+    """What the page shows of a run; of an older version's report what is there. None of one that is
+    damaged."""
     try:
         told = json.loads(report.read_bytes())
         engine, name = told.get("engine") or {}, told["run_id"]
@@ -188,17 +193,20 @@ def _report(report: Any) -> dict[str, Any] | None:
             name = "{}-{}-{} {}:{}".format(*found.groups())
         few = ("status", "images", "images_failed", "seconds", "start_seconds", "partition",
                "verdict", "error", "notes", "stages", "kept")  # fmt: skip
-        return {each: told.get(each) for each in few} | {
+        shown = {each: told.get(each) for each in few} | {
             "when": name,
             "rate": rate,
             "workers": workers,
             "per_worker": round(rate / workers, 2) if rate and workers else None,
             "device": engine.get("device"),
             "deaths": engine.get("worker_deaths"),
+            "is_long": (told.get("seconds") or 0) >= LEAST_SECONDS,
             "course": _course(told.get("course") or {}),
             "updated": bool(told.get("update")),
             "hardware": (told.get("hardware") or {}).get("cpu"),
         }
+        json.dumps(shown, allow_nan=False)  # which no browser reads: it would lose the whole page
+        return shown
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
