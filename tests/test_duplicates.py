@@ -18,7 +18,7 @@ from small import embed, write_pictures
 from resfeat.dataset import open_dataset
 from resfeat.downstream import Wanted, build_index, find_duplicates, open_index
 from resfeat.downstream.duplicates import Links, copies, pairs
-from resfeat.errors import StoreError
+from resfeat.errors import StoreError, UsageError
 from resfeat.sources import Item, item_of, read_ahead
 
 
@@ -342,6 +342,11 @@ def test_an_index_that_cannot_be_used_is_told_and_changes_nothing(vectors, tmp_p
     expected = json.loads(resfeat("duplicates", tmp_path / "out", "--json", "--exact").stdout)
     expected = expected["groups"]
     assert "older than the dataset" in noted()[1][0]
+    about = folder / "about.json"
+    for of_now in ({}, {"format": 1}):  # of the first, rows of parts as they were
+        about.write_text(json.dumps(json.loads(about.read_text()) | of_now))
+        with pytest.raises(UsageError, match=r"^the index .*: build it again "):
+            find_duplicates(dataset, index=open_index(dataset))
 
 
 def test_what_is_refused_is_one_line(dataset, tmp_path, resfeat):

@@ -88,10 +88,12 @@ def find_duplicates(
     layer: which embedding of several; the last by default. index: a fresh one for the cosine, for
     datasets of which all pairs are too many: what it does not find is not linked. Images of the
     same embedding and size are read once more, to know which are copies of a file. Raises
-    UsageError for a threshold that is no cosine above 0.
+    UsageError for a threshold that is no cosine above 0, and for an index that is stale.
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"--threshold {threshold:.15g}: give a cosine above 0, and at most 1")
+    if index and index.stale:
+        raise UsageError(f"{index.stale}: build it again (`resfeat index`), or give none")
     parts = Parts(dataset, layer)
     if not parts.rows:
         raise dataset.empty()

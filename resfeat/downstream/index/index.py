@@ -182,11 +182,13 @@ class Index:
         """The k nearest images to each query, float32 [Q, D], or to one, [D], nearest first.
 
         What an index of codes (sq8, pq) finds is read in the dataset and compared once more, so
-        that scores are true ones. What flat finds is compared once more, too, so that it comes in
-        the order of exact search. By exact search where the index is stale, with a warning, where
-        it finds less than k, where too many are equally near, or where that is quicker than to
-        compare all that codes find. Raises ResfeatError where it is damaged, and
-        UsageError as `search.nearest` does, and where faiss is not installed.
+        that scores are true ones. What flat finds is compared once more, too, by the vectors that
+        it holds, which for the cosine are of length 1 and so rounded: bit-equal images come in the
+        order of exact search, such whose cosines differ by less than about 1e-7 perhaps not. By
+        exact search where the index is stale, with a warning, where it finds less than k, where too
+        many are equally near, or where that is quicker than to compare all that codes find. Raises
+        ResfeatError where it is damaged, and UsageError as `search.nearest` does, and where faiss
+        is not installed.
         """
         check_k(k)
         about, asked = self.about, np.atleast_2d(queries)
@@ -218,7 +220,8 @@ class Index:
         found: NDArray[np.int64],
         k: int,
     ) -> Neighbours:
-        """The k nearest as exact search gives them, of more than k that FAISS found in flat."""
+        """The k nearest by the vectors that flat holds, of more than k that FAISS found. Equal ones
+        come in plan order, as from exact search."""
         metric, read = self.about.metric, of_index(self.faiss, self.listed, self.about.dim)
         best = ranked(self.listed, queries, found, k, metric, read)
         if found.shape[1] == self.about.rows:

@@ -145,7 +145,8 @@ def of_dataset(dataset: Dataset, layer: str, listed: Listed, dim: int) -> Read:
 
 
 def of_index(index: Any, listed: Listed, dim: int) -> Read:
-    """Takes them from an index that has them as they are (flat)."""
+    """Takes them from an index that has them whole (flat): for the cosine of length 1, which rounds
+    them."""
     most = max(1, RANKED_BYTES // (4 * dim))
 
     def read(places: Places) -> Iterator[NDArray[np.float32]]:
