@@ -64,7 +64,7 @@ def extract(what: Any, /, output: Address | None = None, **options: Any) -> Repo
     take four more. `on_note` is told, a line each, what a user should know of how the run was set
     up; the report has the same. `on_step` is told what is being done before it takes long.
     `on_progress` is called about twice a second. Another thread may call these three, but never two
-    at a time. Once `stopping` gives true, shards in hand are
+    at a time. Once `stopping` gives true, which several threads may ask, shards in hand are
     finished if that takes no longer than `engines.DRAIN_SECONDS`, and the report's status is
     "interrupted".
 
@@ -206,6 +206,8 @@ def _prove(run: Run, engine: Engine) -> None:
     from resfeat.fidelity import check, compare, reference
 
     identity, watch = run.record.identity, run.request.watch
+    if watch.stopping():
+        raise Stopped("stopped before a sample was compared with fp32")
     watch.step("comparing a sample with fp32")
     if (expected := reference(run.layout, run.record, run.weights.tensors)) is None:
         return

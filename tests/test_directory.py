@@ -348,7 +348,7 @@ def test_a_file_that_cannot_be_looked_at_is_not_taken_for_one_that_is_gone(
 
     monkeypatch.setattr(directory.os, "stat", look)
     monkeypatch.setattr(directory.os, "lstat", look)
-    with pytest.raises(ResfeatError, match="cannot look at .*/a/2.jpg: .*; have its folder"):
+    with pytest.raises(ResfeatError, match=r"cannot look at .*/a/2\.jpg: .*; have its folder"):
         ids(tmp_path)
 
 

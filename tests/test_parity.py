@@ -30,7 +30,9 @@ from resfeat.plan import write_plan
 from resfeat.sources import Item
 from resfeat.spec import FeatureSpec, Identity, Preprocessing, SourceOptions
 from resfeat.worker import Placement
+from resfeat.worker import worker as worker_module
 from resfeat.worker.batches import Batches
+from resfeat.worker.worker import Worker
 
 PREPROCESSING = Preprocessing(
     resize=232, crop=224, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
@@ -191,6 +193,38 @@ def test_images_are_embedded_while_parity_is_measured_and_none_is_committed_befo
     told = {json.loads(pq.read_schema(part).metadata[b"resfeat"])["parity"]["minimum"]
             for part in (tmp_path / "out" / "embeddings").iterdir()}  # fmt: skip
     assert told == {report.parity.minimum}
+
+
+def test_a_worker_that_hangs_is_not_replaced_under_the_comparison(photos, tmp_path, monkeypatch):
+    """The sample comes to be embedded while the worker whose decoder hangs is closed."""
+    closed, hung = threading.Event(), threading.Event()
+    close, measure, decode = Worker.close, fidelity.reference, worker_module.decode
+
+    def closing(worker):
+        close(worker)
+        closed.set()
+        time.sleep(0.5)
+
+    def late(*given):
+        expected = measure(*given)
+        assert closed.wait(60)
+        return expected
+
+    def hanging(*what):
+        if not hung.is_set():
+            hung.set()
+            time.sleep(3)
+        return decode(*what)
+
+    monkeypatch.setattr(Worker, "close", closing)
+    monkeypatch.setattr(fidelity, "reference", late)
+    monkeypatch.setattr(worker_module, "decode", hanging)
+    monkeypatch.setattr(worker_module, "HUNG_SECONDS", 1)
+    report = extract(
+        photos / "rocket", tmp_path / "out", model="cifar_resnet20", weights="random:0",
+        precision="bf16", runtime="torch", workers=0, cpus_per_worker=1,
+    )  # fmt: skip
+    assert report.status == "finished" and report.parity and hung.is_set()
 
 
 def test_two_threads_never_tell_of_a_run_at_the_same_time(photos, tmp_path):

@@ -295,12 +295,12 @@ def finish(pool, member):
     pool.done(member, next(iter(member.in_hand)))
 
 
-def quick_and_slow(clock, generation=0, *, retry=False):
+def quick_and_slow(clock, generation=0, **how):
     """Of six shards of ten images one worker has done four, an image a second, and is idle; the
     other has still the two that it began with."""
     pool = Pool([Member("slow", live=True), Member("quick", live=True)])
     shards = [replace(shard, generation=generation) for shard in SHARDS[:6]]
-    pool.take([Task(shard, retry=retry) for shard in shards])
+    pool.take([Task(shard, **how) for shard in shards])
     slow, quick = pool.members
     given(pool)
     for clock[0] in (10, 20, 30, 40):
@@ -378,9 +378,9 @@ def test_nothing_is_taken_from_a_slow_worker(why, clock):
     assert list(pool.too_slow(16)) == []
 
 
-@pytest.mark.parametrize("about", [{"retry": True}, {"generation": 1}])
-def test_nothing_is_taken_where_rows_may_stay(about, clock):
-    """How long such a shard has taken says nothing of how long it will."""
+@pytest.mark.parametrize("about", [{"retry": True}, {"generation": 1}, {"careful": True}])
+def test_nothing_is_taken_where_rows_may_stay_or_images_are_decoded_with_care(about, clock):
+    """How long such a shard has taken says nothing of how long it, or another, will."""
     pool, quick, _ = quick_and_slow(clock, **about)
     assert quick.pace is None
     quick.pace = 1.0

@@ -110,7 +110,7 @@ def test_failures_are_tried_once_more_each_however_often_that_is_stopped(
         assert (told["shards_committed"], told["retried"]) == (3, times)
     report = run(folder, output, retry_failed=True)
     assert (report.status, report.shards, report.retried) == ("finished", 1, [])
-    assert "the last run tried 2 shards with failures again, and was stopped" in report.notes[0]
+    assert "the last run did 2 shards and was stopped: what failed" in report.notes[0]
     assert len({task.shard for _, task in done}) == len(done) == 3
     report = run(folder, output, retry_failed=True)
     assert (report.shards, report.notes) == (3, [])

@@ -44,7 +44,7 @@ def status(output: str, as_json: bool) -> None:
         "embedded": commits.embedded,
         "failed": sum(commits.reasons.values()),
         "reasons": dict(commits.reasons),
-        "retried": len(retried(runs[-1:], ANY)),
+        "retried": len(retried(runs[-len(shares) :], ANY)),
         "runs": len(runs),
         "writer": writers.get(ALL),
         "partitions": _partitions(dataset, commits, writers),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class InlineEngine:
         self._job = job
         self._network = network_for(job, self.placement, weights.tensors)
         self._worker = Worker(job, self.placement, self._network)
+        self._keeping = Lock()  # the worker: whoever embeds a sample needs it to the end
         self._threads = ThreadPoolExecutor(SHARDS_IN_HAND, "shard")
         self._quiet = ExitStack()
         self._quiet.enter_context(quiet())
@@ -46,7 +48,8 @@ class InlineEngine:
     def embed(
         self, pictures: Sequence[NDArray[np.uint8]], stopping: Callable[[], bool]
     ) -> NDArray[np.float32]:
-        return self._worker.embed(pictures)  # beside the shards, which take longer to stop
+        with self._keeping:
+            return self._worker.embed(pictures)  # beside the shards, which take longer to stop
 
     def run(
         self, tasks: Sequence[Task], on_progress: OnProgress, stopping: Callable[[], bool]
@@ -80,6 +83,7 @@ class InlineEngine:
     def _replace_worker(self, calls: Collection[Future[ShardResult]]) -> None:
         """Put another worker in the place of one that hangs: its threads cannot be ended."""
         self._worker.stopping.set()
-        wait(calls)  # until they have let their shards go, and what embeds for parity has done so
-        self._worker.close()
-        self._worker = Worker(self._job, self.placement, self._network)
+        wait(calls)  # until they have let their shards go
+        with self._keeping:
+            self._worker.close()
+            self._worker = Worker(self._job, self.placement, self._network)

@@ -124,7 +124,7 @@ class Pool:
         """Gives the seconds that it took the worker, as of `ShardResult`."""
         now = time.monotonic()
         took = now - member.since
-        if self._is_even(shard):
+        if self._is_usual(shard):
             member.pace = took / shard.rows
         del member.in_hand[shard]
         del self._tasks[shard]
@@ -144,7 +144,7 @@ class Pool:
                 (member, stays[-1])
                 for member in self.live
                 if (stays := [each for each in member.in_hand if each not in self._slow])
-                and self._is_even(stays[-1])
+                and self._is_usual(stays[-1])
             ]
             if not last:
                 return
@@ -163,6 +163,10 @@ class Pool:
         del member.in_hand[shard]
         self._waiting.appendleft(shard)
         self.taken_over += 1
+
+    def _is_usual(self, shard: Shard) -> bool:
+        """Whether another one would take about as long: not with care, which goes by its own."""
+        return self._is_even(shard) and not self._tasks[shard].careful
 
     def _is_even(self, shard: Shard) -> bool:
         """Whether its images take their time: rows that stay pass at once, and nobody knows which

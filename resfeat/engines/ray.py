@@ -87,11 +87,14 @@ class RayWorker:
         with self._lock:
             if task.shard not in self._results:
                 self._results[task.shard] = self._shards.submit(process_shard, worker, task)
+            doing = self._results[task.shard]
         try:
-            return self._results[task.shard].result()
+            return doing.result()
         except Stopped:
             worker.dropped.discard(task.shard)
-            self._results.pop(task.shard, None)
+            with self._lock:  # it may have been begun again by now
+                if self._results.get(task.shard) is doing:
+                    del self._results[task.shard]
             return None
         except DecoderHungError:
             os._exit(1)  # a thread that hangs can be ended in no other way
@@ -107,8 +110,9 @@ class RayWorker:
 
     @ray.method(concurrency_group="control")
     def let_go(self, shard: Shard) -> None:
-        """Leave a shard that is in hand, unless it is about to be committed."""
-        if self._worker:
+        """Leave a shard that is in hand, unless it is about to be committed, or an image may have
+        hung its decoder: who takes that over hangs, too, and this process is the one to end."""
+        if self._worker and not self._worker.may_hang():
             self._worker.dropped.add(shard)
 
     @ray.method(concurrency_group="control")

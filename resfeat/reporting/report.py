@@ -128,14 +128,18 @@ def retried(runs: Sequence[Location], partition: str | None) -> frozenset[int]:
     """Shards of which the last run has tried the failures again, if it did not come to its end.
 
     runs: the reports of a dataset, the oldest first. partition: the runs of which count, as it is
-    called in them, or ANY.
+    called in them; ANY: the last of each.
     """
+    found: dict[str | None, frozenset[int]] = {}
     for place in reversed(runs):
         with suppress(OSError, ValueError, KeyError, TypeError):  # reports may be anything by now
             report = json.loads(place.read_bytes())
-            if partition in (ANY, report["partition"]):
-                return frozenset(map(int, report.get("retried", ())))
-    return frozenset()
+            name = report["partition"]
+            if name not in found and partition in (ANY, name):
+                found[name] = frozenset(map(int, report.get("retried", ())))
+        if partition in found:
+            break
+    return frozenset().union(*found.values())
 
 
 def versions() -> dict[str, str]:

@@ -143,7 +143,7 @@ class Tally:
         """The run as it ended, and the dataset as it stands."""
         # What an engine takes to leave is no part of its speed.
         ended = self._last_commit or time.monotonic()
-        begun = self._first_worker or ended
+        begun = min(self._first_worker or ended, ended)  # the first shard may be done by then
         commits = dataset.commits().within(self._shards)
         embedded, failed = commits.embedded, sum(commits.reasons.values())
         if error is None and embedded + failed != self._items:

@@ -42,8 +42,8 @@ class Run:
             last = f"the last run ({self.lock.killed}) was killed"
             self.tally.note(f"{last}: going on from what it had committed")
         if request.spec.retry_failed and (before := len(request.retried(self.record))):
-            text = f"the last run tried {before} shards with failures again, and was stopped"
-            self.tally.note(f"{text}: going on with the others")
+            text = f"the last run did {before} shards and was stopped: what failed in these is not"
+            self.tally.note(f"{text} tried again")
         for note in self.weights.notes:
             self.tally.note(note)
 

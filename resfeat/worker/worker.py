@@ -29,6 +29,7 @@ from resfeat.worker.messages import Job, Placement
 
 # An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
 HUNG_SECONDS = 60.0
+LONG_SECONDS = 5.0  # for one image: most that take longer never end
 # Pictures of fewer pixels are decoded without a look at memory. A worker without any larger ones
 # takes about so much.
 SMALL_PIXELS, WORKER_BYTES = 8_000_000, 2 * 1024**3
@@ -170,9 +171,16 @@ class Worker:
 
     def check_decoders(self) -> None:
         """Raise DecoderHungError where an image has been decoded for too long."""
-        now = time.monotonic()
-        if any(now - since > HUNG_SECONDS for since in list(self.decoding_since.values())):
+        if self._decodes_for(HUNG_SECONDS):
             raise DecoderHungError
+
+    def may_hang(self) -> bool:
+        """Whether an image has been decoded for so long that it may hang its decoder."""
+        return self._decodes_for(LONG_SECONDS)
+
+    def _decodes_for(self, seconds: float) -> bool:
+        now = time.monotonic()
+        return any(now - since > seconds for since in list(self.decoding_since.values()))
 
     def close(self) -> None:
         """Let the threads go; whatever has not begun is dropped."""

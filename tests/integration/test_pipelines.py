@@ -60,7 +60,7 @@ def test_demo(tmp_path):
     assert "35 rows; the first is astronaut/00000.jpg: [" in done.stdout
     with Image.open(tmp_path / "demo" / "nearest.png") as sheet:
         assert sheet.size == (8 + 7 * 168, 8 + 4 * 200)
-    assert re.search(r"equal +astronaut/00000_copy.jpg", done.stdout)
+    assert re.search(r"exact +astronaut/00000_copy.jpg", done.stdout)
     assert "35 images in 9 classes, 5 folds" in done.stdout
     assert (tmp_path / "demo" / "duplicates.html").exists()
     assert (tmp_path / "demo" / "confusion.png").exists()

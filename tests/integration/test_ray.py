@@ -34,6 +34,7 @@ from resfeat.errors import ResfeatError, UsageError
 from resfeat.plan import Shard
 from resfeat.spec import FeatureSpec, Identity, RuntimeOptions
 from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult, Task
+from resfeat.worker.worker import LONG_SECONDS, Worker
 
 pytestmark = pytest.mark.ray
 IDENTITY = Identity(model="resnet18", weights_digest="", preprocessing=IMAGENET)
@@ -97,8 +98,8 @@ def test_a_slow_worker_is_left_with_the_shards_that_it_began_with(some, serial, 
     assert rows(output).equals(rows(serial))
 
 
-# Run after these modules: the worker that begins a shard first decodes nothing until all are there;
-# who commits is noted.
+# Run after these modules: the worker that begins a shard first takes 3 s for an image until all are
+# there; who commits is noted.
 STUCK = {
     "resfeat.worker.shard": """
 import contextlib, os, pathlib
@@ -120,8 +121,9 @@ without = _decode
 
 def _decode(data, *rest):
     notes, parts = pathlib.Path(os.environ["NOTES"]), pathlib.Path(os.environ["PARTS"])
+    end = time.monotonic() + 3
     if os.readlink(notes / "who") == str(os.getpid()):
-        while len([*parts.glob("part-*")]) < int(os.environ["SHARDS"]):
+        while len([*parts.glob("part-*")]) < int(os.environ["SHARDS"]) and time.monotonic() < end:
             time.sleep(0.05)
     return without(data, *rest)
 """,
@@ -139,7 +141,7 @@ def on_step(step):
 def test_what_a_slow_worker_has_begun_is_taken_over_by_one_that_has_nothing_left(
     some, serial, command, tmp_path
 ):
-    """However slow: it does none of its shards, which another commits once."""
+    """It does none of its shards, which another commits once."""
     output, notes = tmp_path / "out", tmp_path / "notes"
     notes.mkdir()
     about = {"NOTES": str(notes), "PARTS": str(output / "embeddings"), "SHARDS": "9"}
@@ -156,6 +158,20 @@ def test_what_a_slow_worker_has_begun_is_taken_over_by_one_that_has_nothing_left
     assert len(by) == 9 and os.readlink(notes / "who") not in by
     assert rows(output).equals(rows(serial))
     assert not list(Layout(output).tmp.iterdir())
+
+
+@pytest.mark.parametrize(("seconds", "lets_go"), [(1, True), (LONG_SECONDS + 1, False)])
+def test_a_worker_whose_decoder_may_hang_lets_go_of_nothing(seconds, lets_go):
+    """It has to find that out: the next to decode that image would hang, too."""
+    actor, worker, shard = (
+        object.__new__(ray_engine.RayWorker),
+        object.__new__(Worker),
+        Shard(0, "", 0, 10),
+    )
+    worker.decoding_since, worker.dropped = {1: time.monotonic() - seconds}, set()
+    actor._worker = worker
+    actor.let_go(shard)
+    assert (shard in worker.dropped) == lets_go
 
 
 def test_no_code_of_the_folder_that_one_stands_in_is_run(photos, tmp_path):
