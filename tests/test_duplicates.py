@@ -5,6 +5,7 @@ import shutil
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import error_of
@@ -19,7 +20,7 @@ from resfeat.dataset import open_dataset
 from resfeat.downstream import Wanted, build_index, find_duplicates, open_index
 from resfeat.downstream.duplicates import Links, copies, pairs
 from resfeat.errors import StoreError, UsageError
-from resfeat.sources import Item, item_of, read_ahead
+from resfeat.sources import Item, cells, item_of, listing, reading
 
 
 def grouped(cosines, threshold):
@@ -274,34 +275,56 @@ def test_exact_is_what_has_the_same_bytes(tmp_path, resfeat):
     assert "1 images cannot be read any more" in note and "b.png: not_found" in note
 
 
-def test_copies_are_read_some_at_a_time_and_a_store_out_of_reach_costs_no_disk(
-    tmp_path, monkeypatch
-):
-    """Through what reads sources: members of a tar, too."""
+class Listed:
+    """A dataset of these items."""
+
+    def __init__(self, items):
+        self._items = {item.id: item for item in items}
+
+    def items(self, ids):
+        return {each: self._items[each] for each in ids if each in self._items}
+
+
+def test_copies_are_told_and_a_store_out_of_reach_costs_no_disk(tmp_path, monkeypatch):
+    """Nor is what was read before it is out of reach called unread."""
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(b"same" if name != "b" else b"else")
-    items = {name: item_of(str(tmp_path / name))._replace(id=name) for name in ("a", "b", "c")}
-    items |= {name: Item(name, f"s3://bucket/{name}", 4, 0) for name in ("s", "t")}
-    monkeypatch.setattr(copies, "READ_IMAGES", 2)
+    items = [item_of(str(tmp_path / name))._replace(id=name) for name in ("a", "b", "c")]
+    items += [Item(name, f"s3://bucket/{name}", 4, 0) for name in ("r", "s", "t")]
+    read, told = reading.read, []
 
-    class Listed:
-        def items(self, ids):
-            return {each: items[each] for each in ids if each in items}
-
-    def refused(some, count):
-        if some[0].uri.startswith("s3"):
+    def refused(item):
+        if item.id == "r":
+            return b"same", 4, 0
+        if item.uri.startswith("s3"):
             raise StoreError("bucket is out of reach")
-        assert len(some) <= 2
-        return read_ahead(some, count)
+        return read(item)
 
-    monkeypatch.setattr(copies, "read_ahead", refused)
-    found = copies.copies(Listed(), [["a", "b", "c"], ["s", "t", "gone"]])
-    assert found.original == {"c": "a"}
+    monkeypatch.setattr(reading, "read", refused)
+    found = copies.copies(Listed(items), [["a", "b", "c", "r"], ["s", "t", "gone"]], told.append)
+    assert found.original == {"c": "a", "r": "a"}
     assert found.unread == {
         "s": "bucket is out of reach",
         "t": "bucket is out of reach",
         "gone": "it is not listed any more",
     }
+    assert told == ["reading images that may be copies of a file: 0 of 6"]
+
+
+def test_copies_in_the_rows_of_a_file_are_found_by_reading_it_once(tmp_path, monkeypatch):
+    """However many, and in whatever order they are asked for: a row is reached through those before
+    it."""
+    rows = [{"bytes": b"x" * 50_000 if n % 2 else b"%d" % n, "path": None} for n in range(400)]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "images.parquet")
+    items = list(listing([str(tmp_path / "images.parquet")]))
+    opened, streamed = [], cells._ascending
+    monkeypatch.setattr(
+        cells, "_ascending", lambda some: opened.append(len(some)) or streamed(some)
+    )
+    ids = [item.id for item in items]
+    found = copies.copies(Listed(items), [ids[::-1]], lambda step: None)
+    assert opened == [400] and not found.unread
+    assert len(found.original) == 199 and set(found.original.values()) == {ids[399]}
 
 
 def test_what_was_found_is_not_lost_where_the_page_cannot_be_written(dataset, tmp_path, resfeat):

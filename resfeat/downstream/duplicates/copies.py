@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from resfeat.errors import Failure, ResfeatError
-from resfeat.sources import Item, read_ahead
+from resfeat.sources import Content, Item, Run, runs
 
 if TYPE_CHECKING:
     from resfeat.dataset import Dataset
 
-READ_BYTES, READ_IMAGES = 64 << 20, 64  # of files that are in memory together
+# Runs of images that are read at a time, and are in memory together: each may wait for a store.
+AT_ONCE = 8
+TOGETHER = 8192  # images: told of at a time, and looked at for what lies side by side
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Copies:
     unread: dict[str, str]
 
 
-def copies(dataset: Dataset, alike: Sequence[Sequence[str]]) -> Copies:
+def copies(dataset: Dataset, alike: Sequence[Sequence[str]], tell: Callable[[str], None]) -> Copies:
     """Read images that may be copies of each other, lists of their ids, wherever they lie."""
     wanted = [each for ids in alike for each in ids]
     items = dataset.items(wanted) if wanted else {}
     digests, unread = dict[str, bytes](), dict.fromkeys(wanted, "it is not listed any more")
-    for name, found in _read(list(items.values())):
+    for count, (name, found) in enumerate(_read(list(items.values()))):
+        if count % TOGETHER == 0:
+            tell(f"reading images that may be copies of a file: {count:,} of {len(items):,}")
         if isinstance(found, str):
             unread[name] = found
         else:
@@ -51,21 +57,27 @@ def _read(items: Sequence[Item]) -> Iterator[tuple[str, bytes | str]]:
     """The digest of each image's bytes, by id, or why it cannot be read."""
     lying = sorted(items, key=lambda item: (item.uri, item.offset or 0))
     for _, there in itertools.groupby(lying, lambda item: urlsplit(item.uri)[:2]):
-        left = list(there)
+        some = list(there)
+        left = dict.fromkeys(item.id for item in some)
         try:
-            while left:
-                some = left[: _fitting(left)]
-                for item, content in zip(some, read_ahead(some, len(some)), strict=True):
-                    if isinstance(content, Failure):
-                        yield item.id, f"{content.reason}, {content.message}"
-                    else:
-                        yield item.id, hashlib.sha256(content[0]).digest()
-                left = left[len(some) :]
+            for item, content in _contents(some):
+                del left[item.id]
+                if isinstance(content, Failure):
+                    yield item.id, f"{content.reason}, {content.message}"
+                else:
+                    yield item.id, hashlib.sha256(content[0]).digest()
         except ResfeatError as error:  # a store is out of reach: the others may be read
-            yield from ((item.id, str(error)) for item in left)
+            yield from ((name, str(error)) for name in left)
 
 
-def _fitting(items: Sequence[Item]) -> int:
-    """How many of these items, at least one, are read together."""
-    sizes = itertools.accumulate(item.size or 0 for item in items[:READ_IMAGES])
-    return max(1, sum(size <= READ_BYTES for size in sizes))
+def _contents(items: Sequence[Item]) -> Iterator[tuple[Item, Content | Failure]]:
+    """What each of the items is now. A file that can only be read in order is read once."""
+    with ThreadPoolExecutor(AT_ONCE, "copies") as pool:
+        under_way = deque[tuple[Run, Future[list[Content | Failure]]]]()
+        for run in runs(items, range(len(items)), TOGETHER):
+            under_way.append((run, pool.submit(run.read)))
+            if len(under_way) == AT_ONCE:
+                run, contents = under_way.popleft()
+                yield from zip(run.items, contents.result(), strict=True)
+        for run, contents in under_way:
+            yield from zip(run.items, contents.result(), strict=True)

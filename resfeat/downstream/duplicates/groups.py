@@ -102,9 +102,7 @@ def find_duplicates(
         tell(f"comparing the members of {len(places):,} groups")
     found = list(_groups(parts, places, hashes))
     parts.check()
-    if alike := [ids for _, some in found for ids in some]:
-        tell(f"reading {sum(map(len, alike)):,} images that may be copies of a file")
-    known = copies(dataset, alike)
+    known = copies(dataset, [ids for _, some in found for ids in some], tell)
     groups = [_with_copies(group, known) for group, _ in found]
     return sorted(groups, key=lambda group: -len(group.members))
 
