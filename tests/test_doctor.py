@@ -250,8 +250,9 @@ def disk(tmp_path):
 def test_a_disk_that_is_full_or_read_only(disk, tmp_path, monkeypatch):
     (found,) = surroundings.out(str(disk / "deep" / "out"))
     assert found.state == "broken" and "tmpfs" in found.found and "make room" in found.verdict
-    monkeypatch.setattr(surroundings.tempfile, "gettempdir", lambda: str(disk))
-    (found,) = surroundings.temporary_folder()
+    with monkeypatch.context() as patched:  # of which torch, once it is imported, makes use, too
+        patched.setattr(surroundings.tempfile, "gettempdir", lambda: str(disk))
+        (found,) = surroundings.temporary_folder()
     assert found.state == "broken" and "TMPDIR" in found.verdict
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     (found,) = surroundings.out(str(disk / "out"))

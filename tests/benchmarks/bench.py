@@ -244,8 +244,10 @@ def report(
     yield from machine({**rows, **large_rows}, load)
     yield ""
     yield "Rates are from the first batch's request to the last row on disk. Start-up is the rest"
-    yield "of the whole process: imports, loading the model and, in resfeat, comparing with fp32"
-    yield "on torch and calibrating int8. What each contender does: [peers.py](peers.py)."
+    yield "of the whole process: imports, loading the model and, in resfeat, calibrating int8."
+    yield "On Ray the comparison with fp32 on torch is part of it. With --workers 0 it runs beside"
+    yield "the first images and counts in their rate: the fewer they are, the lower it is. What"
+    yield "each contender does: [peers.py](peers.py)."
     yield f"{', '.join(REPEATED)}: the middle one of {ROUNDS} runs, in turn."
     yield from contenders(rows, USUAL)
     yield from shares(rows)
