@@ -177,7 +177,7 @@ def test_failures_are_tried_again_once_each_by_a_job_that_is_queued_again(
     until(lambda: "stopping: finishing" in log_of(tmp_path, job))
     gate[0].unlink()
     assert outcome(*slurm.ended(job)) == ("COMPLETED", "0:0", "1"), log_of(tmp_path, job)
-    assert "with failures again, and was stopped: going on with the others" in log_of(tmp_path, job)
+    assert "shards and was stopped: what failed in these is not tried" in log_of(tmp_path, job)
     reports = [json.loads(each.read_text()) for each in (output / "_resfeat" / "runs").iterdir()]
     again = [each["shards"] for each in sorted(reports, key=lambda each: each["run_id"])[1:]]
     assert sum(again) == failed and 0 < again[0] < failed
