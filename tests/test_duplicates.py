@@ -1,7 +1,9 @@
 """Groups of duplicates: those that comparing all pairs gives, with what is said of each."""
 
+import io
 import json
 import shutil
+import tarfile
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,7 +22,7 @@ from resfeat.dataset import open_dataset
 from resfeat.downstream import Wanted, build_index, find_duplicates, open_index
 from resfeat.downstream.duplicates import Links, copies, pairs
 from resfeat.errors import StoreError, UsageError
-from resfeat.sources import Item, cells, item_of, listing, reading
+from resfeat.sources import Item, cells, item_of, listing, members, reading
 
 
 def grouped(cosines, threshold):
@@ -301,7 +303,8 @@ def test_copies_are_told_and_a_store_out_of_reach_costs_no_disk(tmp_path, monkey
         return read(item)
 
     monkeypatch.setattr(reading, "read", refused)
-    found = copies.copies(Listed(items), [["a", "b", "c", "r"], ["s", "t", "gone"]], told.append)
+    alike = [(4, ["a", "b", "c", "r"]), (4, ["s", "t", "gone"])]
+    found = copies.copies(Listed(items), alike, told.append)
     assert found.original == {"c": "a", "r": "a"}
     assert found.unread == {
         "s": "bucket is out of reach",
@@ -322,9 +325,41 @@ def test_copies_in_the_rows_of_a_file_are_found_by_reading_it_once(tmp_path, mon
         cells, "_ascending", lambda some: opened.append(len(some)) or streamed(some)
     )
     ids = [item.id for item in items]
-    found = copies.copies(Listed(items), [ids[::-1]], lambda step: None)
+    found = copies.copies(Listed(items), [(50_000, ids[::-1])], lambda step: None)
     assert opened == [400] and not found.unread
     assert len(found.original) == 199 and set(found.original.values()) == {ids[399]}
+
+
+def test_copies_in_a_compressed_tar_are_found_by_opening_it_once(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as tar:
+        for n in range(200):
+            member = tarfile.TarInfo(f"{n}.jpg")
+            member.size = 1000
+            tar.addfile(member, io.BytesIO(b"x" * 1000 if n % 2 else b"%1000d" % n))
+    items = list(listing([str(tmp_path / "images.tar.gz")]))
+    openings, opened = [], members.opened
+    monkeypatch.setattr(members, "opened", lambda uri: openings.append(uri) or opened(uri))
+    ids = [item.id for item in items]
+    found = copies.copies(Listed(items), [(1000, ids[::-1])], lambda step: None)
+    assert len(openings) == 1 and not found.unread
+    assert len(found.original) == 99 and set(found.original.values()) == {ids[199]}
+
+
+def test_images_whose_size_is_not_listed_are_read_a_few_at_a_time_by_what_they_were(
+    tmp_path, monkeypatch
+):
+    """As those of a table. What is read at a time is bounded by bytes."""
+    for n in range(20):
+        (tmp_path / f"{n}").write_bytes(b"same")
+    items = [item_of(str(tmp_path / f"{n}"))._replace(id=f"{n}") for n in range(20)]
+    assert {item.size for item in items} == {None}
+    together, read = [], reading.Run.read
+    monkeypatch.setattr(
+        reading.Run, "read", lambda run: together.append(len(run.items)) or read(run)
+    )
+    size = reading.RUN_BYTES // 2
+    found = copies.copies(Listed(items), [(size, [item.id for item in items])], lambda step: None)
+    assert max(together) == 2 and len(found.original) == 19
 
 
 def test_what_was_found_is_not_lost_where_the_page_cannot_be_written(dataset, tmp_path, resfeat):

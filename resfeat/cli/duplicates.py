@@ -55,8 +55,10 @@ def duplicates(
     A group is what a cosine of --threshold links, directly or by way of others. Of each one is to
     be kept: the largest picture. Nothing is removed. An image is "exact" if its file has the same
     bytes as the kept one, read again to know it, and "equal" if the embedding is the same, and the
-    file is another or cannot be read any more. A fresh index (`resfeat index`) is used where there
-    is one; it may miss a few.
+    file is another or cannot be read any more. Copies are looked for among images of the same
+    embedding, bit for bit, and the same size: such as were embedded on different devices may differ
+    in their last bits, and are only near. A fresh index (`resfeat index`) is used where there is
+    one; it may miss a few.
     """
     from resfeat import downstream
     from resfeat.dataset import open_dataset

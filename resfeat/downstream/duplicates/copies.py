@@ -31,12 +31,17 @@ class Copies:
     unread: dict[str, str]
 
 
-def copies(dataset: Dataset, alike: Sequence[Sequence[str]], tell: Callable[[str], None]) -> Copies:
-    """Read images that may be copies of each other, lists of their ids, wherever they lie."""
-    wanted = [each for ids in alike for each in ids]
-    items = dataset.items(wanted) if wanted else {}
-    digests, unread = dict[str, bytes](), dict.fromkeys(wanted, "it is not listed any more")
-    for count, (name, found) in enumerate(_read(list(items.values()))):
+def copies(
+    dataset: Dataset, alike: Sequence[tuple[int, Sequence[str]]], tell: Callable[[str], None]
+) -> Copies:
+    """Read images that may be copies of each other, wherever they lie: their size, bytes, and the
+    list of their ids."""
+    sizes = {each: size for size, ids in alike for each in ids}
+    listed = dataset.items(list(sizes)).values() if sizes else ()
+    # A table does not list how large its images are, and so many as are small may be read together.
+    items = [item._replace(size=sizes[item.id]) if item.size is None else item for item in listed]
+    digests, unread = dict[str, bytes](), dict.fromkeys(sizes, "it is not listed any more")
+    for count, (name, found) in enumerate(_read(items)):
         if count % TOGETHER == 0:
             tell(f"reading images that may be copies of a file: {count:,} of {len(items):,}")
         if isinstance(found, str):
@@ -45,7 +50,7 @@ def copies(dataset: Dataset, alike: Sequence[Sequence[str]], tell: Callable[[str
             digests[name] = found
             del unread[name]
     original = {}
-    for ids in alike:
+    for _, ids in alike:
         first: dict[bytes, str] = {}
         for each in ids:
             if each in digests and (known := first.setdefault(digests[each], each)) != each:

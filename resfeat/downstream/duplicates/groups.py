@@ -102,7 +102,7 @@ def find_duplicates(
         tell(f"comparing the members of {len(places):,} groups")
     found = list(_groups(parts, places, hashes))
     parts.check()
-    known = copies(dataset, [ids for _, some in found for ids in some], tell)
+    known = copies(dataset, [each for _, some in found for each in some], tell)
     groups = [_with_copies(group, known) for group, _ in found]
     return sorted(groups, key=lambda group: -len(group.members))
 
@@ -117,8 +117,9 @@ def _with_copies(group: Group, known: Copies) -> Group:
 
 def _groups(
     parts: Parts, places: Sequence[Places], hashes: NDArray[np.uint64]
-) -> Iterator[tuple[Group, list[list[str]]]]:
-    """Each with the ids of those in it that may be the same file, by embedding and size."""
+) -> Iterator[tuple[Group, list[tuple[int, list[str]]]]]:
+    """Each with those in it that may be the same file, by embedding and size: that, and their
+    ids."""
     most = max(LARGE, HELD_BYTES // (4 * parts.dim))
     for some in _packed(places, most):
         every = np.sort(np.concatenate(some))
@@ -145,7 +146,7 @@ def _groups(
             alike: dict[tuple[int, int], list[str]] = {}
             for n in order:
                 alike.setdefault((int(hashes[group[n]]), rows[n][3]), []).append(rows[n][0])
-            several = [ids for ids in alike.values() if len(ids) > 1]
+            several = [(size, ids) for (_, size), ids in alike.items() if len(ids) > 1]
             yield Group(tuple(members), min(1.0, least), is_bound), several
 
 
