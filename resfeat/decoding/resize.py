@@ -64,7 +64,7 @@ def _interpolate(
     kernel = getattr(torch._C._nn, f"_upsample_{preprocessing.interpolation}2d_aa")
     # Of 8 bits, and channels last. torch sees the latter by the strides alone, also by that of the
     # one picture: as `pixels[None]` has it, it would take the colours apart and resize each.
-    stored = torch.from_numpy(pixels.reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
+    stored = torch.from_numpy(pixels.reshape(1, *pixels.shape).transpose(0, 3, 1, 2))
     shown = kernel(stored, (height, width), False, None)
     resized: NDArray[np.uint8] = shown.numpy()[0].transpose(1, 2, 0)
     return resized
