@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
@@ -21,6 +18,7 @@ from resfeat.keywords import Address, ExtractKeywords, check_names, extract_spec
 from resfeat.plan import Partition
 from resfeat.reporting import Preview, Progress, Report, Watch
 from resfeat.run import Request, Run, begin, previewed
+from resfeat.runtimes.importing import without_collection
 from resfeat.spec import ExtractSpec
 from resfeat.storage import public
 from resfeat.worker import Job
@@ -92,7 +90,7 @@ def _extracted(spec: ExtractSpec, watch: Watch, options: Mapping[str, Mapping[st
         if request.has_work() and cluster:
             cluster.begin()  # and meanwhile torch is imported, the weights read, the sources listed
         watch.step(f"loading {spec.model} with weights {public(spec.weights)}")
-        with _no_collection():
+        with without_collection():
             from resfeat.backbones.weights import resolve
 
         with begin(request, resolve(spec)) as run:
@@ -103,22 +101,6 @@ def _extracted(spec: ExtractSpec, watch: Watch, options: Mapping[str, Mapping[st
             except ResfeatError as raised:
                 error = raised
             return run.end(error)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """While torch is imported: it makes objects by the hundred thousand, and Python would go over
-    all of them several times to find no garbage, for a seventh of the import's time. Nor does it
-    look at them later: they stay."""
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def preview(

@@ -13,7 +13,7 @@ import pytest
 import ray
 from command import end_ray
 
-from resfeat.engines import cluster, reach
+from resfeat.engines import alone, cluster, reach
 from resfeat.engines.cluster import Cluster
 from resfeat.errors import ResfeatError, UsageError
 
@@ -164,5 +164,57 @@ def test_the_environment_is_given_back():
     assert done.returncode == 0, done.stderr
     imported, running, after = json.loads(done.stdout)
     assert imported == after == []
-    for switch in cluster.SWITCHES.keys() | cluster.ALONE:
+    for switch in cluster.SWITCHES.keys() | alone.ENVIRONMENT:
         assert switch in running
+
+
+# In a process of its own, since that has other Rays' processes below it. Prints what Ray runs here,
+# whether its workers have torch, and what was not given back.
+STARTED = """
+import json, pathlib, time
+import psutil
+from ray._private import parameter, services, utils
+from resfeat.engines.cluster import Cluster
+
+def theirs():
+    return {name: value for module in (parameter, services, utils) for name, value in
+            vars(module).items() if callable(value)}
+
+def have_torch(process):
+    return "libtorch_cpu" in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+
+before = theirs()
+ours = Cluster(None, lambda text: None, workers=1)
+ours.ready()
+for _ in range(600):
+    below = psutil.Process().children(recursive=True)
+    workers = [each for each in below if "ray::" in each.name() and "Agent" not in each.name()]
+    if workers and all(map(have_torch, workers)):
+        break
+    time.sleep(0.1)
+told = [" ".join(each.cmdline()) for each in below], len(workers), all(map(have_torch, workers))
+ours.close()
+after = theirs()
+print(json.dumps([*told, [name for name in before if after[name] is not before[name]]]))
+"""
+
+
+def test_a_ray_of_our_own_is_only_what_a_run_needs():
+    """No dashboard, no monitors, and a process for a worker, which imports torch in advance."""
+    command = [sys.executable, "-c", STARTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    running, workers, have_torch, changed = json.loads(done.stdout)
+    assert any("raylet" in each for each in running) and (workers, have_torch) == (1, True)
+    assert not any("dashboard.py" in each or "monitor.py" in each for each in running)
+    assert changed == []
+
+
+def test_a_node_that_cannot_be_looked_for_is_asked_for_as_ray_does(monkeypatch):
+    def client(address):
+        raise RuntimeError(f"{address} does not answer")
+
+    monkeypatch.setattr(alone, "GcsClient", client)
+    asked = []
+    given = alone._found(lambda *which: asked.append(which) or "node", "127.0.0.1:1", "ab")
+    assert given == "node" and asked == [("127.0.0.1:1", "ab")]

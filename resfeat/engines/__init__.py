@@ -40,7 +40,9 @@ def prepare(
 ) -> AbstractContextManager[Cluster | None]:
     """Ray, if the options ask for it: begin it early, leave it at the end. `step` is told what the
     run waits for."""
-    return closing(Cluster(options.address, step)) if options.workers != 0 else nullcontext()
+    if options.workers == 0:
+        return nullcontext()
+    return closing(Cluster(options.address, step, options.workers or 1))
 
 
 def start(

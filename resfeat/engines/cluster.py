@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from resfeat.errors import ResfeatError, Stopped, UsageError, public
-from resfeat.runtimes.hardware import cpu_count
 
 # Unless the caller has set them. Without the first two, which are read when Ray is imported, it
 # prints its own words about dead workers to standard output, and its C++ part takes SIGTERM from us
@@ -23,15 +21,7 @@ SWITCHES = {
 }
 # Ray sets these by itself.
 RAYS_OWN = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE", "RAY_CLIENT_MODE")
-# For a Ray of our own, whatever the caller has set. Whoever reaches a Ray may run code there: with
-# the first, all its parts listen on loopback only. Under `uv run` the second keeps Ray from sending
-# the whole current folder to its workers.
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-# What Ray made of them when it was imported.
-ALONE_CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
 
-# The object store holds nothing but the weights; what does not fit goes to the disk.
-STORE_BYTES = 2 * 1024**3
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 15.0
 POLL_SECONDS = 0.5  # of whoever waits, between two looks at whether to stop
@@ -48,14 +38,16 @@ class Cluster:
 
     In the main thread Ray would replace our handler of SIGTERM by one that can lose the signal, and
     its processes die with the thread that started them: so that is a thread of its own. Environment
-    variables are changed until `close`. step: is told what the run waits for.
+    variables are changed until `close`. step: is told what the run waits for. workers: that are
+    probably wanted, of a Ray that is started.
     """
 
-    def __init__(self, address: str | None, step: Callable[[str], None]) -> None:
+    def __init__(self, address: str | None, step: Callable[[str], None], workers: int = 1) -> None:
         if address:
             _named(address)
         self.step = step
         self._address = address
+        self._workers = workers
         self._starter = ThreadPoolExecutor(1, "ray-init")
         self._connected: Future[bool] | None = None
         self._at_close = ExitStack()
@@ -109,9 +101,12 @@ class Cluster:
                     reach.reach(there, CONNECT_SECONDS)
             else:
                 where, hint = "start Ray", "try again on a less busy machine, or give --workers 0"
-                self._change(os.environ, ALONE)
-                self._change(vars(ray_constants), ALONE_CONSTANTS)
-                options = _alone()
+                from resfeat.engines import alone
+
+                self._change(os.environ, alone.ENVIRONMENT)
+                for module, values in alone.replacements(self._workers):
+                    self._change(module, values)
+                options = alone.options()
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except ResfeatError as error:
             raise ResfeatError(f"cannot {where}: {error}") from error
@@ -163,22 +158,6 @@ def _take_own_token() -> None:
         from ray._private.authentication import authentication_token_setup as setup
 
         setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-
-def _alone() -> dict[str, Any]:
-    """How to start a Ray of our own."""
-    from ray.job_config import JobConfig
-
-    # Ray would put the current folder first on its workers' path, and import a torch.py that lies
-    # there, even if it is not on ours.
-    is_on_path = not {"", os.getcwd()}.isdisjoint(sys.path)
-    return {
-        "address": "local",
-        "num_cpus": cpu_count(),
-        "include_dashboard": False,
-        "object_store_memory": STORE_BYTES,
-        "job_config": JobConfig(_client_job=not is_on_path),
-    }
 
 
 def last_line(error: BaseException) -> str:
