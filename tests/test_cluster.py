@@ -1,5 +1,6 @@
 """Joining and starting Ray: what is said when it cannot be, and what the caller's process keeps."""
 
+import importlib
 import json
 import os
 import socket
@@ -173,12 +174,12 @@ def test_the_environment_is_given_back():
 STARTED = """
 import json, pathlib, time
 import psutil
-from ray._private import parameter, services, utils
+from ray._private import parameter, ray_constants, services, utils
 from resfeat.engines.cluster import Cluster
 
 def theirs():
-    return {name: value for module in (parameter, services, utils) for name, value in
-            vars(module).items() if callable(value)}
+    return {name: value for module in (parameter, ray_constants, services, utils)
+            for name, value in vars(module).items() if callable(value) or isinstance(value, bool)}
 
 def have_torch(process):
     return "libtorch_cpu" in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
@@ -187,34 +188,69 @@ before = theirs()
 ours = Cluster(None, lambda text: None, workers=1)
 ours.ready()
 for _ in range(600):
-    below = psutil.Process().children(recursive=True)
-    workers = [each for each in below if "ray::" in each.name() and "Agent" not in each.name()]
-    if workers and all(map(have_torch, workers)):
-        break
     time.sleep(0.1)
-told = [" ".join(each.cmdline()) for each in below], len(workers), all(map(have_torch, workers))
+    try:
+        below = psutil.Process().children(recursive=True)
+        workers = [each for each in below if "ray::" in each.name() and "Agent" not in each.name()]
+        told = [" ".join(each.cmdline()) for each in below], all(map(have_torch, workers))
+    except (OSError, psutil.Error):  # one has just ended
+        continue
+    if workers and told[1]:
+        break
 ours.close()
 after = theirs()
 print(json.dumps([*told, [name for name in before if after[name] is not before[name]]]))
 """
 
 
-def test_a_ray_of_our_own_is_only_what_a_run_needs():
+def test_a_ray_of_our_own_is_only_what_a_run_needs(tmp_path):
     """No dashboard, no monitors, and a process for a worker, which imports torch in advance."""
     command = [sys.executable, "-c", STARTED]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    running, workers, have_torch, changed = json.loads(done.stdout)
-    assert any("raylet" in each for each in running) and (workers, have_torch) == (1, True)
+    running, have_torch, changed = json.loads(done.stdout)
+    assert any("--num_prestart_python_workers=1 " in each for each in running) and have_torch
     assert not any("dashboard.py" in each or "monitor.py" in each for each in running)
     assert changed == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("services", "get_node"), ("services", None), ("parameter", "RayParams")]
+)
+def test_a_ray_that_has_other_functions_starts_as_it_would(module, name, monkeypatch):
+    module = importlib.import_module(f"ray._private.{module}")
+    if name is None:
+        monkeypatch.setitem(sys.modules, module.__name__, None)  # it cannot be imported
+        monkeypatch.delattr(ray._private, "services")
+    elif name == "RayParams":
+        monkeypatch.setattr(module, name, lambda node_ip_address: None)
+    else:
+        monkeypatch.delattr(module, name)
+    before = dict(vars(module))
+    with alone.only_what_a_run_needs(None):
+        assert dict(vars(module)) == before
+
+
+def test_nothing_is_preloaded_beside_a_torch_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert alone.PRELOADED.items() <= alone.environment().items()
+    (tmp_path / "torch.py").touch()
+    assert alone.environment() == alone.ENVIRONMENT
+
+
+def test_what_is_preloaded_may_fail(tmp_path):
+    """Ray would end the process, and start another one for ever."""
+    (tmp_path / "torch.py").write_text("raise OSError('cannot allocate memory')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "import resfeat.engines.preloaded"]
+    assert subprocess.run(command, cwd=tmp_path, env=env).returncode == 0
 
 
 def test_a_node_that_cannot_be_looked_for_is_asked_for_as_ray_does(monkeypatch):
     def client(address):
         raise RuntimeError(f"{address} does not answer")
 
-    monkeypatch.setattr(alone, "GcsClient", client)
+    monkeypatch.setattr("ray._raylet.GcsClient", client)
     asked = []
     given = alone._found(lambda *which: asked.append(which) or "node", "127.0.0.1:1", "ab")
     assert given == "node" and asked == [("127.0.0.1:1", "ab")]

@@ -42,7 +42,7 @@ def prepare(
     run waits for."""
     if options.workers == 0:
         return nullcontext()
-    return closing(Cluster(options.address, step, options.workers or 1))
+    return closing(Cluster(options.address, step, options.workers))
 
 
 def start(

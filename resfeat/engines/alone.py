@@ -3,38 +3,37 @@
 Ray starts what serves a cluster: a dashboard, for which it waits, a monitor of machines and one of
 logs, and a process for each core. A run uses none of that but as many processes as it has workers,
 and on two cores it takes two seconds of a start. No option says so: functions of Ray's are replaced
-while it starts. A Ray that does not have them starts as it would.
+while it starts. A Ray that has others starts as it would.
 """
 
+import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from ray._private import parameter, ray_constants, services, utils
-from ray._raylet import GcsClient
 from ray.job_config import JobConfig
 
+from resfeat.engines.placement import CPUS_PER_WORKER
 from resfeat.runtimes.hardware import cpu_count
 
 # Whatever the caller has set. Whoever reaches a Ray may run code there: with the first, all its
 # parts listen on loopback only. Under `uv run` the second keeps Ray from sending the whole current
 # folder to its workers.
-ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # By a worker's process before it is a worker's, while the driver still lists images.
-    "RAY_preload_python_modules": "resfeat.engines.actor",
-}
+ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 # What Ray made of them when it was imported.
-_CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
+CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
+# A process of Ray's imports these before it is a worker, while the driver still lists images. It
+# does not have the driver's own path yet.
+PRELOADED = {"RAY_preload_python_modules": "resfeat.engines.preloaded"}
 # The object store holds nothing but the weights; what does not fit goes to the disk.
 STORE_BYTES = 2 * 1024**3
 _PRESTART = "--num_prestart_python_workers="
-NODE_SECONDS, LOOK_SECONDS = 30.0, 0.05
+# How long to look for the node, and how often; then Ray looks once a second.
+NODE_SECONDS, LOOK_SECONDS = 5.0, 0.05
 
 
 def options() -> dict[str, Any]:
@@ -51,38 +50,60 @@ def options() -> dict[str, Any]:
     }
 
 
-def replacements(workers: int) -> list[tuple[dict[str, Any], Mapping[str, Any]]]:
-    """What is to be in Ray's modules while it starts, for so many workers, by module."""
-    without = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)  # type: ignore[arg-type]
-    wanted: list[tuple[Any, Mapping[str, Any]]] = [
-        (ray_constants, _CONSTANTS),
-        (parameter, {"RayParams": without}),
-        # Else the driver imports a web server to find out whether the node's agent could have one.
-        (utils, {"get_dashboard_dependency_error": lambda: ImportError("not wanted")}),
-        (services, {
-            "start_api_server": lambda *_, **__: (None, None),  # what it gives where it cannot
-            "start_ray_process": partial(_started, services.start_ray_process, workers),
-            "get_node": partial(_found, services.get_node),
-        }),
-    ]  # fmt: skip
+def environment() -> dict[str, str]:
+    """Variables for its processes."""
+    # A program may lie beside a resfeat or a torch of its own, which is the one to be imported.
+    first = "" if sys.flags.safe_path else os.path.abspath(sys.path[0])
+    names = [name + end for name in ("resfeat", "torch") for end in ("", ".py")]
+    is_shadowed = first and any(os.path.exists(os.path.join(first, name)) for name in names)
+    return ENVIRONMENT if is_shadowed else ENVIRONMENT | PRELOADED
+
+
+@contextmanager
+def only_what_a_run_needs(workers: int | None) -> Iterator[None]:
+    """Around `ray.init`. workers: None for as many as there are by default."""
+    ready = min(workers or max(1, cpu_count() // CPUS_PER_WORKER), cpu_count())
+    with ExitStack() as stack:
+        with suppress(ImportError, AttributeError):
+            for module, name, new in _replacements(ready):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, new)
+        yield
+
+
+def _replacements(ready: int) -> list[tuple[Any, str, Any]]:
+    """Module, name, and what takes its place. Raises ImportError or AttributeError for a Ray that
+    does not have them."""
+    from ray._private import parameter, services, utils
+
+    less: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    if not less.keys() <= inspect.signature(parameter.RayParams).parameters.keys():
+        raise AttributeError("RayParams has no monitors")
+    start = partial(_started, services.start_ray_process, ready)
     return [
-        (vars(module), {name: new for name, new in values.items() if hasattr(module, name)})
-        for module, values in wanted
+        (parameter, "RayParams", partial(parameter.RayParams, **less)),
+        # Else the driver imports a web server to find out whether the node's agent could have one.
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("not wanted")),
+        (services, "start_api_server", lambda *_, **__: (None, None)),  # as where it cannot
+        (services, "start_ray_process", start),
+        (services, "get_node", partial(_found, services.get_node)),
     ]
 
 
 def _started(
-    start: Callable[..., Any], workers: int, command: Sequence[str], *rest: Any, **options: Any
+    start: Callable[..., Any], ready: int, command: Sequence[str], *rest: Any, **options: Any
 ) -> Any:
-    """A process of Ray's, one that starts workers with so many."""
-    words = [f"{_PRESTART}{workers}" if word.startswith(_PRESTART) else word for word in command]
+    """A process of Ray's; the one that starts workers is to have so many ready."""
+    words = [f"{_PRESTART}{ready}" if word.startswith(_PRESTART) else word for word in command]
     return start(words, *rest, **options)
 
 
 def _found(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
-    """A node that has just been started, which Ray itself looks for once a second."""
+    """A node that has just been started."""
     end = time.monotonic() + NODE_SECONDS
     with suppress(Exception):  # whatever goes wrong here, Ray's own way says it
+        from ray._raylet import GcsClient
+
         client = GcsClient(address=gcs_address)
         while time.monotonic() < end:
             if any(each.hex() == node_id for each in client.get_all_node_info()):

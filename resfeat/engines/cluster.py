@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ class Cluster:
 
     In the main thread Ray would replace our handler of SIGTERM by one that can lose the signal, and
     its processes die with the thread that started them: so that is a thread of its own. Environment
-    variables are changed until `close`. step: is told what the run waits for. workers: that are
-    probably wanted, of a Ray that is started.
+    variables are changed until `close`. step: is told what the run waits for. workers: for
+    how many a Ray that is started here has a process ready; None for as many as by default.
     """
 
-    def __init__(self, address: str | None, step: Callable[[str], None], workers: int = 1) -> None:
+    def __init__(
+        self, address: str | None, step: Callable[[str], None], workers: int | None = None
+    ) -> None:
         if address:
             _named(address)
         self.step = step
@@ -94,6 +96,7 @@ class Cluster:
         where, hint = f"join Ray at {self._address}", "check --address"
         try:
             options: dict[str, Any] = {"address": self._address}
+            starting: AbstractContextManager[None] = nullcontext()
             if self._address:
                 if there := address_of(self._address):
                     from resfeat.engines import reach
@@ -103,11 +106,12 @@ class Cluster:
                 where, hint = "start Ray", "try again on a less busy machine, or give --workers 0"
                 from resfeat.engines import alone
 
-                self._change(os.environ, alone.ENVIRONMENT)
-                for module, values in alone.replacements(self._workers):
-                    self._change(module, values)
+                self._change(os.environ, alone.environment())
+                self._change(vars(ray_constants), alone.CONSTANTS)
                 options = alone.options()
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+                starting = alone.only_what_a_run_needs(self._workers)
+            with starting:
+                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except ResfeatError as error:
             raise ResfeatError(f"cannot {where}: {error}") from error
         except Exception as error:  # Ray's own time-out is of no narrower class

@@ -164,7 +164,7 @@ def test_machines_are_added_for_workers_and_what_none_will_have_is_refused(
     assert not Layout(output).committed()
     code, told = grown.drive(*words, "--workers", MOST + 1, "--cpus-per-worker", 1)
     assert code == 0, told
-    assert f"waiting for the first of {MOST + 1} workers" in told  # and why, unless they come soon
+    assert f"waiting for the first of {MOST + 1} workers" in told  # why: see test_growth.py
     assert rows(output).equals(rows(serial))
     engine = last_report(output)["engine"]
     assert engine["workers"] == MOST + 1 and engine["worker_deaths"] == 0

@@ -27,6 +27,7 @@ from resfeat import engines
 from resfeat.backbones.ours import IMAGENET
 from resfeat.backbones.weights import resolve
 from resfeat.dataset import Layout
+from resfeat.engines import actor as ray_actor
 from resfeat.engines import placement
 from resfeat.engines import ray as ray_engine
 from resfeat.engines.pool import Pool
@@ -390,7 +391,7 @@ def test_a_connection_that_breaks_costs_no_work_and_is_no_death(cluster, tmp_pat
     class Slow(ray_engine.RayWorker):
         def _ready_worker(self, network):
             # What this process is to do in place of a shard.
-            ray_engine.process_shard = self._work
+            ray_actor.process_shard = self._work
             (tmp_path / "pid").write_text(str(os.getpid()))
 
         def _work(self, worker, task):

@@ -1,0 +1,10 @@
+"""What a process of Ray's imports before it is a worker.
+
+An error would end that process before it can say anything. It comes again when the worker is made,
+and is told then.
+"""
+
+from contextlib import suppress
+
+with suppress(Exception):
+    import resfeat.engines.actor  # noqa: F401
