@@ -225,6 +225,21 @@ def test_a_run_is_titled_by_its_dataset(words, one_photo):
         assert (line, name) == ("resfeat-extract s3://bucket/out", "resfeat-extract")
 
 
+def test_what_ray_brings_along_says_nothing_of_what_it_lacks(one_photo, tmp_path):
+    program = (
+        "import warnings; from resfeat.cli import main, progress\n"
+        "def warned(self, text):\n"
+        "    for module in 'urllib3.contrib.socks', 'another':\n"
+        "        warnings.warn_explicit(module, UserWarning, 'file.py', 1, module)\n"
+        "    raise SystemExit(0)\n"
+        "progress.Lines.step = warned\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", program, "extract", one_photo, "-o", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.stderr.splitlines() == ["file.py:1: UserWarning: another"]
+
+
 def test_extract_leaves_pandas_alone(one_photo, tmp_path):
     """pyarrow would import it, which takes half a second."""
     program = (

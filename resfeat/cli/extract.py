@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,9 @@ def extract(context: click.Context, /, **choices: Any) -> None:
         # What `ps` and `top` show; the arguments may hold secrets. Without a blank in what becomes
         # the process's name: Slurm's proctrack/linuxproc does not find such a one to end it.
         setproctitle(f"resfeat-extract {public(spec.output)}")
+        # Ray's imports have a filter for it of their own, which is lost where torch's, in another
+        # thread, set theirs back.
+        warnings.filterwarnings("ignore", module=r"urllib3\.")
     talk = _talk(context)
     displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "log_json": JsonLines}
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
