@@ -5,16 +5,19 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 from command import end_ray, error_of
 from forked import start
 from integration.test_resume import title, wait_for_parts
@@ -34,7 +37,7 @@ from resfeat.engines.pool import Pool
 from resfeat.errors import ResfeatError, UsageError
 from resfeat.plan import Shard
 from resfeat.spec import FeatureSpec, Identity, RuntimeOptions
-from resfeat.worker import SHARDS_IN_HAND, Job, ShardResult, Task
+from resfeat.worker import SHARDS_IN_HAND, Job, Placement, ShardResult, Task
 from resfeat.worker.worker import LONG_SECONDS, Worker
 
 pytestmark = pytest.mark.ray
@@ -159,6 +162,23 @@ def test_what_a_slow_worker_has_begun_is_taken_over_by_one_that_has_nothing_left
     assert len(by) == 9 and os.readlink(notes / "who") not in by
     assert rows(output).equals(rows(serial))
     assert not list(Layout(output).tmp.iterdir())
+
+
+def test_torch_takes_no_more_cores_than_the_worker_has(monkeypatch):
+    """It is imported before Ray says how many these are."""
+    before = torch.get_num_threads()
+    placement = Placement(runtime="torch", device="cpu", cpus=before + 2, batch_size=1)
+    there = object.__new__(ray_actor.RayWorker)
+    there.__dict__ |= {"_lost": False, "_lock": threading.Lock(), "_worker": None,
+                       "_job": SimpleNamespace(output="", share="", created="", in_sight=()),
+                       "_placement": placement}  # fmt: skip
+    monkeypatch.setattr(ray_actor.ray, "get", lambda network: network)
+    monkeypatch.setattr(ray_actor, "check_sight", lambda *asked: None)
+    monkeypatch.setattr(ray_actor, "Worker", lambda *asked: torch.get_num_threads())
+    try:
+        assert there._ready_worker([None]) == before + 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("seconds", "lets_go"), [(1, True), (LONG_SECONDS + 1, False)])
