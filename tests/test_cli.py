@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from textwrap import indent
 
 import pytest
 from command import error_of
@@ -188,17 +189,30 @@ def test_a_step_is_told_once_it_has_taken_a_moment(monkeypatch, capsys):
     ]  # fmt: skip
 
 
-def test_something_is_told_before_anything_heavy_is_imported(one_photo, tmp_path):
+def stderr_at_the_first_step(photo, output, body):
+    """What the command, a process of its own, prints if it does this and ends at its first step."""
     program = (
-        "import sys; from resfeat.cli import main, progress\n"
-        "def told(self, text):\n"
-        "    raise SystemExit(sorted({'torch', 'ray', 'pyarrow'} & set(sys.modules)))\n"
+        "import sys, warnings; from resfeat.cli import main, progress\n"
+        f"def told(self, text):\n{indent(body, ' ')}\n raise SystemExit(0)\n"
         "progress.Lines.step = told\n"
-        "main(sys.argv[1:])"
+        "main()"
     )
-    command = [sys.executable, "-c", program, "extract", one_photo, "-o", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.stderr.strip() == "[]"
+    command = [sys.executable, "-c", program, "extract", photo, "-o", output]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True).stderr
+
+
+def test_something_is_told_before_anything_heavy_is_imported(one_photo, tmp_path):
+    body = "print(sorted({'torch', 'ray', 'pyarrow'} & set(sys.modules)), file=sys.stderr)"
+    assert stderr_at_the_first_step(one_photo, tmp_path / "out", body).strip() == "[]"
+
+
+def test_what_ray_brings_along_says_nothing_of_what_it_lacks(one_photo, tmp_path):
+    body = (
+        "for module in 'urllib3.contrib.socks', 'another':\n"
+        "    warnings.warn_explicit(module, UserWarning, 'file.py', 1, module)"
+    )
+    told = stderr_at_the_first_step(one_photo, tmp_path / "out", body)
+    assert told.splitlines() == ["file.py:1: UserWarning: another"]
 
 
 @pytest.mark.parametrize("words", ["", "sys.argv[1:]"], ids=["as a command", "called"])
@@ -223,21 +237,6 @@ def test_a_run_is_titled_by_its_dataset(words, one_photo):
         assert line.startswith(sys.executable) and line.endswith(weights)
     else:
         assert (line, name) == ("resfeat-extract s3://bucket/out", "resfeat-extract")
-
-
-def test_what_ray_brings_along_says_nothing_of_what_it_lacks(one_photo, tmp_path):
-    program = (
-        "import warnings; from resfeat.cli import main, progress\n"
-        "def warned(self, text):\n"
-        "    for module in 'urllib3.contrib.socks', 'another':\n"
-        "        warnings.warn_explicit(module, UserWarning, 'file.py', 1, module)\n"
-        "    raise SystemExit(0)\n"
-        "progress.Lines.step = warned\n"
-        "main()"
-    )
-    command = [sys.executable, "-c", program, "extract", one_photo, "-o", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.stderr.splitlines() == ["file.py:1: UserWarning: another"]
 
 
 def test_extract_leaves_pandas_alone(one_photo, tmp_path):

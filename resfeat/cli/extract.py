@@ -128,8 +128,8 @@ def extract(context: click.Context, /, **choices: Any) -> None:
         # What `ps` and `top` show; the arguments may hold secrets. Without a blank in what becomes
         # the process's name: Slurm's proctrack/linuxproc does not find such a one to end it.
         setproctitle(f"resfeat-extract {public(spec.output)}")
-        # Ray's imports have a filter for it of their own, which is lost where torch's, in another
-        # thread, set theirs back.
+        # Ray imports it, and it warns of an extra that is not installed. The filter that should
+        # hide this is lost where another thread, which imports torch, puts back an older list.
         warnings.filterwarnings("ignore", module=r"urllib3\.")
     talk = _talk(context)
     displays: dict[str | None, type[Lines]] = {"quiet": Quiet, "log_json": JsonLines}

@@ -104,6 +104,6 @@ class RayWorker:
                 job, machine = self._job, f"{platform.node()} ({get_node_ip_address()})"
                 layout = Layout(job.output, job.share)
                 check_sight(layout, job.created, job.in_sight, machine)
-                torch.set_num_threads(self._placement.cpus)  # Ray comes too late for that
+                torch.set_num_threads(self._placement.cpus)  # Ray says so too late: torch is there
                 self._worker = Worker(self._job, self._placement, ray.get(network[0]))
             return self._worker

@@ -1,9 +1,9 @@
 """A Ray of our own: for one run, on this machine, reached by nobody else.
 
 Ray starts what serves a cluster: a dashboard, for which it waits, a monitor of machines and one of
-logs, and a process for each core. A run uses none of that but as many processes as it has workers,
-and on two cores it takes two seconds of a start. No option says so: functions of Ray's are replaced
-while it starts. A Ray that has others starts as it would.
+logs, and a process for each core. A run needs only a process for each of its workers; on two cores
+the rest makes a start two seconds longer. Ray has no option to leave it out, so functions of Ray's
+are replaced while it starts. A Ray that does not have these functions starts in its own way.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from resfeat.runtimes.hardware import cpu_count
 ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 # What Ray made of them when it was imported.
 CONSTANTS = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
-# A process of Ray's imports these before it is a worker, while the driver still lists images. It
+# A process of Ray's imports this before it is a worker, while the driver still lists images. It
 # does not have the driver's own path yet.
 PRELOADED = {"RAY_preload_python_modules": "resfeat.engines.preloaded"}
 # The object store holds nothing but the weights; what does not fit goes to the disk.
@@ -84,7 +84,7 @@ def _replacements(ready: int) -> list[tuple[Any, str, Any]]:
         (parameter, "RayParams", partial(parameter.RayParams, **less)),
         # Else the driver imports a web server to find out whether the node's agent could have one.
         (utils, "get_dashboard_dependency_error", lambda: ImportError("not wanted")),
-        (services, "start_api_server", lambda *_, **__: (None, None)),  # as where it cannot
+        (services, "start_api_server", lambda *_, **__: (None, None)),  # as where it fails
         (services, "start_ray_process", start),
         (services, "get_node", partial(_found, services.get_node)),
     ]
