@@ -231,6 +231,20 @@ def test_a_ray_that_has_other_functions_starts_as_it_would(module, name, monkeyp
         assert dict(vars(module)) == before
 
 
+@pytest.mark.parametrize(
+    ("workers", "cores", "ready"), [(None, 2, 1), (None, 64, 8), (3, 64, 3), (16, 2, 2)]
+)
+def test_a_process_is_ready_for_each_worker_and_no_more_than_cores(
+    workers, cores, ready, monkeypatch
+):
+    monkeypatch.setattr(alone, "cpu_count", lambda: cores)
+    started = []
+    monkeypatch.setattr("ray._private.services.start_ray_process", started.append)
+    with alone.only_what_a_run_needs(workers):
+        ray._private.services.start_ray_process(["raylet", "--num_prestart_python_workers=64"])
+    assert started == [["raylet", f"--num_prestart_python_workers={ready}"]]
+
+
 def test_nothing_is_preloaded_beside_a_torch_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert alone.PRELOADED.items() <= alone.environment().items()
