@@ -23,7 +23,7 @@ from resfeat.engines import inline
 from resfeat.errors import Failure, Stopped
 from resfeat.sources import Item, reading
 from resfeat.spec import FeatureSpec
-from resfeat.worker import Job, Placement, batches, shard
+from resfeat.worker import Job, Placement, batches, shard, worker
 from resfeat.worker.worker import Worker, forward, network_for
 
 
@@ -259,7 +259,7 @@ def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp
         return read(item)
 
     monkeypatch.setattr(reading, "read", counted)
-    monkeypatch.setattr(batches, "SLOW_SECONDS", 0.002 if slow else 60)
+    monkeypatch.setattr(worker, "SLOW_SECONDS", 0.002 if slow else 60)
     spec = ExtractSpec(
         sources=(str(tmp_path / "in"),),
         output=str(tmp_path / "out"),
@@ -270,6 +270,31 @@ def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp
     )
     assert extract(spec).embedded == 400
     assert most > 2 if slow else most == 2
+
+
+def test_threads_beyond_the_cores_go_once_reading_is_fast_again():
+    weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
+    job = Job(output="", share="", sources=(), reads_ahead=4, identity=weights.identity,
+              dims=weights.dims, with_label=False)  # fmt: skip
+    placement = Placement(runtime="torch", device="cpu", cpus=2, batch_size=4)
+    loading, at_once, all_done = set(), [], threading.Event()
+
+    def load(number, seconds):
+        loader.adapt_readers(seconds)
+        loading.add(number)
+        at_once.append(len(loading))
+        time.sleep(0.01)
+        loading.remove(number)
+        if number == 99:
+            all_done.set()
+
+    with closing(Worker(job, placement, network_for(job, placement, weights.tensors))) as loader:
+        for number in range(100):
+            loader.load(partial(load, number, 0.01 if number < 50 else 0.0001))
+            time.sleep(0.001)  # a thread more begins with what comes next
+        assert all_done.wait(60)
+    assert max(at_once[:50]) == 6
+    assert max(at_once[70:]) == 2
 
 
 def test_what_is_to_be_loaded_is_begun_in_its_order():

@@ -18,6 +18,7 @@ _FRAMES: Mapping[int, bool] = {0xC0: False, 0xC1: False, 0xC2: True}  # whether 
 # The least length of what Pillow looks into, by how it begins.
 _LEAST = {_JFIF: (b"JFIF", 12), _PROFILE: (b"ICC_PROFILE\0", 14), _ADOBE: (b"Adobe", 12)}
 
+_SEGMENT = struct.Struct(">HH")  # its marker, and its length without that
 _ORIENTATION, _SHORT = 0x0112, 3
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # TIFF's types
 
@@ -35,13 +36,11 @@ def head_of(data: bytes) -> Head | None:
     """The head of a plain JPEG; None for any other file."""
     if data[:2] != b"\xff\xd8":
         return None
-    at, turn, frame = 2, None, None
-    while True:
-        start, marker, length = at + 4, data[at + 1 : at + 2], data[at + 2 : at + 4]
-        if data[at : at + 1] != b"\xff" or len(length) < 2:
-            return None
-        kind, end = marker[0], at + 2 + int.from_bytes(length, "big")
-        if end > len(data) or end < start:
+    at, turn, frame, last = 2, None, None, len(data) - 4
+    while at <= last:
+        marker, length = _SEGMENT.unpack_from(data, at)
+        kind, start, end = marker - 0xFF00, at + 4, at + 2 + length
+        if kind < 0 or end > len(data) or length < 2:
             return None
         if kind in _PASSED_OVER:
             pass
@@ -67,6 +66,7 @@ def head_of(data: bytes) -> Head | None:
         else:
             return None
         at = end
+    return None
 
 
 def _turn(exif: bytes) -> Turn | None:

@@ -65,7 +65,12 @@ class OpenVINORuntime:
         """Embeddings float32 [N, D] of RGB pixels uint8 [N, H, W, 3]. N is the batch size."""
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
-        result: NDArray[np.float32] = self._own.request.infer([pixels], share_inputs=True)[0]
+        # Its `infer` does the same in twice the time of Python.
+        request = self._own.request
+        request.set_input_tensor(openvino.Tensor(pixels, shared_memory=True))
+        request.start_async()
+        request.wait()
+        result: NDArray[np.float32] = request.get_output_tensor().data.copy()
         return result
 
 

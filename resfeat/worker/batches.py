@@ -33,8 +33,6 @@ BATCHES_AHEAD = 2
 # Embedded images that wait for one before them. They are small, but a shard may be large.
 EARLY_IMAGES = 4096
 CHECK_SECONDS = 1.0
-# Reading that takes longer than this, for an image, waits for a disk or a store.
-SLOW_SECONDS = 0.002
 UNLOADED = Failure("read", "io_error", "it was never read")
 
 
@@ -54,11 +52,11 @@ class _Group:
 
     first: int
     items: Sequence[Item]
-    pixels: NDArray[np.uint8]  # [at least whole batches, crop, crop, 3]
     outcomes: list[Row | Failure]  # of images that are loaded
     missing: int  # images that are not loaded yet
     left: int  # batches that are not embedded yet
     started: float
+    pixels: NDArray[np.uint8] | None = None  # [at least whole batches, crop, crop, 3]
 
 
 class Batches:
@@ -154,18 +152,25 @@ class Batches:
 
     def _begun(self, first: int, items: Sequence[Item]) -> _Group:
         """A group of images that are to be loaded, and then embedded."""
-        # Always the full shape, whatever becomes of the others: the same image gives the same bits
-        # in every run.
-        worker, batches = self._worker, -(-len(items) // self._size)
-        try:
-            pixels = worker.buffers.get_nowait()
-        except queue.Empty:
-            crop = worker.job.identity.preprocessing.crop
-            pixels = worker.runtime.empty((self._together, crop, crop, 3))
+        batches = -(-len(items) // self._size)
         outcomes: list[Row | Failure] = [UNLOADED] * len(items)
-        group = _Group(first, items, pixels, outcomes, len(items), batches, time.perf_counter())
         self._under_way += batches
-        return group
+        return _Group(first, items, outcomes, len(items), batches, time.perf_counter())
+
+    def _pixels(self, group: _Group) -> NDArray[np.uint8]:
+        """Where a group's pixels go."""
+        worker = self._worker
+        with self._lock:
+            if group.pixels is None:
+                try:
+                    # The one that was used last: the caches hold some of it.
+                    group.pixels = worker.buffers.pop()
+                except IndexError:
+                    # Always the full shape, whatever becomes of the others: the same image gives
+                    # the same bits in every run.
+                    crop = worker.job.identity.preprocessing.crop
+                    group.pixels = worker.runtime.empty((self._together, crop, crop, 3))
+            return group.pixels
 
     def _load(self, group: _Group, run: Run) -> None:
         """Load a run of images; whoever loads a group's last has its batches embedded."""
@@ -190,12 +195,12 @@ class Batches:
             contents = run.read()
         with self._lock:
             self.bytes_read += sum(len(each[0]) for each in contents if isinstance(each, tuple))
-        if time.perf_counter() - started > SLOW_SECONDS * len(contents):
-            self._worker.add_reader()
+        self._worker.adapt_readers((time.perf_counter() - started) / len(contents))
         with self.stage("decode"):
+            pixels = self._pixels(group)
             for place, content in zip(run.places, contents, strict=True):
                 n = place - group.first
-                group.outcomes[n] = self._decoded(group.items[n], content, group.pixels[n])
+                group.outcomes[n] = self._decoded(group.items[n], content, pixels[n])
 
     def _decoded(
         self, item: Item, content: Content | Failure, place: NDArray[np.uint8]
@@ -215,17 +220,18 @@ class Batches:
         idle = self._worker.idle_since
         since = max(group.started, idle.get(get_ident(), 0.0))
         self._add("wait", time.perf_counter() - since)
+        pixels = self._pixels(group)
         try:
-            self._done.put(self._embedded(group, start))
+            self._done.put(self._embedded(group, pixels[start : start + self._size], start))
         except Exception as error:
             self._done.put(error)
         with self._lock:
             group.left -= 1
             if not group.left:
-                self._worker.buffers.put(group.pixels)
+                self._worker.buffers.append(pixels)
         idle[get_ident()] = time.perf_counter()
 
-    def _embedded(self, group: _Group, start: int) -> Batch:
+    def _embedded(self, group: _Group, pixels: NDArray[np.uint8], start: int) -> Batch:
         worker, end = self._worker, start + self._size
         items, outcomes = group.items[start:end], group.outcomes[start:end]
         problem = Failure("embed", "non_finite", "the model gave a value that is not finite")
@@ -234,7 +240,7 @@ class Batches:
         if any(isinstance(outcome, Row) for outcome in outcomes):
             with self.stage("embed"):
                 try:
-                    given = forward(worker, group.pixels[start:end])[: len(items)]
+                    given = forward(worker, pixels)[: len(items)]
                 except torch.OutOfMemoryError as error:
                     problem = Failure("embed", "out_of_memory", first_line(error))
                     given = np.full(vectors.shape, np.nan, np.float32)

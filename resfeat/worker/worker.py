@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from queue import SimpleQueue
 from threading import BoundedSemaphore, Event, Lock, get_ident
 
 import numpy as np
@@ -30,6 +29,9 @@ from resfeat.worker.messages import Job, Placement
 # An image that has been decoded for so long hangs; the slowest that is allowed takes a few seconds.
 HUNG_SECONDS = 60.0
 LONG_SECONDS = 5.0  # for one image: most that take longer never end
+# Reading an image that takes longer than the first waits for a disk or a store; one that takes less
+# than the second comes out of memory.
+SLOW_SECONDS, FAST_SECONDS = 0.002, 0.0002
 # Pictures of fewer pixels are decoded without a look at memory. A worker without any larger ones
 # takes about so much.
 SMALL_PIXELS, WORKER_BYTES = 8_000_000, 2 * 1024**3
@@ -87,9 +89,10 @@ class Worker:
         self._threads_loading = placement.cpus + job.reads_ahead
         self.loaders = _threads("load", self._threads_loading)
         self.forwards = _threads("forward", self.forward_threads)
-        self.buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()  # free ones, of one shape
+        self.buffers: list[NDArray[np.uint8]] = []  # free ones, of one shape
         # Threads beyond the cores only take the interpreter's lock from each other, unless files
-        # come slowly: then some read while others decode.
+        # come slowly: then some read while others decode, for as long as that lasts. A single
+        # hiccup of the machine may look like it.
         self._loading, self._most_loading = 0, placement.cpus
         self._loads: deque[Callable[[], None]] = deque()  # that wait for a thread
         self.decoding = BoundedSemaphore(placement.cpus)
@@ -125,7 +128,7 @@ class Worker:
         """Have a loader do this, which raises nothing, after what was given before."""
         with self._lock:
             self._loads.append(task)
-            if self._loading == self._most_loading:
+            if self._loading >= self._most_loading:
                 return
             self._loading += 1
         self.loaders.submit(self._load)
@@ -135,16 +138,19 @@ class Worker:
         # others came before them time and again, and the end of a shard waited in their hands.
         while True:
             with self._lock:
-                if not self._loads:
+                if not self._loads or self._loading > self._most_loading:
                     self._loading -= 1
                     return
                 task = self._loads.popleft()
             task()
 
-    def add_reader(self) -> None:
-        """Let one more thread load images, if there is one."""
+    def adapt_readers(self, seconds: float) -> None:
+        """Let one more thread load images where reading one took so long, if there is one; or one
+        fewer, but as many as there are cores."""
+        more = (seconds > SLOW_SECONDS) - (seconds < FAST_SECONDS)
         with self._lock:
-            self._most_loading = min(self._most_loading + 1, self._threads_loading)
+            most = min(self._most_loading + more, self._threads_loading)
+            self._most_loading = max(most, self.placement.cpus)
 
     def decode(self, data: bytes, preprocessing: Preprocessing, way: Decode) -> Picture | Failure:
         """As `decode.decode`, watched by `check_decoders`."""
