@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from resfeat.cli.options import option, switch
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet, tell
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import ResfeatError, Stopped, public, public_text
+from resfeat.runtimes.importing import keep_pandas_out
 from resfeat.spec import ExtractSpec, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def extract(context: click.Context, /, **choices: Any) -> None:
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
     with StopSignals() as signals, show() as display:
         display.step("starting")
-        _keep_pandas_out()
+        keep_pandas_out()
         work = _foreseen if choices["dry_run"] else _extracted
         try:
             code = work(context, spec, display, signals)
@@ -228,27 +228,6 @@ def _talk(context: click.Context) -> str | None:
         name: context.get_parameter_source(name) or ParameterSource.DEFAULT for name in asked
     }
     return min(asked, key=sources.__getitem__, default=None)
-
-
-def _keep_pandas_out() -> None:
-    """Have pyarrow, where it is not in use yet, believe that pandas is not installed. At its first
-    array it imports pandas, for half a second, and this command has nothing for it to do."""
-    if "pyarrow" in sys.modules:
-        return
-    pyarrow, hidden = importlib.import_module("pyarrow"), _Hidden()
-    sys.meta_path.insert(0, hidden)
-    try:
-        pyarrow.array([0])
-    finally:
-        sys.meta_path.remove(hidden)
-
-
-class _Hidden:
-    """Has Python not find pandas."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(name)
 
 
 def _foretell(preview: Preview, *, as_json: bool) -> None:

@@ -60,18 +60,23 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def only_what_a_run_needs(workers: int | None) -> Iterator[None]:
-    """Around `ray.init`. workers: None for as many as there are by default."""
+def only_what_a_run_needs(
+    workers: int | None, under_way: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Around `ray.init`. workers: None for as many as there are by default. under_way: is called
+    once Ray's processes are started, or before that, where nobody would say so."""
     ready = min(workers or max(1, cpu_count() // CPUS_PER_WORKER), cpu_count())
     with ExitStack() as stack:
-        with suppress(ImportError, AttributeError):
-            for module, name, new in _replacements(ready):
+        try:
+            for module, name, new in _replacements(ready, under_way):
                 stack.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, new)
+        except (ImportError, AttributeError):
+            under_way()
         yield
 
 
-def _replacements(ready: int) -> list[tuple[Any, str, Any]]:
+def _replacements(ready: int, under_way: Callable[[], object]) -> list[tuple[Any, str, Any]]:
     """Module, name, and what takes its place. Raises ImportError or AttributeError for a Ray that
     does not have them."""
     from ray._private import parameter, services, utils
@@ -79,7 +84,7 @@ def _replacements(ready: int) -> list[tuple[Any, str, Any]]:
     less: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
     if not less.keys() <= inspect.signature(parameter.RayParams).parameters.keys():
         raise AttributeError("RayParams has no monitors")
-    start = partial(_started, services.start_ray_process, ready)
+    start = partial(_started, services.start_ray_process, ready, under_way)
     return [
         (parameter, "RayParams", partial(parameter.RayParams, **less)),
         # Else the driver imports a web server to find out whether the node's agent could have one.
@@ -91,11 +96,19 @@ def _replacements(ready: int) -> list[tuple[Any, str, Any]]:
 
 
 def _started(
-    start: Callable[..., Any], ready: int, command: Sequence[str], *rest: Any, **options: Any
+    start: Callable[..., Any],
+    ready: int,
+    under_way: Callable[[], object],
+    command: Sequence[str],
+    *rest: Any,
+    **options: Any,
 ) -> Any:
-    """A process of Ray's; the one that starts workers is to have so many ready."""
+    """A process of Ray's; the last one, which starts workers, is to have so many ready."""
     words = [f"{_PRESTART}{ready}" if word.startswith(_PRESTART) else word for word in command]
-    return start(words, *rest, **options)
+    process = start(words, *rest, **options)
+    if any(word.startswith(_PRESTART) for word in words):
+        under_way()
+    return process
 
 
 def _found(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from resfeat.errors import ResfeatError, Stopped, UsageError, public
@@ -25,7 +26,7 @@ RAYS_OWN = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE", "RAY_CLIENT_MODE")
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 15.0
 POLL_SECONDS = 0.5  # of whoever waits, between two looks at whether to stop
-
+UNDER_WAY_SECONDS = 2.0  # what a start by itself gets at most, on a slow machine or a Ray unknown
 
 CLIENT = (
     "Ray Client, which resfeat does not use: on a machine of the cluster give --address HOST:PORT, "
@@ -34,7 +35,7 @@ CLIENT = (
 
 
 class Cluster:
-    """Ray for the length of a run. It takes seconds to start, so `begin` returns at once.
+    """Ray for the length of a run. It takes seconds to start, so `begin` returns while it does.
 
     In the main thread Ray would replace our handler of SIGTERM by one that can lose the signal, and
     its processes die with the thread that started them: so that is a thread of its own. Environment
@@ -51,14 +52,19 @@ class Cluster:
         self._address = address
         self._workers = workers
         self._starter = ThreadPoolExecutor(1, "ray-init")
+        self._under_way = Event()
         self._connected: Future[bool] | None = None
         self._at_close = ExitStack()
         self._at_close.callback(self._starter.shutdown, wait=False)
 
     def begin(self) -> Future[bool]:
-        """Start to connect, if that has not been done."""
+        """Start to connect, if that has not been done; returns as soon as others do the work."""
         if self._connected is None:
             self._connected = self._starter.submit(self._connect)
+            self._connected.add_done_callback(lambda _: self._under_way.set())
+            # Importing torch meanwhile would take the interpreter from Ray, half of the time: its
+            # processes would begin a second later, and with them the workers.
+            self._under_way.wait(UNDER_WAY_SECONDS)
         return self._connected
 
     def ready(self, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -98,6 +104,7 @@ class Cluster:
             options: dict[str, Any] = {"address": self._address}
             starting: AbstractContextManager[None] = nullcontext()
             if self._address:
+                self._under_way.set()
                 if there := address_of(self._address):
                     from resfeat.engines import reach
 
@@ -109,7 +116,7 @@ class Cluster:
                 self._change(os.environ, alone.environment())
                 self._change(vars(ray_constants), alone.CONSTANTS)
                 options = alone.options()
-                starting = alone.only_what_a_run_needs(self._workers)
+                starting = alone.only_what_a_run_needs(self._workers, self._under_way.set)
             with starting:
                 ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except ResfeatError as error:

@@ -7,4 +7,7 @@ and is told then.
 from contextlib import suppress
 
 with suppress(Exception):
+    from resfeat.runtimes.importing import keep_pandas_out
+
+    keep_pandas_out()
     import resfeat.engines.actor  # noqa: F401

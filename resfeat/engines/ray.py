@@ -113,6 +113,7 @@ class RayEngine:
     ) -> Iterator[ShardResult]:
         pool = self._pool
         pool.take([replace(task, parity=task.measured()) for task in tasks])
+        on_progress(*pool.counts(), None)  # not only after the first wait
         while pool.busy:
             if stopping() and pool.drain():
                 break

@@ -1,6 +1,7 @@
-"""How torch is imported, where the time counts."""
+"""How torch and pyarrow are imported, where the time counts."""
 
 import gc
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +21,25 @@ def without_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def keep_pandas_out() -> None:
+    """Have pyarrow, where it is not in use yet, believe that pandas is not installed. At its first
+    array it imports pandas, for half a second, and an extraction has nothing for it to do. Not
+    where a program of others' is to go on: it may want a table as pandas has it."""
+    if "pyarrow" in sys.modules:
+        return
+    pyarrow, hidden = importlib.import_module("pyarrow"), _Hidden()
+    sys.meta_path.insert(0, hidden)
+    try:
+        pyarrow.array([0])
+    finally:
+        sys.meta_path.remove(hidden)
+
+
+class _Hidden:
+    """Has Python not find pandas."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)

@@ -6,7 +6,8 @@ First a job of four shards, from the plan to the commits, with a network that gi
 with decoding the same JPEGs of 500 x 375 from memory. As in a run two shards are in hand, so that
 one is decoded while the other drains and commits. Each shard lists all JPEGs, by links, so that it
 is of about half the usual 4,096 images; a job of one such shard shows what its ends cost, while
-decoders have nothing or not all to do.
+decoders have nothing or not all to do. Each job is held against decoding right before and after it,
+since a machine that others use changes from minute to minute.
 Then the job with decoders and a resize that return at once: the processor time of what is left is
 what Python costs for an image, and more than it holds the interpreter's lock. On a machine that
 others use the ratio of processor times is the steadier one: it is what is left of the cores for
@@ -132,6 +133,11 @@ def at_once(data: bytes) -> Iterator[None]:
         yield
 
 
+def middle(rounds: Sequence[Sequence[float]], place: int = 0) -> float:
+    """The median of what each round has at this place."""
+    return statistics.median(each[place] for each in rounds)
+
+
 @click.command()
 @click.option("--count", default=2000, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
@@ -153,21 +159,22 @@ def main(count: int, rounds: int, batch: int) -> None:
             jobs = {"a shard": single, f"{SHARDS} such shards": several}
             for job in jobs.values():
                 whole(*job)  # the first time is another
-            every = [
-                {name: whole(*job) for name, job in jobs.items()}
-                | {"alone": alone(several[0], contents, cores)}
-                for _ in range(rounds)
-            ]
+            bare = [alone(several[0], contents, cores)]
+            runs: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+            shares: dict[str, list[list[float]]] = {name: [] for name in jobs}
+            for _ in range(rounds):
+                for name, job in jobs.items():
+                    runs[name].append(whole(*job))
+                    bare.append(alone(several[0], contents, cores))
+                    around = map(statistics.mean, zip(*bare[-2:], strict=True))
+                    pairs = zip(around, runs[name][-1], strict=True)
+                    shares[name].append([ours / theirs for ours, theirs in pairs])
             with at_once(contents[0]):
                 held = statistics.median(whole(*several)[1] for _ in range(rounds))
-    bare = statistics.median(each["alone"][0] for each in every)
-    print(f"decoding alone {1 / bare:,.0f} images/s; with a model that costs nothing:")
+    print(f"decoding alone {1 / middle(bare):,.0f} images/s; with a model that costs nothing:")
     for name in jobs:
-        ours = statistics.median(each[name][0] for each in every)
-        shares = [
-            statistics.median(each["alone"][n] / each[name][n] for each in every) for n in (0, 1)
-        ]
-        print(f"  {name}: {1 / ours:,.0f}, {shares[0]:.2f}; by processor time {shares[1]:.2f}")
+        ours, clock, spent = middle(runs[name]), middle(shares[name]), middle(shares[name], 1)
+        print(f"  {name}: {1 / ours:,.0f}, {clock:.2f}; by processor time {spent:.2f}")
     free = max(ours * cores - held, 0.0)
     print(
         f"of an image's {ours * cores * 1e6:,.0f} us on a core, at most {held * 1e6:.0f} Python's"
