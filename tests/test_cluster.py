@@ -170,7 +170,7 @@ def test_the_environment_is_given_back():
 
 
 # In a process of its own, since that has other Rays' processes below it. Prints what Ray runs here,
-# whether its workers have torch, and what was not given back.
+# what its workers have, whether it was there when `begin` returned, and what was not given back.
 STARTED = """
 import json, pathlib, time
 import psutil
@@ -181,21 +181,24 @@ def theirs():
     return {name: value for module in (parameter, ray_constants, services, utils)
             for name, value in vars(module).items() if callable(value) or isinstance(value, bool)}
 
-def have_torch(process):
-    return "libtorch_cpu" in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+def has(process):
+    maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+    return [name for name in ("libtorch_cpu", "/pandas/") if name in maps]
 
 before = theirs()
 ours = Cluster(None, lambda text: None, workers=1)
+ours.begin()
+begun = "raylet" in [each.name() for each in psutil.Process().children(recursive=True)]
 ours.ready()
 for _ in range(600):
     time.sleep(0.1)
     try:
         below = psutil.Process().children(recursive=True)
         workers = [each for each in below if "ray::" in each.name() and "Agent" not in each.name()]
-        told = [" ".join(each.cmdline()) for each in below], all(map(have_torch, workers))
+        told = [" ".join(each.cmdline()) for each in below], list(map(has, workers)), begun
     except (OSError, psutil.Error):  # one has just ended
         continue
-    if workers and told[1]:
+    if workers and all(told[1]):
         break
 ours.close()
 after = theirs()
@@ -208,8 +211,9 @@ def test_a_ray_of_our_own_is_only_what_a_run_needs(tmp_path):
     command = [sys.executable, "-c", STARTED]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    running, have_torch, changed = json.loads(done.stdout)
-    assert any("--num_prestart_python_workers=1 " in each for each in running) and have_torch
+    running, have, begun, changed = json.loads(done.stdout)
+    assert any("--num_prestart_python_workers=1 " in each for each in running)
+    assert have == [["libtorch_cpu"]] and begun
     assert not any("dashboard.py" in each or "monitor.py" in each for each in running)
     assert changed == []
 
@@ -226,9 +230,10 @@ def test_a_ray_that_has_other_functions_starts_as_it_would(module, name, monkeyp
         monkeypatch.setattr(module, name, lambda node_ip_address: None)
     else:
         monkeypatch.delattr(module, name)
-    before = dict(vars(module))
-    with alone.only_what_a_run_needs(None):
+    before, told = dict(vars(module)), []
+    with alone.only_what_a_run_needs(None, lambda: told.append("under way")):
         assert dict(vars(module)) == before
+        assert told  # nobody would say so later
 
 
 @pytest.mark.parametrize(
@@ -240,9 +245,33 @@ def test_a_process_is_ready_for_each_worker_and_no_more_than_cores(
     monkeypatch.setattr(alone, "cpu_count", lambda: cores)
     started = []
     monkeypatch.setattr("ray._private.services.start_ray_process", started.append)
-    with alone.only_what_a_run_needs(workers):
+    with alone.only_what_a_run_needs(workers, lambda: started.append("under way")):
+        ray._private.services.start_ray_process(["gcs_server"])
         ray._private.services.start_ray_process(["raylet", "--num_prestart_python_workers=64"])
-    assert started == [["raylet", f"--num_prestart_python_workers={ready}"]]
+    raylet = ["raylet", f"--num_prestart_python_workers={ready}"]
+    assert started == [["gcs_server"], raylet, "under way"]
+
+
+def test_joining_a_cluster_is_waited_for_only_when_it_is_needed(monkeypatch):
+    joined, may_answer = [], threading.Event()
+
+    def answers(there, seconds):
+        may_answer.wait(60)
+        joined.append(there)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(cluster, "UNDER_WAY_SECONDS", 30)
+    monkeypatch.setattr(reach, "reach", answers)
+    ours = Cluster("127.0.0.1:1", lambda text: None)
+    try:
+        ours.begin()
+        assert not joined
+        may_answer.set()
+        with pytest.raises(ResfeatError, match="cannot join Ray at"):
+            ours.ready()
+    finally:
+        ours.close()
+    assert joined == ["127.0.0.1:1"]
 
 
 def test_nothing_is_preloaded_beside_a_torch_of_ones_own(tmp_path, monkeypatch):
