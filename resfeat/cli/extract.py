@@ -17,7 +17,6 @@ from resfeat.cli.options import option, switch
 from resfeat.cli.progress import Bar, JsonLines, Lines, Quiet, tell
 from resfeat.cli.signals import StopSignals
 from resfeat.errors import ResfeatError, Stopped, public, public_text
-from resfeat.runtimes.importing import keep_pandas_out
 from resfeat.spec import ExtractSpec, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -136,6 +135,8 @@ def extract(context: click.Context, /, **choices: Any) -> None:
     show = displays.get(talk, Bar if sys.stderr.isatty() else Lines)
     with StopSignals() as signals, show() as display:
         display.step("starting")
+        from resfeat.runtimes.importing import keep_pandas_out  # brings NumPy
+
         keep_pandas_out()
         work = _foreseen if choices["dry_run"] else _extracted
         try:
