@@ -283,7 +283,7 @@ def test_threads_beyond_the_cores_go_once_reading_is_fast_again():
         loader.adapt_readers(seconds)
         loading.add(number)
         at_once.append(len(loading))
-        time.sleep(0.01)
+        time.sleep(0.03)
         loading.remove(number)
         if number == 99:
             all_done.set()

@@ -1,4 +1,4 @@
-"""The head of a plain JPEG, read in a sixth of the time that Pillow takes for it.
+"""The head of a plain JPEG, read in a small part of the time that Pillow takes.
 
 Plain is what cameras, phones and the web write: baseline or progressive, 8 bits, grey or of three
 colours, each segment as it should be. Whatever leaves a doubt is left to Pillow, which also says

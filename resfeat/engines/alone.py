@@ -64,7 +64,7 @@ def only_what_a_run_needs(
     workers: int | None, under_way: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
     """Around `ray.init`. workers: None for as many as there are by default. under_way: is called
-    once Ray's processes are started, or before that, where nobody would say so."""
+    once Ray's processes are started, or at once for a Ray that has other functions."""
     ready = min(workers or max(1, cpu_count() // CPUS_PER_WORKER), cpu_count())
     with ExitStack() as stack:
         try:

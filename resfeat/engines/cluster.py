@@ -26,7 +26,7 @@ RAYS_OWN = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE", "RAY_CLIENT_MODE")
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 15.0
 POLL_SECONDS = 0.5  # of whoever waits, between two looks at whether to stop
-UNDER_WAY_SECONDS = 2.0  # what a start by itself gets at most, on a slow machine or a Ray unknown
+UNDER_WAY_SECONDS = 2.0  # how long `begin` waits, at most, for Ray's processes to be started
 
 CLIENT = (
     "Ray Client, which resfeat does not use: on a machine of the cluster give --address HOST:PORT, "
@@ -58,7 +58,8 @@ class Cluster:
         self._at_close.callback(self._starter.shutdown, wait=False)
 
     def begin(self) -> Future[bool]:
-        """Start to connect, if that has not been done; returns as soon as others do the work."""
+        """Start to connect, if that has not been done; returns once Ray's last process is
+        started, or, of a cluster that is joined, Ray is imported."""
         if self._connected is None:
             self._connected = self._starter.submit(self._connect)
             self._connected.add_done_callback(lambda _: self._under_way.set())

@@ -26,7 +26,7 @@ def without_collection() -> Iterator[None]:
 def keep_pandas_out() -> None:
     """Have pyarrow, where it is not in use yet, believe that pandas is not installed. At its first
     array it imports pandas, for half a second, and an extraction has nothing for it to do. Not
-    where a program of others' is to go on: it may want a table as pandas has it."""
+    in a process that runs other people's code later: that may want pandas from pyarrow."""
     if "pyarrow" in sys.modules:
         return
     pyarrow, hidden = importlib.import_module("pyarrow"), _Hidden()

@@ -168,7 +168,7 @@ def main(count: int, rounds: int, batch: int) -> None:
                     bare.append(alone(several[0], contents, cores))
                     around = map(statistics.mean, zip(*bare[-2:], strict=True))
                     pairs = zip(around, runs[name][-1], strict=True)
-                    shares[name].append([ours / theirs for ours, theirs in pairs])
+                    shares[name].append([decoding_s / job_s for decoding_s, job_s in pairs])
             with at_once(contents[0]):
                 held = statistics.median(whole(*several)[1] for _ in range(rounds))
     print(f"decoding alone {1 / middle(bare):,.0f} images/s; with a model that costs nothing:")
