@@ -122,6 +122,7 @@ def test_rays_start_time_out_is_one_line_with_the_next_step(monkeypatch):
 def test_the_user_is_told_that_ray_is_starting(monkeypatch):
     told, go_on = [], threading.Event()
     monkeypatch.setattr(ray, "init", lambda **options: go_on.wait(60))
+    monkeypatch.setattr(cluster, "UNDER_WAY_SECONDS", 0)  # no process is started
     for address, step in ((None, "starting Ray"), ("auto", "joining Ray at auto")):
         monkeypatch.setattr(cluster, "address_of", lambda asked: None)
         ours = Cluster(address, told.append)

@@ -272,11 +272,16 @@ def test_more_threads_than_cores_load_images_only_where_readingis_slow(slow, tmp
     assert most > 2 if slow else most == 2
 
 
-def test_threads_beyond_the_cores_go_once_reading_is_fast_again():
+def idle_worker(cpus):
+    """One without a dataset, that may read with four threads more than it has cores."""
     weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
     job = Job(output="", share="", sources=(), reads_ahead=4, identity=weights.identity,
               dims=weights.dims, with_label=False)  # fmt: skip
-    placement = Placement(runtime="torch", device="cpu", cpus=2, batch_size=4)
+    placement = Placement(runtime="torch", device="cpu", cpus=cpus, batch_size=4)
+    return closing(Worker(job, placement, network_for(job, placement, weights.tensors)))
+
+
+def test_threads_beyond_the_cores_go_once_reading_is_fast_again():
     loading, at_once, all_done = set(), [], threading.Event()
 
     def load(number, seconds):
@@ -288,7 +293,7 @@ def test_threads_beyond_the_cores_go_once_reading_is_fast_again():
         if number == 99:
             all_done.set()
 
-    with closing(Worker(job, placement, network_for(job, placement, weights.tensors))) as loader:
+    with idle_worker(cpus=2) as loader:
         for number in range(100):
             loader.load(partial(load, number, 0.01 if number < 50 else 0.0001))
             time.sleep(0.001)  # a thread more begins with what comes next
@@ -300,10 +305,6 @@ def test_threads_beyond_the_cores_go_once_reading_is_fast_again():
 def test_what_is_to_be_loaded_is_begun_in_its_order():
     """With more threads than may load at a time: none waits with a run in hand, which others would
     overtake time and again, so that the end of a shard waits for the next."""
-    weights = resolve(FeatureSpec(model="cifar_resnet20", weights="random:0"))
-    job = Job(output="", share="", sources=(), reads_ahead=4, identity=weights.identity,
-              dims=weights.dims, with_label=False)  # fmt: skip
-    placement = Placement(runtime="torch", device="cpu", cpus=1, batch_size=4)
     begun, all_begun = [], threading.Event()
 
     def load(number):
@@ -312,9 +313,9 @@ def test_what_is_to_be_loaded_is_begun_in_its_order():
         if number == 49:
             all_begun.set()
 
-    with closing(Worker(job, placement, network_for(job, placement, weights.tensors))) as worker:
+    with idle_worker(cpus=1) as loader:
         for number in range(50):
-            worker.load(partial(load, number))
+            loader.load(partial(load, number))
         assert all_begun.wait(60)
     assert begun == list(range(50))
 

@@ -60,9 +60,7 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def only_what_a_run_needs(
-    workers: int | None, under_way: Callable[[], object] = lambda: None
-) -> Iterator[None]:
+def only_what_a_run_needs(workers: int | None, under_way: Callable[[], object]) -> Iterator[None]:
     """Around `ray.init`. workers: None for as many as there are by default. under_way: is called
     once Ray's processes are started, or at once for a Ray that has other functions."""
     ready = min(workers or max(1, cpu_count() // CPUS_PER_WORKER), cpu_count())

@@ -65,7 +65,7 @@ class OpenVINORuntime:
         """Embeddings float32 [N, D] of RGB pixels uint8 [N, H, W, 3]. N is the batch size."""
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
-        # Its `infer` does the same in twice the time of Python.
+        # `infer` does the same, with twice as much Python around it.
         request = self._own.request
         request.set_input_tensor(openvino.Tensor(pixels, shared_memory=True))
         request.start_async()

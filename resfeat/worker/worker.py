@@ -145,8 +145,8 @@ class Worker:
             task()
 
     def adapt_readers(self, seconds: float) -> None:
-        """Let one more thread load images where reading one took so long, if there is one; or one
-        fewer, but as many as there are cores."""
+        """Let one more thread load images where reading one was slow, and one fewer where it was
+        fast; never fewer than there are cores. seconds: that reading an image took."""
         more = (seconds > SLOW_SECONDS) - (seconds < FAST_SECONDS)
         with self._lock:
             most = min(self._most_loading + more, self._threads_loading)
