@@ -25,6 +25,7 @@ from resfeat.worker import Job
 
 if TYPE_CHECKING:
     from resfeat.engines import Engine
+    from resfeat.fidelity import Reference
 
 
 class Watching(TypedDict, total=False):
@@ -137,34 +138,50 @@ def _request(spec: ExtractSpec, watch: Watch, started: float) -> Request:
 def _embed(run: Run, cluster: Cluster | None) -> None:
     """Do the shards that are to be done, by workers that are held against the reference before the
     first is committed."""
+    spec, tally, watch = run.request.spec, run.tally, run.request.watch
+    with ThreadPoolExecutor(1, "parity") as aside:
+        expected = _expected(run, aside)
+        if run.record.identity.precision == "int8":
+            _calibrate(run)
+        if cluster:
+            cluster.ready(watch.stopping)
+        if watch.stopping():
+            raise Stopped("stopped before the first worker was started")
+        watch.step("starting the workers")
+        job = Job.of(run.layout, run.record, run.weights.dims, run.lock.token)
+        with engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine:
+            tally.engine = engine.description
+            # Before it is known how near they are, nothing is committed.
+            parity = aside.submit(_proven, run, engine, expected)
+
+            def show(done: int, failed: int, workers: int, soonest: float | None) -> None:
+                run.lock.check()
+                tally.show(done, failed, workers, soonest)
+
+            for result in engine.run(run.tasks(parity), show, watch.stopping):
+                tally.add(result)
+
+
+def _expected(run: Run, aside: ThreadPoolExecutor) -> Callable[[], Reference | None]:
+    """What gives the reference. Where it is sure to be asked for it is begun here: calibration and
+    the start of workers leave cores idle."""
+    from resfeat.fidelity import reference
+
+    embed = partial(reference, run.layout, run.record, run.weights.tensors)
+    is_sure = run.record.identity.precision != runtimes.REFERENCE
+    return aside.submit(embed).result if is_sure else embed
+
+
+def _calibrate(run: Run) -> None:
+    """See to it that the dataset has its int8 network."""
     from resfeat.fidelity import calibrate
 
-    spec, layout, tally, watch = run.request.spec, run.layout, run.tally, run.request.watch
-    if run.record.identity.precision == "int8":
-        watch.step("calibrating int8")
-        with run.settling() as everybodys:
-            run.record = calibrate(
-                everybodys, run.record, run.weights, tally.note, partial(_calibrating, watch)
-            )
-    if cluster:
-        cluster.ready(watch.stopping)
-    if watch.stopping():
-        raise Stopped("stopped before the first worker was started")
-    watch.step("starting the workers")
-    job = Job.of(layout, run.record, run.weights.dims, run.lock.token)
-    with (
-        ThreadPoolExecutor(1, "parity") as aside,
-        engines.start(spec.runtime, job, run.weights, len(tally.todo), cluster) as engine,
-    ):
-        tally.engine = engine.description
-        parity = aside.submit(_proven, run, engine)  # before that is known, nothing is committed
-
-        def show(done: int, failed: int, workers: int, soonest: float | None) -> None:
-            run.lock.check()
-            tally.show(done, failed, workers, soonest)
-
-        for result in engine.run(run.tasks(parity), show, watch.stopping):
-            tally.add(result)
+    watch = run.request.watch
+    watch.step("calibrating int8")
+    with run.settling() as layout:
+        run.record = calibrate(
+            layout, run.record, run.weights, run.tally.note, partial(_calibrating, watch)
+        )
 
 
 def _calibrating(watch: Watch, used: int, wanted: int) -> None:
@@ -173,28 +190,30 @@ def _calibrating(watch: Watch, used: int, wanted: int) -> None:
     watch.progress(Progress(wanted, used, doing="calibrating"))
 
 
-def _proven(run: Run, engine: Engine) -> Mapping[str, float] | None:
+def _proven(
+    run: Run, engine: Engine, expected: Callable[[], Reference | None]
+) -> Mapping[str, float] | None:
     """What rows are to say of how near they are to the reference, once the workers are known to be
     near enough."""
     from resfeat.fidelity import differs
 
     if differs(run.record.identity, engine.placement):
-        _prove(run, engine)
+        _prove(run, engine, expected)
     return run.record.parity
 
 
-def _prove(run: Run, engine: Engine) -> None:
+def _prove(run: Run, engine: Engine, expected: Callable[[], Reference | None]) -> None:
     """Check that the workers are near enough to the reference, and write down how near."""
-    from resfeat.fidelity import check, compare, reference
+    from resfeat.fidelity import check, compare
 
     identity, watch = run.record.identity, run.request.watch
     if watch.stopping():
         raise Stopped("stopped before a sample was compared with fp32")
     watch.step("comparing a sample with fp32")
-    if (expected := reference(run.layout, run.record, run.weights.tensors)) is None:
+    if (sample := expected()) is None:
         return
-    given = engine.embed(expected.pictures, watch.stopping)
-    run.tally.parity = parity = compare(given, expected, identity, run.weights.dims)
+    given = engine.embed(sample.pictures, watch.stopping)
+    run.tally.parity = parity = compare(given, sample, identity, run.weights.dims)
     if parity is None:
         return
     check(parity, identity, run.request.spec.min_parity)

@@ -125,7 +125,7 @@ def test_int8_is_calibrated_and_measured_on_pictures_of_its_own(photos, tmp_path
     calibrated = []
 
     def quantise(identity, tensors, pictures, network, on_picture):
-        calibrated.extend(pictures)
+        calibrated.extend(pictures())
         for suffix in (".xml", ".bin"):
             network.with_suffix(suffix).write_bytes(b"")
 

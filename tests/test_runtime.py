@@ -149,8 +149,12 @@ def test_int8_is_near_to_fp32_and_the_same_when_it_is_made_again(
     for name in "first", "second":
         network = tmp_path / f"{name}.xml"
         used = []
-        quantise(weights.identity, weights.tensors, list(pixels), network, used.append)
-        assert used == list(range(len(pixels)))
+
+        def told(*counts, used=used):
+            used.append(counts)
+
+        quantise(weights.identity, weights.tensors, lambda: list(pixels), network, told)
+        assert used == [(n, len(pixels)) for n in range(len(pixels))]
         given.append(embed(openvino(weights, "int8", quantised=network), pixels))
     assert np.array_equal(*given)
     cosines = cosine(given[0], runtime.embed(pixels))

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from resfeat.dataset import Layout, Record
 from resfeat.errors import ChoiceError, ResfeatError
 from resfeat.fidelity.sample import CALIBRATION, for_calibration, pictures
+from resfeat.sources import Item
+from resfeat.spec import Identity
 from resfeat.storage import Location, write_whole
 
 if TYPE_CHECKING:
@@ -34,27 +40,17 @@ def calibrate(
     """
     if is_intact(layout, record):
         return record
-    from resfeat.runtimes.openvino import quantise  # seconds that a resume need not spend
-
     started = time.monotonic()
-    items, identity = for_calibration(layout, record), record.identity
-    chosen = pictures(items, identity.preprocessing, identity.decode, CALIBRATION)
-    if not chosen:
-        raise ChoiceError(
-            f"none of {len(items)} sampled images can be decoded, so int8 cannot be calibrated: "
-            "are these images? --precision fp32 needs no calibration"
-        )
-    layout.quantised.parent.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix="resfeat-") as folder:
         made = Path(folder, "network.xml")
-        quantise(
-            identity, weights.tensors, chosen, made, lambda used: on_picture(used, len(chosen))
-        )
+        items = for_calibration(layout, record)
+        used = _quantise(made, items, record.identity, weights, on_picture)
+        layout.quantised.parent.mkdir(exist_ok=True)
         for suffix in (".bin", ".xml"):
             content = made.with_suffix(suffix).read_bytes()
             write_whole(layout.tmp, layout.quantised.with_suffix(suffix), content)
     spent = time.monotonic() - started
-    on_note(f"int8: calibrated on {len(chosen)} of the images in {spent:.0f} s")
+    on_note(f"int8: calibrated on {used} of the images in {spent:.0f} s")
     if record.quantised is None:
         record = replace(record, quantised=_digest(layout.quantised))
         record.save(layout)
@@ -64,6 +60,33 @@ def calibrate(
             "bring it back, or give a new -o"
         )
     return record
+
+
+def _quantise(
+    network: Path,
+    items: Sequence[Item],
+    identity: Identity,
+    weights: Weights,
+    on_picture: Callable[[int, int], None],
+) -> int:
+    """Write an int8 network that is calibrated on the first of these items that can be decoded.
+    Returns how many they were."""
+
+    def chosen() -> list[NDArray[np.uint8]]:
+        if found := coming.result():
+            return found
+        raise ChoiceError(
+            f"none of {len(items)} sampled images can be decoded, so int8 cannot be calibrated: "
+            "are these images? --precision fp32 needs no calibration"
+        )
+
+    with ThreadPoolExecutor(1, "pictures") as aside:
+        coming = aside.submit(pictures, items, identity.preprocessing, identity.decode, CALIBRATION)
+        # These take seconds too, which a resume need not spend.
+        from resfeat.runtimes.openvino import quantise
+
+        quantise(identity, weights.tensors, chosen, network, on_picture)
+    return len(coming.result())
 
 
 def is_intact(layout: Layout, record: Record) -> bool:

@@ -104,28 +104,31 @@ def load(path: Location) -> Arrays:
 def quantise(
     identity: Identity,
     tensors: Mapping[str, Tensor],
-    pictures: Sequence[NDArray[np.uint8]],
+    pictures: Callable[[], Sequence[NDArray[np.uint8]]],
     network: Path,
-    on_picture: Callable[[int], None] = lambda used: None,
+    on_picture: Callable[[int, int], None] = lambda used, wanted: None,
 ) -> None:
     """Write an int8 network to `network` (.xml, and .bin beside it). Its ranges are calibrated on
-    these pictures, uint8 [H, W, 3]. on_picture: is told before each how many have been used, and
+    pictures, uint8 [H, W, 3] each. pictures: gives them, asked for once there is a network to be
+    calibrated. on_picture: is told before each how many have been used, and how many will be; it
     may raise."""
-
-    def batches() -> Iterator[NDArray[np.uint8]]:
-        for used, picture in enumerate(pictures):
-            on_picture(used)
-            yield picture[None]
-
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     import nncf
 
     nncf.set_log_level(logging.ERROR)
+    model = _traced(Embedder(identity, tensors).eval())
+    chosen = pictures()
+
+    def batches() -> Iterator[NDArray[np.uint8]]:
+        for used, picture in enumerate(chosen):
+            on_picture(used, len(chosen))
+            yield picture[None]
+
     with redirect_stdout(io.StringIO()):  # NNCF draws bars
         quantised = nncf.quantize(
-            _traced(Embedder(identity, tensors).eval()),
+            model,
             nncf.Dataset(batches()),
-            subset_size=len(pictures),
+            subset_size=len(chosen),
             preset=nncf.QuantizationPreset.MIXED,
         )
     openvino.save_model(quantised, network, compress_to_fp16=False)

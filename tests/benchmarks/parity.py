@@ -101,7 +101,7 @@ def against_fp32(name, runtime, precision, device, paths, others):
         if precision == "int8":
             from resfeat.runtimes.openvino import quantise
 
-            quantise(identity, tensors, list(pictures(others, identity)), quantised)
+            quantise(identity, tensors, lambda: list(pictures(others, identity)), quantised)
         prepared = runtimes.prepare(runtime, identity, tensors, quantised)
         started = runtimes.start(prepared, device=device, threads=1, batch_size=len(pixels))
         return cosine(started.embed(pixels), expected)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 from tables import rows
 
-from resfeat import ExtractSpec, RuntimeOptions, extract
+from resfeat import ExtractSpec, RuntimeOptions, extract, fidelity
+from resfeat.fidelity import calibration
 from resfeat.fidelity.sample import CALIBRATION
 from resfeat.reporting import Progress
 
@@ -127,12 +129,27 @@ def test_queries_are_not_embedded_by_another_network(half, few, resfeat):
 
 
 def test_calibration_is_shown_and_can_be_stopped(photos, tmp_path, monkeypatch):
-    told = []
+    """The reference does not wait for it, nor the network for its pictures."""
+    told, compared, decoded = [], threading.Event(), threading.Event()
+    measure, decode = fidelity.reference, calibration.pictures
+
+    def reference(*given):
+        compared.set()
+        return measure(*given)
+
+    def decoding(*given):
+        assert decoded.wait(60)
+        return decode(*given)
 
     def quantise(identity, tensors, pictures, network, on_picture):
-        for used in range(len(pictures)):
-            on_picture(used)
+        assert compared.wait(60)
+        decoded.set()
+        wanted = len(pictures())
+        for used in range(wanted):
+            on_picture(used, wanted)
 
+    monkeypatch.setattr(fidelity, "reference", reference)
+    monkeypatch.setattr(calibration, "pictures", decoding)
     monkeypatch.setattr("resfeat.runtimes.openvino.quantise", quantise)
     spec = ExtractSpec(
         sources=(str(photos),),
