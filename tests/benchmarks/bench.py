@@ -245,9 +245,9 @@ def report(
     yield ""
     yield "Rates are from the first batch's request to the last row on disk. Start-up is the rest"
     yield "of the whole process: imports, loading the model and, in resfeat, calibrating int8."
-    yield "On Ray the comparison with fp32 on torch is part of it. With --workers 0 it runs beside"
-    yield "the first images and counts in their rate: the fewer they are, the lower it is. What"
-    yield "each contender does: [peers.py](peers.py)."
+    yield "On Ray the comparison with fp32 on torch is part of it. In int8 it runs beside the"
+    yield "calibration; else, with --workers 0, beside the first images, and counts in their rate:"
+    yield "the fewer they are, the lower it is. What each contender does: [peers.py](peers.py)."
     yield f"{', '.join(REPEATED)}: the middle one of {ROUNDS} runs, in turn."
     yield from contenders(rows, USUAL)
     yield from shares(rows)
