@@ -163,8 +163,8 @@ def _embed(run: Run, cluster: Cluster | None) -> None:
 
 
 def _expected(run: Run, aside: ThreadPoolExecutor) -> Callable[[], Reference | None]:
-    """What gives the reference. Where it is sure to be asked for it is begun here: calibration and
-    the start of workers leave cores idle."""
+    """What gives the reference. Where that is sure to be wanted it is begun at once, since
+    calibration and the start of workers leave cores idle."""
     from resfeat.fidelity import reference
 
     embed = partial(reference, run.layout, run.record, run.weights.tensors)

@@ -13,7 +13,7 @@ import torch
 from resfeat import runtimes
 from resfeat.backbones import build
 from resfeat.backbones.weights import resolve
-from resfeat.errors import ResfeatError, UsageError
+from resfeat.errors import ResfeatError, Stopped, UsageError
 from resfeat.fidelity.parity import cosine
 from resfeat.runtimes import hardware
 from resfeat.runtimes.embedder import fold_batch_norm
@@ -159,6 +159,19 @@ def test_int8_is_near_to_fp32_and_the_same_when_it_is_made_again(
     assert np.array_equal(*given)
     cosines = cosine(given[0], runtime.embed(pixels))
     assert 0.99 < cosines.min() < 0.999999
+
+
+def test_pictures_are_asked_for_once_the_network_is_traced(weights, tmp_path, monkeypatch):
+    """They may be decoded meanwhile."""
+    traced = []
+
+    def pictures():
+        assert traced
+        raise Stopped("enough")
+
+    monkeypatch.setattr("resfeat.runtimes.openvino._traced", traced.append)
+    with pytest.raises(Stopped):
+        quantise(weights.identity, weights.tensors, pictures, tmp_path / "network.xml")
 
 
 def test_nothing_is_told_to_the_makers_of_openvino(tmp_path):

@@ -82,7 +82,7 @@ def _quantise(
 
     with ThreadPoolExecutor(1, "pictures") as aside:
         coming = aside.submit(pictures, items, identity.preprocessing, identity.decode, CALIBRATION)
-        # These take seconds too, which a resume need not spend.
+        # This takes seconds too, which a resume need not spend.
         from resfeat.runtimes.openvino import quantise
 
         quantise(identity, weights.tensors, chosen, network, on_picture)

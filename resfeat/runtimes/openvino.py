@@ -109,9 +109,8 @@ def quantise(
     on_picture: Callable[[int, int], None] = lambda used, wanted: None,
 ) -> None:
     """Write an int8 network to `network` (.xml, and .bin beside it). Its ranges are calibrated on
-    pictures, uint8 [H, W, 3] each. pictures: gives them, asked for once there is a network to be
-    calibrated. on_picture: is told before each how many have been used, and how many will be; it
-    may raise."""
+    pictures, uint8 [H, W, 3] each. pictures: gives them; it is called once the network is traced.
+    on_picture: is told before each how many have been used, and how many will be; it may raise."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     import nncf
 

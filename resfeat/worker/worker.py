@@ -91,7 +91,7 @@ class Worker:
         self.forwards = _threads("forward", self.forward_threads)
         self.buffers: list[NDArray[np.uint8]] = []  # free ones, of one shape
         # Threads beyond the cores only take the interpreter's lock from each other, unless files
-        # come slowly: then some read while others decode, until it comes out of memory again. A
+        # come slowly: then some read while others decode, until they come out of memory again. A
         # single hiccup of the machine may look like slow files.
         self._loading, self._most_loading = 0, placement.cpus
         self._loads: deque[Callable[[], None]] = deque()  # that wait for a thread

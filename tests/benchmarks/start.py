@@ -59,6 +59,7 @@ def seconds_to_a_worker(folder: Path, output: Path, options: tuple[str, ...]) ->
 @click.option("--count", default=2000, show_default=True, help="JPEGs of 500 x 375.")
 @click.option("--rounds", default=5, show_default=True)
 def main(count: int, rounds: int) -> None:
+    """Start runs in turns, and tell how long each took until it had a worker."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

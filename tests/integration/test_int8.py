@@ -128,8 +128,9 @@ def test_queries_are_not_embedded_by_another_network(half, few, resfeat):
         network.unlink(missing_ok=True)
 
 
-def test_calibration_is_shown_and_can_be_stopped(photos, tmp_path, monkeypatch):
-    """The reference does not wait for it, nor the network for its pictures."""
+def test_calibration_is_shown_and_stopped_and_nothing_waits_for_it(photos, tmp_path, monkeypatch):
+    """The reference is begun beside it, and its pictures are asked for by `quantise` alone, which
+    has the network to make ready meanwhile."""
     told, compared, decoded = [], threading.Event(), threading.Event()
     measure, decode = fidelity.reference, calibration.pictures
 
